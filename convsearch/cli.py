@@ -1,0 +1,23 @@
+"""What every command line of the project does with errors: a user's mistake is one sentence, a bug is a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class Unavailable(RuntimeError):
+    """Something outside the process (server, disk, network) is not there; the message says what and what to do."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls ``main``; ValueError and Unavailable end in ``error: <sentence>`` and exit status 2, as does a full or missing disk."""
+    try:
+        main()
+    except (ValueError, Unavailable) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}: nothing that was complete is lost; mend it and run the same command again", file=sys.stderr)
+        sys.exit(2)

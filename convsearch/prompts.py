@@ -1,0 +1,60 @@
+"""Conversation -> chat messages.
+
+``paper`` is the published zero-shot prompt of ConvSearch-R1 (arXiv 2505.15776, appendix), word for word, because the released checkpoints
+expect it. ``compact`` says the same in fewer tokens, for small models on CPUs. The warm-up prompt puts one worked example, ours, in front.
+"""
+
+from typing import Literal, get_args
+
+from convsearch.types import Conversation, Message, Turn
+
+PromptStyle = Literal["paper", "compact"]
+STYLES: tuple[str, ...] = get_args(PromptStyle)
+
+_PAPER = (
+    "Given a query and its context, you must first think about the reasoning process in the mind to decontextualize the query by resolving "
+    "coreference and omission issues. Then, provide the user with a rewrite that retains its original meaning and is as informative as possible "
+    "to help search engines retrieve relevant documents effectively. The reasoning process and rewrite should be enclosed within "
+    "<think> </think> and <rewrite> </rewrite> tags, respectively, i.e., <think> reasoning process here </think>\n"
+    "<rewrite> rewrite here </rewrite>.\n\n"
+    "### Context Begin ###\n{context}\n### Context End ###\n\nQuery: {query}\nRewrite:"
+)
+_COMPACT = (
+    "Rewrite the last question of this conversation so that a search engine understands it alone. Think first.\n\n"
+    "{context}\nQuestion: {query}\n\nAnswer as <think>what the question leaves out</think>\n<rewrite>the full question</rewrite>"
+)
+_TEMPLATES: dict[str, str] = {"paper": _PAPER, "compact": _COMPACT}
+
+# The one worked example of the warm-up stage, written for this project. It shows both things that a rewrite has to do: resolve a pronoun
+# and bring back what an elliptic question leaves unsaid.
+EXAMPLE = Conversation(
+    qid="worked-example",
+    history=(
+        Turn("Who designed the Sagrada Familia?", "The architect Antoni Gaudi designed it."),
+        Turn("Is it finished?", "No, work on the basilica in Barcelona goes on."),
+    ),
+    question="How did he die?",
+    gold_docids=(),
+)
+EXAMPLE_OUTPUT = (
+    "<think>\"he\" is Antoni Gaudi, the architect of the Sagrada Familia.</think>\n"
+    "<rewrite>How did Antoni Gaudi, architect of the Sagrada Familia, die?</rewrite>"
+)
+
+
+def render(conversation: Conversation, style: PromptStyle = "paper", max_turns: int | None = None) -> tuple[Message, ...]:
+    """The zero-shot prompt, a single user message; ``max_turns`` keeps only the newest turns of the history.
+
+    Raises:
+        ValueError: the style is unknown.
+    """
+    if style not in _TEMPLATES:
+        raise ValueError(f"prompt style {style!r} is not one of {', '.join(_TEMPLATES)}")
+    history = conversation.history if max_turns is None else conversation.history[max(0, len(conversation.history) - max_turns) :]
+    context = "\n".join(f"Q{i}: {turn.question}\nA{i}: {turn.answer}" for i, turn in enumerate(history, start=1))
+    return ({"role": "user", "content": _TEMPLATES[style].format(context=context, query=conversation.question)},)
+
+
+def with_worked_example(messages: tuple[Message, ...], style: PromptStyle = "paper") -> tuple[Message, ...]:
+    """The warm-up prompt: the worked example as one chat exchange, then ``messages`` as they are."""
+    return (*render(EXAMPLE, style), {"role": "assistant", "content": EXAMPLE_OUTPUT}, *messages)

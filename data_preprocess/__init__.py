@@ -1,0 +1,1 @@
+"""Raw data sets -> conversations, parquet, collections and qrels."""

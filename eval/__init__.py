@@ -1,0 +1,1 @@
+"""TREC runs -> metrics and comparisons."""

@@ -1,0 +1,1 @@
+"""Indexes, exact gold ranks and the HTTP server in front of them."""
