@@ -1,0 +1,100 @@
+"""One attention function for the three shapes of work that the trainers have, registered with transformers under the name ``tree``.
+
+* a tree of samples behind one prompt (training): ``TreeContext`` with a mask;
+* reading the prompts (the sampler's prefill): ``TreeContext`` too, and the keys and values are kept;
+* decoding one token a sample: ``DecodeContext``. The keys of a prompt are read once for all its samples and all query heads that share them.
+
+Grouped-query heads are never repeated in memory: the g query heads of a key head stand in the query's length axis.
+Shapes: ``_H`` key-value heads, ``_g`` query heads a key-value head, ``_D`` head size, ``_S`` decoded tokens so far.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "tree"
+
+
+@dataclass(slots=True)
+class TreeContext:
+    """A forward pass under an explicit mask [B, 1, T, T]; with ``keep``, the keys and values of each layer [B, H, T, D] are collected."""
+
+    mask_B1TT: Tensor
+    keep: bool = False
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class DecodeContext:
+    """The state of N = P x G samples that are being decoded behind P prompts, a list entry a layer."""
+
+    prompt_keys: list[Tensor]  # [P, H, Tp, D]
+    prompt_values: list[Tensor]
+    prompt_mask_P11T: Tensor  # [P, 1, 1, Tp] float: 0 where there is a token, -inf in the padding
+    sample_keys: list[Tensor]  # [N, H, capacity, D]
+    sample_values: list[Tensor]
+    length: int = 0  # tokens decoded so far; the position that is written next
+
+    def select_prompts(self, kept_P: Tensor, group_size: int) -> None:
+        """Drops the prompts (and their samples) that are not in ``kept_P`` [P'] (indices)."""
+        kept_N = (kept_P[:, None] * group_size + torch.arange(group_size, device=kept_P.device)).flatten()
+        self.prompt_mask_P11T = self.prompt_mask_P11T[kept_P]
+        for layer in range(len(self.prompt_keys)):
+            self.prompt_keys[layer] = self.prompt_keys[layer][kept_P]
+            self.prompt_values[layer] = self.prompt_values[layer][kept_P]
+            self.sample_keys[layer] = self.sample_keys[layer][kept_N]
+            self.sample_values[layer] = self.sample_values[layer][kept_N]
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    context: TreeContext | DecodeContext | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, H*g, T, D], key and value [B, H, T, D] -> [B, T, H*g, D]."""
+    assert context is not None, "the 'tree' attention needs a context; call the model through Policy or HfSampler"
+    if isinstance(context, TreeContext):
+        if context.keep:
+            context.keys.append(key)
+            context.values.append(value)
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(query, key, value, attn_mask=context.mask_B1TT, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2), None
+    return _decode(context, int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
+
+
+def _decode(context: DecodeContext, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    samples, heads, _, size = key.shape
+    keys, values, now = context.sample_keys[layer], context.sample_values[layer], context.length
+    keys[:, :, now] = key[:, :, 0]
+    values[:, :, now] = value[:, :, 0]
+    prompt_keys, prompt_values = context.prompt_keys[layer], context.prompt_values[layer]
+    prompts, prompt_length = prompt_keys.shape[0], prompt_keys.shape[2]
+    group, grouped = samples // prompts, query.shape[1] // heads
+
+    query_NHgD = query.view(samples, heads, grouped, size) * scaling
+    query_PHKD = query_NHgD.view(prompts, group, heads, grouped, size).transpose(1, 2).reshape(prompts, heads, group * grouped, size)
+    to_prompt = query_PHKD @ prompt_keys.transpose(-1, -2) + context.prompt_mask_P11T
+    to_prompt = to_prompt.view(prompts, heads, group, grouped, prompt_length).transpose(1, 2)
+    to_prompt = to_prompt.reshape(samples, heads, grouped, prompt_length)
+    to_sample = query_NHgD @ keys[:, :, : now + 1].transpose(-1, -2)
+    weights = torch.cat((to_prompt, to_sample), dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    on_prompt, on_sample = weights.split((prompt_length, now + 1), dim=-1)
+    on_prompt = on_prompt.view(prompts, group, heads, grouped, prompt_length).transpose(1, 2)
+    from_prompt = on_prompt.reshape(prompts, heads, group * grouped, prompt_length) @ prompt_values
+    from_prompt = from_prompt.view(prompts, heads, group, grouped, size).transpose(1, 2).reshape(samples, heads, grouped, size)
+    out = from_prompt + on_sample @ values[:, :, : now + 1]
+    return out.reshape(samples, 1, heads * grouped, size)
+
+
+AttentionInterface.register(NAME, tree_attention)

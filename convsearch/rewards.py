@@ -1,0 +1,104 @@
+"""Gold rank -> reward. Pure functions of one rank; r is the 1-based rank of the best gold passage, None beyond the retriever's depth.
+
+A rewrite that breaks the form gets the format penalty INSTEAD of a rank reward (arXiv 2505.15776, section 3.3). A dead server never
+gets here: it is an exception in the client.
+"""
+
+import math
+import unicodedata
+from collections.abc import Callable
+from typing import Final
+
+from convsearch.types import Rewrite
+
+DEPTH: Final = 100  # ranks beyond it earn nothing; the published shapes are defined for it
+
+RankReward = Callable[[int | None], float]
+
+
+def rank_incentive(rank: int | None) -> float:
+    """The paper's piecewise-linear shape: ranks 1..10 -> 2 down to 1, ranks 11..100 -> just under 1 down to 0, beyond -> 0."""
+    if rank is None or rank > DEPTH:
+        return 0.0
+    return 19 / 9 - rank / 9 if rank <= 10 else 10 / 9 - rank / 90
+
+
+def reciprocal(rank: int | None) -> float:
+    """1/r, the ablation's first alternative; 0 beyond the depth."""
+    return 0.0 if rank is None or rank > DEPTH else 1 / rank
+
+
+def exponential(rank: int | None) -> float:
+    """e^(1-r), the ablation's second alternative; 0 beyond the depth."""
+    return 0.0 if rank is None or rank > DEPTH else math.exp(1 - rank)
+
+
+def mrr(rank: int | None) -> float:
+    """The metric itself as the reward: reciprocal rank over the depth. The same number as ``reciprocal``, under the metric's name."""
+    return reciprocal(rank)
+
+
+def ndcg_at_3(rank: int | None) -> float:
+    """NDCG@3 of a ranking whose single relevant passage is at r: 1/log2(1+r) for r <= 3, else 0."""
+    return 0.0 if rank is None or rank > 3 else 1 / math.log2(1 + rank)
+
+
+def curriculum(rank: int | None, progress: float) -> float:
+    """The curriculum variant of the reference code: easy in the first quarter of training, only the first ten ranks afterwards.
+
+    Args:
+        progress: share of the training steps done, 0 to 1.
+    """
+    if rank is None or rank > DEPTH:
+        return -0.2
+    if progress < 0.25 or rank <= 10:
+        return 1 - (rank - 1) / 99
+    return 0.0
+
+
+SHAPES: Final[dict[str, RankReward]] = {
+    "rank_incentive": rank_incentive,
+    "reciprocal": reciprocal,
+    "exponential": exponential,
+    "mrr": mrr,
+    "ndcg@3": ndcg_at_3,
+}
+
+
+def non_latin_share(text: str) -> float:
+    """Share of the letters of ``text`` that are not Latin, 0 where it has no letters."""
+    letters = [char for char in text if char.isalpha()]
+    foreign = sum(not unicodedata.name(char, "").startswith("LATIN") for char in letters)
+    return foreign / len(letters) if letters else 0.0
+
+
+def reward(
+    rewrite: Rewrite,
+    rank: int | None,
+    *,
+    shape: str = "rank_incentive",
+    format_penalty: float = -0.1,
+    language_guard: float | None = None,
+    question: str = "",
+    progress: float = 0.0,
+) -> float:
+    """The reward of one sample.
+
+    Args:
+        format_penalty: the reward of an output that does not parse, whatever its rank would have been.
+        language_guard: where set, a rewrite whose share of non-Latin letters exceeds that of ``question`` by more than this is treated
+            as one that does not parse; it guards against the drift into other scripts that users of the published recipe report.
+        progress: share of the training steps done; only the curriculum shape looks at it.
+
+    Raises:
+        ValueError: the shape is unknown.
+    """
+    if rewrite.text is None:
+        return format_penalty
+    if language_guard is not None and non_latin_share(rewrite.text) - non_latin_share(question) > language_guard:
+        return format_penalty
+    if shape == "curriculum":
+        return curriculum(rank, progress)
+    if shape not in SHAPES:
+        raise ValueError(f"reward shape {shape!r} is not one of {', '.join([*SHAPES, 'curriculum'])}")
+    return SHAPES[shape](rank)

@@ -1,0 +1,231 @@
+"""Sampling with plain transformers modules: each prompt is read once, its n samples are decoded together behind it.
+
+Randomness is one stream of uniform numbers a sample, seeded by (seed, prompt index, sample index): a sample does not depend on
+what else stands in its batch, and a run that is resumed draws what it would have drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from convsearch.attention import DecodeContext, TreeContext
+from convsearch.parsing import REWRITE_CLOSE, REWRITE_OPEN, THINK_CLOSE, THINK_OPEN
+from convsearch.types import Completion
+
+
+class Sampler(Protocol):
+    """What a trainer asks of an engine. Completions come group-major: those of prompt p at p * n ... p * n + n - 1."""
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]: ...
+
+    def load_weights(self, named_tensors: dict[str, Tensor], version: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """temperature 0 is greedy; top_p 1 and top_k 0 leave the distribution whole; lengths in tokens."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 1024
+    batch_size: int = 64  # sequences decoded at once
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("temperature", 0, 10), ("top_p", 0, 1), ("top_k", 0, 1 << 20), ("max_tokens", 1, 1 << 20), ("batch_size", 1, 1 << 16)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"sampling: {name} = {getattr(self, name)} is not within {low} and {high}")
+
+
+@dataclass(frozen=True, slots=True)
+class Scaffold:
+    """We write the tags and the model fills them: ``literals[i]``, then up to ``budgets[i]`` sampled tokens, then the next literal.
+
+    A part ends before the first token that has "<" or a line break in it, or when its budget is spent. For models too small to keep
+    the form by themselves; the paper has nothing like it.
+    """
+
+    literals: tuple[str, ...]
+    budgets: tuple[int, ...]
+
+    @classmethod
+    def rewrite_form(cls, think_tokens: int, rewrite_tokens: int) -> "Scaffold":
+        return cls((THINK_OPEN, f"{THINK_CLOSE}\n{REWRITE_OPEN}", REWRITE_CLOSE), (think_tokens, rewrite_tokens))
+
+
+class HfSampler:
+    """Samples from a transformers causal LM that was loaded with the ``tree`` attention (``convsearch.model.load_model``)."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, config: SamplingConfig, stop_ids: tuple[int, ...], scaffold: Scaffold | None = None, progress: bool = False
+    ):
+        self.model, self.tokenizer, self.config, self.scaffold, self.progress = model, tokenizer, config, scaffold, progress
+        self.stop_ids = frozenset(stop_ids)
+        self.version = 0
+        self._script = _Script(tokenizer, scaffold, model.config.vocab_size) if scaffold else None
+
+    def load_weights(self, named_tensors: dict[str, Tensor], version: int) -> None:
+        """Takes over the policy's weights; where sampler and policy are one module, an empty dictionary only moves the version."""
+        if named_tensors:
+            self.model.load_state_dict(named_tensors, strict=True)
+        self.version = version
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]:
+        """n samples of every prompt, group-major; prompts of like length are decoded together."""
+        completions: list[Completion | None] = [None] * (len(prompts) * n)
+        order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
+        per_chunk = max(1, self.config.batch_size // n)
+        was_training = self.model.training
+        self.model.eval()
+        with tqdm(total=len(completions), desc="sampling", unit="sample", disable=not self.progress) as bar:
+            for start in range(0, len(order), per_chunk):
+                chunk = order[start : start + per_chunk]
+                for p, group in zip(chunk, self._generate_chunk([prompts[p] for p in chunk], chunk, n, seed), strict=True):
+                    completions[p * n : (p + 1) * n] = group
+                bar.update(len(chunk) * n)
+        self.model.train(was_training)
+        return [completion for completion in completions if completion is not None]
+
+    def _generate_chunk(self, prompts: list[tuple[int, ...]], indices: list[int], n: int, seed: int) -> list[list[Completion]]:
+        limit = self.config.max_tokens if self._script is None else min(self.config.max_tokens, self._script.max_tokens)
+        context, hidden_PX = self._read(prompts, n, limit)
+        rows = [_Row(np.random.default_rng([seed, p, g]).random(limit), self._script) for p in indices for g in range(n)]
+        live_P = list(range(len(prompts)))  # prompts whose samples still stand in the context
+        hidden_NX = hidden_PX.repeat_interleave(n, dim=0)
+        while True:
+            live = [rows[p * n + g] for p in live_P for g in range(n)]
+            token_ids_N = self._choose(self.model.lm_head(hidden_NX).float(), live)
+            going_P = [i for i, _ in enumerate(live_P) if not all(row.done for row in live[i * n : (i + 1) * n])]
+            if not going_P:
+                break
+            if len(going_P) < len(live_P):
+                kept_P = torch.tensor(going_P, device=token_ids_N.device)
+                context.select_prompts(kept_P, n)
+                token_ids_N = token_ids_N.view(-1, n)[kept_P].flatten()
+                live_P = [live_P[i] for i in going_P]
+            lengths = torch.tensor([len(prompts[p]) for p in live_P], device=token_ids_N.device).repeat_interleave(n)
+            hidden_NX = self._step(context, token_ids_N, lengths + context.length)
+        return [[self._completion(row) for row in rows[p * n : (p + 1) * n]] for p in range(len(prompts))]
+
+    def _read(self, prompts: list[tuple[int, ...]], n: int, capacity: int) -> tuple[DecodeContext, Tensor]:
+        """Reads the prompts, padded on the right; returns the decoding state and the hidden state behind each prompt [P, X]."""
+        device = self.model.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        longest = int(lengths.max())
+        token_ids_PT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+        causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()[None, None]
+        tree = TreeContext(causal, keep=True)
+        positions = torch.arange(longest, device=device).expand(len(prompts), -1)
+        hidden = self.model.model(input_ids=token_ids_PT, position_ids=positions, use_cache=False, context=tree).last_hidden_state
+        padding = torch.arange(longest, device=device)[None] >= lengths[:, None]
+        mask = torch.zeros(padding.shape, dtype=hidden.dtype, device=device).masked_fill(padding, float("-inf"))
+        samples = len(prompts) * n
+        empty = [key.new_zeros(samples, key.shape[1], capacity, key.shape[3]) for key in tree.keys]
+        context = DecodeContext(tree.keys, tree.values, mask[:, None, None], empty, [torch.zeros_like(key) for key in empty])
+        return context, hidden[torch.arange(len(prompts), device=device), lengths - 1]
+
+    def _step(self, context: DecodeContext, token_ids_N: Tensor, positions_N: Tensor) -> Tensor:
+        hidden = self.model.model(input_ids=token_ids_N[:, None], position_ids=positions_N[:, None], use_cache=False, context=context)
+        context.length += 1
+        return hidden.last_hidden_state[:, 0]  # type: ignore[no-any-return]
+
+    def _choose(self, logits_NV: Tensor, rows: list["_Row"]) -> Tensor:
+        """Draws the next token of every row, lets the scaffold overrule it, and books it; returns the ids to feed [N]."""
+        logprobs_NV = (logits_NV / (self.config.temperature or 1.0)).log_softmax(dim=-1)
+        if self.config.temperature == 0:
+            drawn_N = logits_NV.argmax(dim=-1)
+        else:
+            uniform_N = torch.tensor([row.uniform() for row in rows], device=logits_NV.device, dtype=torch.float32)
+            drawn_N = _inverse_cdf(self._truncate(logprobs_NV), uniform_N)
+        if self._script is not None:
+            drawn_N = torch.tensor([row.follow(token) for row, token in zip(rows, drawn_N.tolist(), strict=True)], device=drawn_N.device)
+        chosen_N = logprobs_NV.gather(1, drawn_N[:, None])[:, 0].tolist()
+        for row, token, logprob in zip(rows, drawn_N.tolist(), chosen_N, strict=True):
+            row.book(token, logprob, self.stop_ids)
+        return drawn_N
+
+    def _truncate(self, logprobs_NV: Tensor) -> Tensor:
+        """Probabilities after top-k and top-p, not renormalised."""
+        probs_NV = logprobs_NV.exp()
+        if self.config.top_k:
+            kth = probs_NV.topk(min(self.config.top_k, probs_NV.shape[1]), dim=-1).values[:, -1:]
+            probs_NV = probs_NV.masked_fill(probs_NV < kth, 0.0)
+        if self.config.top_p < 1:
+            ordered, index = (probs_NV / probs_NV.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True)
+            ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered > self.config.top_p, 0.0)
+            probs_NV = torch.zeros_like(probs_NV).scatter(1, index, ordered)
+        return probs_NV
+
+    def _completion(self, row: "_Row") -> Completion:
+        text_ids = row.token_ids[:-1] if row.token_ids and row.token_ids[-1] in self.stop_ids else row.token_ids
+        text = self.tokenizer.decode(text_ids, skip_special_tokens=False)
+        return Completion(tuple(row.token_ids), tuple(row.logprobs), text, "stop" if row.stopped else "length", self.version)
+
+
+def _inverse_cdf(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """The first token whose cumulated probability exceeds ``uniform`` x total; a token of probability 0 is never drawn."""
+    cumulated_NV = probs_NV.cumsum(dim=-1)
+    threshold_N1 = uniform_N[:, None] * cumulated_NV[:, -1:]
+    drawn_N = torch.searchsorted(cumulated_NV, threshold_N1, right=True)[:, 0]
+    last_N = probs_NV.shape[1] - 1 - probs_NV.flip(1).gt(0).int().argmax(dim=-1)
+    return torch.minimum(drawn_N, last_N)
+
+
+class _Script:
+    """A scaffold in token ids: what is forced, and which tokens end a part."""
+
+    def __init__(self, tokenizer: Any, scaffold: Scaffold, vocabulary: int):
+        self.literals = [tokenizer.encode(text, add_special_tokens=False) for text in scaffold.literals]
+        self.budgets = scaffold.budgets
+        self.max_tokens = sum(map(len, self.literals)) + sum(self.budgets)
+        special = set(tokenizer.all_special_ids)
+        pieces = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
+        self.ends_part = frozenset(i for i, piece in enumerate(pieces) if "<" in piece or "\n" in piece or i in special)
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sample in the making."""
+
+    uniforms: np.ndarray[Any, np.dtype[np.float64]]
+    script: _Script | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+    part: int = -1  # scaffold: the part that is being filled
+    spent: int = 0  # tokens sampled in that part
+    forced: list[int] = field(default_factory=list)
+
+    def uniform(self) -> float:
+        return float(self.uniforms[min(len(self.token_ids), len(self.uniforms) - 1)])
+
+    @property
+    def done(self) -> bool:
+        return self.stopped or len(self.token_ids) >= len(self.uniforms)
+
+    def follow(self, drawn: int) -> int:
+        """The scaffold's word on the drawn token: itself, or the next token of a literal."""
+        assert self.script is not None
+        if self.done:
+            return drawn
+        if self.part < 0 or (not self.forced and (self.spent >= self.script.budgets[self.part] or drawn in self.script.ends_part)):
+            self.part, self.spent = self.part + 1, 0
+            self.forced = list(self.script.literals[self.part])
+        if self.forced:
+            return self.forced.pop(0)
+        self.spent += 1
+        return drawn
+
+    def book(self, token: int, logprob: float, stop_ids: frozenset[int]) -> None:
+        if self.done:
+            return
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        scripted_end = self.script is not None and self.part == len(self.script.budgets) and not self.forced
+        self.stopped = token in stop_ids or scripted_end
