@@ -1,0 +1,294 @@
+"""The configuration of the RL stage (``python -m convsearch.grpo``): the key tree of the seed's ``main_ppo`` command lines.
+
+Defaults are the paper's preset for 8 GPUs, except that its entropy bonus, which the paper does not mention, was the default of its trainer.
+"""
+
+import os
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from convsearch.config.base import Betas, Section, Text, Texts, require_fit, require_multiple
+from convsearch.config.sft import Device, Dtype, Logger, as_tuple, no_hdfs
+
+EMBEDDED = "embedded:"
+SEED_REWARD_FILE = "reward_score/rewrite_r1.py"
+
+
+class KlCtrlConfig(Section):
+    kl_coef: float = Field(
+        default=0.0, ge=0, description="KL penalty inside the reward; without effect while the KL is in the loss (use_kl_loss), as in verl"
+    )
+
+
+class AlgorithmConfig(Section):
+    name: Literal["grpo"] = Field(default="grpo", description="the step function")
+    adv_estimator: Literal["grpo"] = Field(default="grpo", description="advantage: reward against the group's mean")
+    norm_adv_by_std: bool = Field(default=True, description="divide the advantage by the group's unbiased standard deviation + 1e-6")
+    loss_agg: Literal["micro-batch-mean", "token-mean"] = Field(
+        default="micro-batch-mean",
+        description="micro-batch-mean: token mean of each micro-batch, then their mean (the paper's code); "
+        "token-mean: mean over all tokens of the mini-batch, on all ranks",
+    )
+    kl_ctrl: KlCtrlConfig = KlCtrlConfig()
+
+
+class GrpoDataConfig(Section):
+    train_files: Texts = Field(min_length=1, description="parquet file, or list of them, with the training prompts")
+    val_files: Texts = Field(default=(), description="parquet file(s) of held-out conversations; none: no validation")
+    train_batch_size: int = Field(default=128, ge=1, description="prompts a step")
+    max_prompt_length: int = Field(default=1536, ge=1, description="tokens of a prompt")
+    max_response_length: int = Field(default=1024, ge=1, description="tokens of a response")
+    filter_overlong_prompts: bool = Field(
+        default=True, description="leave out prompts above max_prompt_length; false: data.truncation decides"
+    )
+    truncation: Literal["error", "left", "right"] = Field(
+        default="error", description="what happens to a longer prompt: an error, or cut at that end"
+    )
+    shuffle: bool = Field(default=True, description="new order of the prompts in each epoch, drawn from data.seed")
+    seed: int = Field(default=1, ge=0, description="seed of the order of the prompts")
+    prompt_key: Text = Field(default="prompt", description="column that holds the chat messages")
+    val_max_samples: int = Field(default=-1, ge=-1, description="prompts of a validation; -1: all")
+
+
+class PolicyModelConfig(Section):
+    path: Text = Field(description="folder or hub name of the policy to start from; also the frozen reference")
+    use_remove_padding: bool = Field(default=True, description="pack rows without padding where the attention kernel can")
+    enable_gradient_checkpointing: bool = Field(
+        default=True, description="recompute activations in the backward pass: less memory, about a third more time"
+    )
+    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
+    dtype: Dtype = Field(default="bf16", description="type of the policy's arithmetic; weights and Adam's state are kept in fp32")
+
+
+class GrpoOptimConfig(Section):
+    lr: float = Field(default=1e-6, gt=0, description="peak learning rate")
+    lr_warmup_steps: int = Field(default=100, ge=0, description="optimiser steps in which the learning rate rises from 0")
+    lr_scheduler: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="where the cosine ends, as a share of lr")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay")
+    betas: Betas = Field(default=(0.9, 0.999), description="AdamW's decay rates")
+
+
+class ActorFsdpConfig(Section):
+    param_offload: bool = Field(default=False, description="keep the weights in CPU memory between uses")
+    optimizer_offload: bool = Field(default=False, description="keep Adam's state in CPU memory between uses")
+
+
+class RefFsdpConfig(Section):
+    param_offload: bool = Field(default=True, description="keep the reference's weights in CPU memory between uses")
+
+
+class ActorConfig(Section):
+    optim: GrpoOptimConfig = GrpoOptimConfig()
+    ppo_mini_batch_size: int = Field(
+        default=128, ge=1, description="prompts an optimiser step; equal to train_batch_size: one on-policy update a step"
+    )
+    ppo_micro_batch_size_per_gpu: int = Field(default=8, ge=1, description="sequences a forward-backward pass on one rank")
+    ppo_max_token_len_per_gpu: int | None = Field(
+        default=None, ge=1, description="tokens a forward-backward pass at most (padding counted); null: no such limit"
+    )
+    ppo_epochs: int = Field(default=1, ge=1, description="passes over a step's rollouts")
+    use_kl_loss: bool = Field(default=True, description="add the KL to the frozen reference to the loss")
+    kl_loss_coef: float = Field(default=0.001, ge=0, description="weight of that KL")
+    kl_loss_type: Literal["low_var_kl", "kl", "mse", "abs"] = Field(
+        default="low_var_kl", description="estimator of that KL, a token at a time"
+    )
+    clip_ratio: float = Field(
+        default=0.2, gt=0, lt=1, description="the policy ratio is clipped below 1 - this, and above 1 + clip_ratio_high"
+    )
+    clip_ratio_high: float | None = Field(default=None, gt=0, description="upper clip; null: clip_ratio")
+    entropy_coeff: float = Field(
+        default=0.001, ge=0, description="weight of the entropy bonus (on in the reference's trainer, not in the paper)"
+    )
+    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    fsdp_config: ActorFsdpConfig = ActorFsdpConfig()
+
+
+class RolloutConfig(Section):
+    name: Literal["vllm", "hf"] = Field(default="vllm", description="sampler: vllm, or hf for transformers' own")
+    n: int = Field(default=8, ge=2, description="samples a prompt: the group")
+    temperature: float = Field(default=0.7, gt=0, description="sampling temperature")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="share of the probability that is sampled from")
+    seed: int = Field(default=1, ge=0, description="seed of the samples; step and prompt are added to it")
+    max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once by one sampler")
+    tensor_model_parallel_size: int = Field(default=1, ge=1, description="GPUs that share one sampler (vllm)")
+    gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1, description="share of a GPU's memory for the sampler (vllm)")
+    log_prob_micro_batch_size_per_gpu: int = Field(
+        default=32, ge=1, description="sequences a forward pass when the policy's log-probs are recomputed"
+    )
+    stop: Texts = Field(default=(), description="strings that end a response and stay in it; none: only the model's own end")
+    dtype: Dtype = Field(default="bf16", description="type of the sampler's arithmetic")
+
+
+class RefConfig(Section):
+    log_prob_micro_batch_size_per_gpu: int = Field(default=32, ge=1, description="sequences a forward pass of the reference")
+    fsdp_config: RefFsdpConfig = RefFsdpConfig()
+
+
+class ActorRolloutRefConfig(Section):
+    model: PolicyModelConfig
+    actor: ActorConfig = ActorConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    ref: RefConfig = RefConfig()
+
+
+class RewardConfig(Section):
+    name: Literal["rank_incentive", "reciprocal", "exponential", "curriculum", "mrr", "ndcg@3"] = Field(
+        default="rank_incentive", description="what a gold rank is worth; rank_incentive is the paper's"
+    )
+    format_penalty: float = Field(default=-0.1, le=0, description="reward of a response that breaks the format, instead of the rank's")
+    language_guard: bool = Field(default=False, description="treat a rewrite in another script than the question's as broken format")
+
+
+class RewardModelConfig(Section):
+    reward_manager: Literal["rewrite_r1"] = Field(
+        default="rewrite_r1", description="parse the response, ask the retriever for the gold rank, pay by rank"
+    )
+    reward: RewardConfig = RewardConfig()
+
+
+class CustomRewardFunctionConfig(Section):
+    path: Text | None = Field(
+        default=None,
+        description=f"null, or the seed's verl/verl/utils/{SEED_REWARD_FILE}: both mean the built-in reward "
+        "(reward_model.reward); no file is read",
+    )
+    name: Text | None = Field(default=None, description="null or compute_score, the seed's function: the built-in reward")
+
+    @field_validator("path")
+    @classmethod
+    def _built_in_only(cls, value: str | None) -> str | None:
+        if value is not None and not f"/{value}".endswith(f"/{SEED_REWARD_FILE}"):
+            raise ValueError(
+                f"'{value}' is not loaded: only the seed's {SEED_REWARD_FILE} is accepted, for the built-in reward; "
+                "choose the reward by reward_model.reward.name"
+            )
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _seed_function_only(cls, value: str | None) -> str | None:
+        if value not in (None, "compute_score"):
+            raise ValueError(f"'{value}' is not called: leave it out; the reward is chosen by reward_model.reward.name")
+        return value
+
+
+class RetrieverConfig(Section):
+    url: Text = Field(
+        default="",
+        description="http://host:port of the server; '': $RETRIEVER_URL; embedded:INDEX_FOLDER: the trainer starts and stops its own",
+    )
+    index: Text | None = Field(default=None, description="which of the server's indexes; null: its default")
+    topk: int = Field(default=100, ge=1, description="depth: gold passages below this rank earn nothing")
+    timeout_s: float = Field(default=60.0, gt=0, description="seconds for one request")
+    max_wait_s: float = Field(default=600.0, ge=0, description="seconds of retries before a silent server ends the run")
+
+    def resolved_url(self) -> str:
+        """``url``, or $RETRIEVER_URL where it is empty. Raises ValueError when there is neither."""
+        url = self.url or os.environ.get("RETRIEVER_URL", "")
+        if not url:
+            raise ValueError("retriever.url is empty and RETRIEVER_URL is not set: give http://host:port, or embedded:INDEX_FOLDER")
+        if not url.startswith(("http://", "https://", EMBEDDED)):
+            raise ValueError(f"retriever.url={url} is neither http://host:port nor embedded:INDEX_FOLDER")
+        return url
+
+    def embedded_index(self) -> str | None:
+        """The index folder of ``embedded:<index>``, or None for a server that runs elsewhere. Raises ValueError like resolved_url."""
+        url = self.resolved_url()
+        return url.removeprefix(EMBEDDED) if url.startswith(EMBEDDED) else None
+
+
+class GrpoTrainerConfig(Section):
+    logger: tuple[Logger, ...] = Field(default=("console", "jsonl"), description="where metrics go: list of console, jsonl, wandb")
+    project_name: Text = Field(default="convsearch-grpo", description="project in wandb")
+    experiment_name: Text = Field(default="run", description="run in wandb and in the logs")
+    n_gpus_per_node: int = Field(default=8, ge=1, description="ranks a node (processes, on CPU)")
+    nnodes: int = Field(default=1, ge=1, description="nodes")
+    save_freq: int = Field(default=100, ge=-1, description="checkpoint every so many steps; -1: at the end alone")
+    test_freq: int = Field(default=-1, ge=-1, description="validation every so many steps; -1: never")
+    val_before_train: bool = Field(default=False, description="validation before the first step")
+    default_local_dir: Text = Field(default="outputs/run/grpo", description="folder for checkpoints, logs, rollouts and the exported model")
+    default_hdfs_dir: Text | None = Field(default=None, description="null only: copies to HDFS are not offered")
+    total_epochs: int = Field(default=6, ge=1, description="passes over the training prompts")
+    total_training_steps: int | None = Field(default=None, ge=1, description="stop after so many steps; null: total_epochs decides")
+    critic_warmup: Literal[0] = Field(default=0, description="0 only: GRPO has no critic")
+    resume_mode: Literal["auto", "disable"] = Field(default="auto", description="go on from the newest complete checkpoint, or start anew")
+    seed: int = Field(default=1, ge=0, description="seed of everything random; data.seed and rollout.seed follow it unless set")
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest complete checkpoints that stay on disk")
+    device: Device = Field(default="auto", description="auto: cuda where there is one")
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads a rank; null: torch decides")
+
+    @field_validator("logger", mode="before")
+    @classmethod
+    def _list(cls, value: object) -> object:
+        return as_tuple(value)
+
+    @field_validator("default_hdfs_dir")
+    @classmethod
+    def _no_hdfs(cls, value: str | None) -> str | None:
+        return no_hdfs(value)
+
+    @property
+    def world_size(self) -> int:
+        return self.nnodes * self.n_gpus_per_node
+
+
+class GrpoConfig(Section):
+    """Everything that ``convsearch.grpo`` is told."""
+
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    data: GrpoDataConfig
+    actor_rollout_ref: ActorRolloutRefConfig
+    reward_model: RewardModelConfig = RewardModelConfig()
+    custom_reward_function: CustomRewardFunctionConfig = CustomRewardFunctionConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    trainer: GrpoTrainerConfig = GrpoTrainerConfig()
+
+    @model_validator(mode="after")
+    def _batches(self) -> Self:
+        actor, n, world = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout.n, self.trainer.world_size
+        mini = actor.ppo_mini_batch_size
+        require_multiple("data.train_batch_size", self.data.train_batch_size, "actor_rollout_ref.actor.ppo_mini_batch_size", mini)
+        require_multiple(
+            "sequences an update (ppo_mini_batch_size * rollout.n)", mini * n, "the ranks (trainer.nnodes * n_gpus_per_node)", world
+        )
+        if self.algorithm.loss_agg == "micro-batch-mean":
+            micro = actor.ppo_micro_batch_size_per_gpu
+            require_multiple(
+                "sequences an update on one rank", mini * n // world, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", micro
+            )
+        tensor_parallel = self.actor_rollout_ref.rollout.tensor_model_parallel_size
+        require_multiple("trainer.n_gpus_per_node", self.trainer.n_gpus_per_node, "rollout.tensor_model_parallel_size", tensor_parallel)
+        return self
+
+    @model_validator(mode="after")
+    def _losses(self) -> Self:
+        actor, tokens = self.actor_rollout_ref.actor, self.max_tokens
+        budget = actor.ppo_max_token_len_per_gpu
+        if budget is not None and budget < tokens:
+            raise ValueError(
+                f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={budget} is below data.max_prompt_length + data.max_response_length="
+                f"{tokens}: raise it, or a long sequence will not fit"
+            )
+        if actor.clip_ratio_high is not None and actor.clip_ratio_high < actor.clip_ratio:
+            raise ValueError(
+                f"actor_rollout_ref.actor.clip_ratio_high={actor.clip_ratio_high} is below clip_ratio={actor.clip_ratio}: "
+                "raise it, or set null"
+            )
+        coef = self.algorithm.kl_ctrl.kl_coef
+        if coef and not actor.use_kl_loss:
+            raise ValueError(
+                f"algorithm.kl_ctrl.kl_coef={coef} with actor_rollout_ref.actor.use_kl_loss=false asks for a KL inside the reward, "
+                "which is not offered: set kl_coef=0 or use_kl_loss=true"
+            )
+        return self
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest sequence: prompt and response."""
+        return self.data.max_prompt_length + self.data.max_response_length
+
+    def check_context(self, model_max: int) -> None:
+        """Raises ValueError when prompt and response are longer than the model's ``model_max`` positions."""
+        require_fit("data.max_prompt_length + data.max_response_length", self.max_tokens, model_max)
