@@ -1,0 +1,44 @@
+"""What the server and the evaluation ask of an index, whatever stands behind it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class Searcher(Protocol):
+    """Thread-safe. Docids are strings; ties are broken by index order, in ``search`` and ``gold_ranks`` alike."""
+
+    name: str  # "bm25", ...
+    index_id: str  # the same for the same collection and parameters
+    num_passages: int
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
+        """The best ``k`` (docid, score) of each query, best first; only passages that score above 0."""
+
+    def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
+        """The exact 1-based rank of each query's best gold passage; None where it scores 0 or ranks below ``depth``.
+
+        Raises:
+            ValueError: a gold docid is not in the index.
+        """
+
+    def contents(self, docids: Sequence[str]) -> list[str]:
+        """The passages' text.
+
+        Raises:
+            ValueError: a docid is not in the index.
+        """
+
+    def missing(self, docids: Sequence[str]) -> list[str]:
+        """Those docids that are not in the index."""
+
+
+def open_searcher(folder: str | Path) -> Searcher:
+    """Opens an index folder of any known kind.
+
+    Raises:
+        ValueError: the folder is no index, is damaged, or of a kind or version that this program does not know.
+    """
+    from retriever_server.bm25 import Bm25Index
+
+    return Bm25Index.load(folder)

@@ -1,0 +1,195 @@
+"""Arrays and strings on disk: .npy files that grow by appending, tables of strings, and loading that says what is wrong."""
+
+import io
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from convsearch.files import atomic_write
+
+Array = npt.NDArray[Any]
+
+
+class NpyAppender:
+    """Writes a one-dimensional .npy file whose length is not known at the start: the header is set when it is closed."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by close())
+        self._dtype = np.dtype(dtype)
+        self._count = 0
+        self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        # numpy pads the header so that a first axis of any length fits: its size does not depend on the count
+        header = io.BytesIO()
+        fields = {"descr": self._dtype.str, "fortran_order": False, "shape": (self._count,)}
+        np.lib.format.write_array_header_1_0(header, fields)  # type: ignore[no-untyped-call]
+        return header.getvalue()
+
+    def append(self, values: bytes | Array) -> None:
+        data = values if isinstance(values, bytes) else np.ascontiguousarray(values, self._dtype).tobytes()
+        self._file.write(data)
+        self._count += len(data) // self._dtype.itemsize
+
+    def close(self) -> None:
+        end, header = self._file.tell(), self._header()
+        self._file.seek(0)
+        self._file.write(header)
+        assert end == len(header) + self._count * self._dtype.itemsize, (end, self._count)
+        self._file.close()
+
+
+class StringTableWriter:
+    """Writes ``<name>.npy`` (UTF-8 bytes, one string after the other) and ``<name>_offsets.npy`` (int64, one more than strings)."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._bytes = NpyAppender(folder / f"{name}.npy", "uint8")
+        self._offsets_path = folder / f"{name}_offsets.npy"
+        self._offsets = array("q", [0])
+
+    def append(self, value: bytes) -> None:
+        self._bytes.append(value)
+        self._offsets.append(self._offsets[-1] + len(value))
+
+    def close(self) -> None:
+        self._bytes.close()
+        np.save(self._offsets_path, np.frombuffer(self._offsets, dtype=np.int64))
+
+
+class StringTable:
+    """Strings in index order, read from memory-mapped bytes; nothing is loaded until it is asked for."""
+
+    def __init__(self, blob: Array, offsets: Array, order: Array | None = None) -> None:
+        """``order`` lists the indices in ascending byte order; None where the strings themselves stand in that order."""
+        self._blob, self._offsets, self._order = blob, offsets, order
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def _bytes_at(self, index: int) -> bytes:
+        return bytes(self._blob[self._offsets[index] : self._offsets[index + 1]].data)
+
+    def __getitem__(self, index: int) -> str:
+        return self._bytes_at(index).decode("utf-8")
+
+    def find(self, value: str) -> int | None:
+        """The index of a string, None where it is absent: a binary search, so that no dictionary has to fit in memory."""
+        key = value.encode("utf-8", "surrogatepass")
+        low, high = 0, len(self)
+        while low < high:
+            middle = (low + high) // 2
+            index = middle if self._order is None else int(self._order[middle])
+            found = self._bytes_at(index)
+            if found == key:
+                return index
+            if found < key:
+                low = middle + 1
+            else:
+                high = middle
+        return None
+
+
+@contextmanager
+def whole_folder(folder: Path, replace: bool) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its name when the block ends well and is removed when it does not.
+
+    Temporary folders of builds that were killed are removed first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{folder.name}.tmp-*"):
+        pid = left.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(left)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if replace and folder.exists():
+            aside = folder.with_name(f"{folder.name}.tmp-old-{os.getpid()}")
+            os.replace(folder, aside)
+            os.replace(temporary, folder)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an index folder.
+
+    Raises:
+        ValueError: there is none, or it is not JSON.
+    """
+    remedy = f"build the index with `python -m retriever_server.index bm25 --collection FILE --output {folder}`"
+    if not folder.is_dir():
+        raise ValueError(f"there is no index folder {folder}: {remedy}")
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no manifest.json, so it is no index folder or its building was cut short: {remedy}")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy} --overwrite") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is damaged (not a JSON object): {remedy} --overwrite")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    with atomic_write(folder / "manifest.json") as file:
+        json.dump(manifest, file, indent=2)
+        file.write("\n")
+
+
+def load_array(path: Path, dtype: str, length: int | None) -> Array:
+    """A memory-mapped one-dimensional array.
+
+    Raises:
+        ValueError: the file is absent, cut short, or not of this type and length; names file, expectation and finding.
+    """
+    try:
+        # a plain view: slices of numpy's memmap class are ten times slower to make
+        found = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: the index is incomplete, build it again with --overwrite") from error
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}): build the index again with --overwrite") from error
+    if found.dtype != np.dtype(dtype) or found.ndim != 1 or (length is not None and len(found) != length):
+        expected = f"{dtype}[{'any' if length is None else length}]"
+        shape = ",".join(map(str, found.shape))
+        raise ValueError(
+            f"{path} holds {found.dtype}[{shape}] where the manifest counts {expected}: build the index again with --overwrite"
+        )
+    return found
+
+
+def load_strings(folder: Path, name: str, count: int, order: Array | None = None) -> StringTable:
+    """The table of ``count`` strings that StringTableWriter wrote.
+
+    Raises:
+        ValueError: as load_array, or the offsets do not fit the bytes.
+    """
+    offsets = load_array(folder / f"{name}_offsets.npy", "int64", count + 1)
+    return StringTable(load_array(folder / f"{name}.npy", "uint8", int(offsets[-1])), offsets, order)
