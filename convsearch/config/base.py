@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -27,12 +27,20 @@ def _pair(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("0 is not a count: give a positive number, or -1")
+    return value
+
+
 Text = Annotated[str, BeforeValidator(_number_as_text)]
 """A string; a bare number of the command line (``trainer.experiment_name=7``) is read as one."""
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
 """One string, a list of strings, or null for none."""
 Betas = Annotated[tuple[float, float], BeforeValidator(_pair)]
 """Adam's two decay rates."""
+CountOrMinusOne = Annotated[int, Field(ge=-1), AfterValidator(_not_zero)]
+"""A positive number, or -1 with a meaning of its own."""
 
 
 def require_multiple(total_name: str, total: int, part_name: str, part: int) -> None:

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from convsearch.config.base import Betas, Section, Text, Texts, require_fit, require_multiple
+from convsearch.config.base import Betas, CountOrMinusOne, Section, Text, Texts, require_fit, require_multiple
 from convsearch.config.sft import Device, Dtype, Logger, as_tuple, no_hdfs
 
 EMBEDDED = "embedded:"
@@ -48,7 +48,7 @@ class GrpoDataConfig(Section):
     shuffle: bool = Field(default=True, description="new order of the prompts in each epoch, drawn from data.seed")
     seed: int = Field(default=1, ge=0, description="seed of the order of the prompts")
     prompt_key: Text = Field(default="prompt", description="column that holds the chat messages")
-    val_max_samples: int = Field(default=-1, ge=-1, description="prompts of a validation; -1: all")
+    val_max_samples: CountOrMinusOne = Field(default=-1, description="prompts of a validation; -1: all")
 
 
 class PolicyModelConfig(Section):
@@ -102,6 +102,11 @@ class ActorConfig(Section):
         default=0.001, ge=0, description="weight of the entropy bonus (on in the reference's trainer, not in the paper)"
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    share_prompts: bool = Field(default=True, description="compute each prompt once for its whole group; exact (not in verl)")
+    skip_zero_advantage: bool = Field(
+        default=False,
+        description="leave groups whose rewards are all equal out of the update: they only carry KL and entropy (not in the paper)",
+    )
     fsdp_config: ActorFsdpConfig = ActorFsdpConfig()
 
 
@@ -119,6 +124,9 @@ class RolloutConfig(Section):
     )
     stop: Texts = Field(default=(), description="strings that end a response and stay in it; none: only the model's own end")
     dtype: Dtype = Field(default="bf16", description="type of the sampler's arithmetic")
+    replay_from: Text | None = Field(
+        default=None, description="run folder whose dumped rollouts take the place of sampling and ranking; null: none"
+    )
 
 
 class RefConfig(Section):
@@ -139,6 +147,12 @@ class RewardConfig(Section):
     )
     format_penalty: float = Field(default=-0.1, le=0, description="reward of a response that breaks the format, instead of the rank's")
     language_guard: bool = Field(default=False, description="treat a rewrite in another script than the question's as broken format")
+    language_guard_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="share of non-Latin letters that a rewrite may have beyond its question's before the guard acts",
+    )
 
 
 class RewardModelConfig(Section):
@@ -204,9 +218,9 @@ class GrpoTrainerConfig(Section):
     project_name: Text = Field(default="convsearch-grpo", description="project in wandb")
     experiment_name: Text = Field(default="run", description="run in wandb and in the logs")
     n_gpus_per_node: int = Field(default=8, ge=1, description="ranks a node (processes, on CPU)")
-    nnodes: int = Field(default=1, ge=1, description="nodes")
-    save_freq: int = Field(default=100, ge=-1, description="checkpoint every so many steps; -1: at the end alone")
-    test_freq: int = Field(default=-1, ge=-1, description="validation every so many steps; -1: never")
+    nnodes: int = Field(default=1, ge=1, description="number of nodes")
+    save_freq: CountOrMinusOne = Field(default=100, description="checkpoint every so many steps; -1: at the end alone")
+    test_freq: CountOrMinusOne = Field(default=-1, description="validation every so many steps; -1: never")
     val_before_train: bool = Field(default=False, description="validation before the first step")
     default_local_dir: Text = Field(default="outputs/run/grpo", description="folder for checkpoints, logs, rollouts and the exported model")
     default_hdfs_dir: Text | None = Field(default=None, description="null only: copies to HDFS are not offered")

@@ -76,21 +76,30 @@ def _compose(kind: Kind, argv: Sequence[str]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     overrides = [_hydra_override(kind, argument) for argument in argv]
     try:
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
             composed = compose(config_name=kind, overrides=overrides)
-        unresolved = OmegaConf.to_container(composed, resolve=False)
-        assert isinstance(unresolved, dict)
-        # ${...} is read from the root of the command's own key tree, as on the command line.
-        rooted = OmegaConf.create({**unresolved[kind], "names": unresolved["names"]})
+        rooted = OmegaConf.create(_rooted(kind, OmegaConf.to_container(composed, resolve=False)))
         tree = OmegaConf.to_container(rooted, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(f"the configuration cannot be composed: {' '.join(str(error).split())}") from None
     assert isinstance(tree, dict)
     del tree["names"]
     return tree
+
+
+def _rooted(kind: Kind, composed: Any) -> dict[str, Any]:
+    """The ``kind`` node with ``names`` beside its keys, so that ${trainer.seed} in a file means what it means on the command line."""
+    for node, value in composed.items():
+        if node not in {*MODELS, "names"} or not isinstance(value, dict):
+            wrong = f"{node}: {value}"
+            raise ValueError(
+                f"a file under {config_dir()} has '{wrong}' at its top: only sft, grpo and names belong there, with keys below"
+            )
+    return {**composed[kind], "names": composed["names"]}
 
 
 def _hydra_override(kind: Kind, argument: str) -> str:
@@ -111,7 +120,7 @@ def _hydra_override(kind: Kind, argument: str) -> str:
             _check_option(key, chosen)
             return argument.lstrip("+")
     else:
-        _check_key(kind, key)
+        _check_key(kind, key, override.value())
     return f"++{kind}.{argument.lstrip('+')}"
 
 
@@ -119,14 +128,16 @@ def _check_option(group: str, chosen: object) -> None:
     options = _options(group)
     for name in chosen if isinstance(chosen, list) else [chosen]:
         if name is not None and str(name) not in options:
-            raise ValueError(
-                f"{group}={name}: there is no file configs/{group}/{name}.yaml; the nearest is '{_nearest(str(name), options)}'"
-            )
+            known = ", ".join(options)
+            raise ValueError(f"{group}={name}: there is no file configs/{group}/{name}.yaml, choose one of {known}")
 
 
-def _check_key(kind: Kind, key: str) -> None:
+def _check_key(kind: Kind, key: str, value: object) -> None:
     leaves = [name for name, _ in _leaves(MODELS[kind])]
-    if key not in leaves and not any(name.startswith(f"{key}.") for name in leaves):
+    below = [name for name in leaves if name.startswith(f"{key}.")]
+    if below and not isinstance(value, dict):
+        raise ValueError(f"{key}={value} sets a whole section: name one of its keys, such as {below[0]}=VALUE")
+    if key not in leaves and not below:
         raise ValueError(f"unknown key '{key}': the nearest known key is '{_nearest(key, leaves)}' (--help lists them)")
 
 
@@ -213,5 +224,8 @@ def _positions(folder: Path) -> int | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    try:
+        positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): the model's folder is damaged, export or fetch it again") from None
     return positions if isinstance(positions, int) else None

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from convsearch.config.base import Betas, Section, Text, Texts, require_fit, require_multiple
+from convsearch.config.base import Betas, CountOrMinusOne, Section, Text, Texts, require_fit, require_multiple
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["fp32", "bf16"]
@@ -63,8 +63,8 @@ class SftTrainerConfig(Section):
     )
     logger: tuple[Logger, ...] = Field(default=("console", "jsonl"), description="where metrics go: list of console, jsonl, wandb")
     seed: int = Field(default=1, ge=0, description="seed of everything random but the order of the rows")
-    save_freq: int = Field(default=-1, ge=-1, description="checkpoint every so many steps; -1: at the end of each epoch")
-    test_freq: int = Field(default=-1, ge=-1, description="validation loss every so many steps; -1: at the end of each epoch")
+    save_freq: CountOrMinusOne = Field(default=-1, description="checkpoint every so many steps; -1: at the end of each epoch")
+    test_freq: CountOrMinusOne = Field(default=-1, description="validation loss every so many steps; -1: at the end of each epoch")
     resume_mode: Literal["auto", "disable"] = Field(default="auto", description="go on from the newest complete checkpoint, or start anew")
     keep_checkpoints: int = Field(default=2, ge=1, description="newest complete checkpoints that stay on disk")
     device: Device = Field(default="auto", description="auto: cuda where there is one")
