@@ -212,8 +212,10 @@ def create_app(
     app.add_middleware(BodyLimit, limit=limits.request_bytes)
 
     @app.exception_handler(RequestValidationError)
-    async def one_sentence(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def one_sentence(request: Request, error: RequestValidationError) -> JSONResponse:
         faults = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in error.errors()]
+        if "json" not in request.headers.get("content-type", ""):
+            faults = ["the body must be JSON, sent with the header 'content-type: application/json'"]
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         return JSONResponse({"detail": "; ".join(faults[:3]) + more}, 422)
 

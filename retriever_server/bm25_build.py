@@ -101,8 +101,11 @@ def _already_built(folder: Path, sha256: str, k1: float, b: float, overwrite: bo
         return False
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} exists and is no index folder, so it is left alone: choose another --output")
+    from retriever_server.bm25 import Bm25Index
+
     try:
         found = Manifest.read(folder)
+        Bm25Index.load(folder)  # a cut array must not be found out only when it is served
     except ValueError:
         if overwrite:
             return False

@@ -149,10 +149,17 @@ def exit_with_parent(pid: int) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket (port 0: any free one); ValueError where the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns off Nagle's algorithm only where the protocol is spelled out: without it every answer would take 40 ms
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(2048)
     except (OSError, OverflowError) as error:
+        bound.close()
         raise ValueError(f"cannot listen on {host} port {port} ({error}): choose another --port, 0 for any free one") from error
+    return bound
 
 
 def serve(app: Any, host: str, port: int, about: str) -> None:

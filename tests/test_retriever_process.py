@@ -1,0 +1,181 @@
+"""Real server processes over real sockets: killed, terminated, orphaned, misled."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from convsearch.retriever import EmbeddedRetriever, RetrieverError, open_retriever
+from retriever_server.bm25 import Bm25Index
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSAGES = {f"p{number}": f"word{number % 7} word{number % 5} word{number % 3}" for number in range(60)}
+QUERIES = [f"word{number % 7} word{number % 4}" for number in range(40)]
+GOLDS = [[f"p{number}"] for number in range(40)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("process")
+    (root / "c.jsonl").write_text("\n".join(json.dumps({"id": docid, "contents": text}) for docid, text in PASSAGES.items()))
+    Bm25Index.build(root / "c.jsonl", root / "index", progress=False)
+    return root / "index"
+
+
+@contextmanager
+def started(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process and its first line of output; killed at the end."""
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        yield process, process.stdout.readline()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def gone(pid: int, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_killed_embedded_server_only_delays(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    expected = Bm25Index.load(folder).gold_ranks(QUERIES, GOLDS, 20)
+    assert 0 < expected.count(None) < 40
+    with open_retriever(f"embedded:{folder}", depth=20, max_wait_s=60) as client:
+        assert isinstance(client, EmbeddedRetriever)
+        assert client.gold_ranks(GOLDS, QUERIES) == expected
+        first = client.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)  # between two calls
+        assert client.gold_ranks(GOLDS, QUERIES) == expected
+        second = client.pid
+        assert second not in (None, first)
+        results = [client.gold_ranks(GOLDS, QUERIES)]
+        killer = threading.Timer(0.1, os.kill, (second, signal.SIGKILL))  # in the middle of calls
+        killer.start()
+        while client.pid == second:
+            results.append(client.gold_ranks(GOLDS, QUERIES))
+        killer.join()
+        assert all(result == expected for result in results)
+        third = client.pid
+    assert third is not None
+    assert gone(third, 0.1)
+    assert capfd.readouterr().err.count("ended (status -9): starting it again") == 2
+    client.close()
+    with pytest.raises(RetrieverError, match="has been closed"):
+        client.gold_ranks(GOLDS, QUERIES)
+
+
+def test_an_index_that_cannot_be_opened_is_the_servers_own_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^there is no index folder .*none: build the index with"):
+        open_retriever(f"embedded:{tmp_path / 'none'}")
+
+
+def test_the_server_goes_with_its_parent(folder: Path) -> None:
+    parent = (
+        "import sys, time; from convsearch.retriever import open_retriever; "
+        f"client = open_retriever('embedded:{folder}'); print(client.pid, client.url, flush=True); time.sleep(60)"
+    )
+    with started("-c", parent) as (process, line):
+        pid, url = line.split()
+        assert httpx.get(f"{url}/health", trust_env=False).json()["passages"] == 60
+        process.kill()
+        process.wait()
+        assert gone(int(pid), 5)
+
+
+def test_sigterm_drains(folder: Path, tmp_path: Path) -> None:
+    # a searcher that answers once a file is there, behind the real serve()
+    script = f"""
+import os, time
+from retriever_server.app import create_app
+from retriever_server.bm25 import Bm25Index
+from retriever_server.server import serve
+class Slow(Bm25Index):
+    def gold_ranks(self, *arguments):
+        print("begun", flush=True)
+        while not os.path.exists({str(tmp_path / "go")!r}):
+            time.sleep(0.02)
+        return super().gold_ranks(*arguments)
+serve(create_app({{"slow": Slow({str(folder)!r})}}), "127.0.0.1", 0, "slow")
+"""
+    with started("-c", script) as (process, line):
+        url = line.split()[1]
+        answers: list[httpx.Response] = []
+        body = {"items": [{"id": "a", "query": "word0", "gold_docids": ["p0"]}]}
+        thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/rank", json=body, timeout=20, trust_env=False)))
+        thread.start()
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:  # until it takes no new requests
+            try:
+                httpx.get(f"{url}/health", trust_env=False)
+            except httpx.TransportError:
+                break
+        (tmp_path / "go").touch()
+        thread.join()
+        assert time.monotonic() < deadline
+        assert answers[0].json()["ranks"] == {"a": 1}
+        assert process.wait(timeout=5) == 0
+
+
+def test_command_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "dev.trec").write_text("q1 0 p0 1\n")
+    arguments = ["-m", "retriever_server", "--index_path", f"wiki={folder}", "--trec_path", str(tmp_path / "dev.trec"), "--port", "0"]
+    with started(*arguments, "--bm25_k1", "0.9", "--bm25_b", "0.4", "--exit-with-parent") as (process, line):
+        index_id = Bm25Index.load(folder).index_id
+        assert re.fullmatch(rf"retriever_server: http://127\.0\.0\.1:\d+ ready, index {index_id}, 60 passages\n", line)
+        with open_retriever(line.split()[1], index="wiki") as client:
+            assert client.health()["index_id"] == index_id
+            assert client.gold_ranks([["p0"]], ["word0"]) == [1]
+            with pytest.raises(ValueError, match=r"item 0 \('word0'\): docid 'p99' is not in the index"):
+                client.gold_ranks([["p99"]], ["word0"])
+        request = {"queries": ["word0"], "query_ids": ["q1"], "topk": 100}
+        assert httpx.post(f"{line.split()[1]}/retrieve", json=request, trust_env=False).json() == {"result": [1]}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--index_path", "{}/none", "--port", "0"], "error: there is no index folder"),
+        (["--index_path", "{}", "--retriever_name", "ance"], "error: --retriever_name ance: dense retrieval is not in this version"),
+    ],
+)
+def test_command_line_faults(folder: Path, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "retriever_server", *(argument.format(folder) for argument in arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_imports_nothing_heavy() -> None:
+    for module in ("retriever_server", "retriever_server.index"):
+        command = [sys.executable, "-X", "importtime", "-m", module, "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "argparse" in done.stderr
+        assert not re.search(r"\| +(numpy|fastapi|bm25s|uvicorn)$", done.stderr, re.MULTILINE)
