@@ -1,0 +1,68 @@
+"""What there is to fetch, from where. BRIGHT's sizes and MD5 sums are those of ir_datasets; Zenodo publishes its own in its records."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One public file. ``checksum`` is "md5:..." or "sha256:..."; ``record_url`` answers with a Zenodo record that holds it."""
+
+    path: str  # below the output folder
+    url: str
+    size_bytes: int | None = None
+    checksum: str | None = None
+    record_url: str | None = None
+
+
+def _zenodo(record: int, name: str, path: str) -> Release:
+    return Release(
+        path, f"https://zenodo.org/records/{record}/files/{name}?download=1", record_url=f"https://zenodo.org/api/records/{record}"
+    )
+
+
+def _bright(folder: str, name: str, size_bytes: int, md5: str) -> Release:
+    path = f"{folder}/{name}-00000-of-00001.parquet"
+    return Release(path, f"https://huggingface.co/datasets/xlangai/BRIGHT/resolve/main/{path}", size_bytes, f"md5:{md5}")
+
+
+RELEASES: dict[str, tuple[Release, ...]] = {
+    "topiocqa": (
+        _zenodo(7709644, "topiocqa_train.json", "topiocqa_dataset/train.json"),
+        _zenodo(7709644, "topiocqa_dev.json", "topiocqa_dataset/dev.json"),
+        _zenodo(6151011, "data/retriever/all_history/train.json", "retriever/all_history/train.json"),
+        _zenodo(6151011, "data/retriever/all_history/dev.json", "retriever/all_history/dev.json"),
+        _zenodo(6149599, "data/wikipedia_split/full_wiki_segments.tsv", "full_wiki_segments.tsv"),
+    ),
+    "qrecc": (
+        _zenodo(5543685, "scai-qrecc21-training-turns.json", "scai-qrecc21-training-turns.json"),
+        _zenodo(5543685, "scai-qrecc21-test-turns.json", "scai-qrecc21-test-turns.json"),
+        _zenodo(5115890, "passages.zip", "passages.zip"),
+    ),
+    "mtrag": (Release("mt-rag-benchmark.zip", "https://github.com/IBM/mt-rag-benchmark/archive/refs/heads/main.zip"),),
+    "bright": (
+        _bright("documents", "biology", 11046045, "f5634c69200296066adf9816f5e4f729"),
+        _bright("documents", "earth_science", 23084671, "210a3b5cdc06cfd9ca6728fa97fb8067"),
+        _bright("documents", "economics", 10969621, "51f017a94fc4bccb68e44c85640a2feb"),
+        _bright("documents", "psychology", 11430533, "cb0a14e59845efe80fdc1fa92c379605"),
+        _bright("documents", "robotics", 7874186, "595fb0d3075eaca19298a51bb706a513"),
+        _bright("documents", "stackoverflow", 39493317, "e1e3b210340e7fb5ec3782b57525a6ee"),
+        _bright("documents", "sustainable_living", 11720059, "e7f3e97d3314f2afb662c8779b904ce9"),
+        _bright("documents", "leetcode", 210510658, "eda94d3cb40aa9b1f55030d1631acf72"),
+        _bright("documents", "pony", 1125040, "f0805cab692e3a4f4b69819b743c0a82"),
+        _bright("documents", "aops", 65301334, "43d86de9400e68911a7d419de8105c61"),
+        _bright("documents", "theoremqa_theorems", 7632381, "93fb1207b33e0dffb79a7923326c060d"),
+        _bright("documents", "theoremqa_questions", 65301334, "43d86de9400e68911a7d419de8105c61"),
+        _bright("examples", "biology", 200655, "53d20abac1f80d0ebd223da63a5a7d45"),
+        _bright("examples", "earth_science", 184093, "d8a46cd50ff605094bf7460ce387ff4c"),
+        _bright("examples", "economics", 219518, "618302357566c1d1aa45dfdc13d471ef"),
+        _bright("examples", "psychology", 183889, "16c99781402179d309696a68d0a1ab86"),
+        _bright("examples", "robotics", 178820, "1ac3ec10dda663f083f28b33d901fad1"),
+        _bright("examples", "stackoverflow", 250458, "e676fb3e8f822237d67287d75a769155"),
+        _bright("examples", "sustainable_living", 218151, "e8e73cf45e751e447a470cdb27974f42"),
+        _bright("examples", "leetcode", 168560, "33e413c4f4c5b80b074b979807eaa5e6"),
+        _bright("examples", "pony", 27722, "0decd583ecef3e17b861d0697585033f"),
+        _bright("examples", "aops", 1338908, "26f1458f835aeba9c915c1eda4321ec0"),
+        _bright("examples", "theoremqa_theorems", 124476, "e45115bb80e939fc9a063514f2331e54"),
+        _bright("examples", "theoremqa_questions", 1494939, "eac182e1594f199acda6d18fdbb8a4ef"),
+    ),
+}
