@@ -186,6 +186,16 @@ class BodyLimit:
         await self.app(scope, replay, send)
 
 
+async def one_sentence(request: Request, error: Exception) -> JSONResponse:
+    """A request that does not fit its model: status 422 and the first faults in words instead of FastAPI's list of objects."""
+    assert isinstance(error, RequestValidationError)
+    faults = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in error.errors()]
+    if "json" not in request.headers.get("content-type", ""):
+        faults = ["the body must be JSON, sent with the header 'content-type: application/json'"]
+    more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+    return JSONResponse({"detail": "; ".join(faults[:3]) + more}, 422)
+
+
 def create_app(
     indexes: Mapping[str, Searcher],
     qrels: Mapping[str, Sequence[str]] | None = None,
@@ -210,14 +220,7 @@ def create_app(
 
     app = FastAPI(title="retriever_server", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, limit=limits.request_bytes)
-
-    @app.exception_handler(RequestValidationError)
-    async def one_sentence(request: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in error.errors()]
-        if "json" not in request.headers.get("content-type", ""):
-            faults = ["the body must be JSON, sent with the header 'content-type: application/json'"]
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        return JSONResponse({"detail": "; ".join(faults[:3]) + more}, 422)
+    app.add_exception_handler(RequestValidationError, one_sentence)
 
     @app.post("/rank")
     async def rank(request: RankRequest) -> Response:
