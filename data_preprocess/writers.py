@@ -115,8 +115,13 @@ class _ParquetRows:
         self._rows = []
 
     def close(self) -> None:
+        """Writes what is left, and the footer."""
         if self._rows:
             self._flush()
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the file; nothing to do after ``close``."""
         self._writer.close()
 
 
@@ -166,7 +171,10 @@ def _open_split(folder: Path, name: str, with_parquet: bool) -> Iterator[SplitFi
     with ExitStack() as stack:
         conversations = stack.enter_context(atomic_write(folder / f"{name}.json"))
         qrels = stack.enter_context(atomic_write(folder / f"{name}.trec"))
-        parquet = _ParquetRows(stack.enter_context(atomic_write(folder / f"{name}.parquet", "wb"))) if with_parquet else None
+        parquet = None
+        if with_parquet:
+            parquet = _ParquetRows(stack.enter_context(atomic_write(folder / f"{name}.parquet", "wb")))
+            stack.callback(parquet.release)
         yield SplitFiles(name, conversations, qrels, parquet)
         if parquet is not None:
             parquet.close()
@@ -287,8 +295,9 @@ class OutputFolder:
         """
         key = json.loads(json.dumps({"inputs": [source.stamp() for source in inputs], "options": options}))
         steps = self._steps()
-        entry = steps.get(name)
-        if entry and entry["key"] == key and self._is_whole(entry) and len(entry["skipped"]) <= self.skip_bad:
+        entry: dict[str, Any] = steps.get(name, {"key": None, "files": {}, "counts": {}, "skipped": []})
+        same = entry["key"] == key and set(entry["files"]) == set(files)
+        if same and self._is_whole(entry) and len(entry["skipped"]) <= self.skip_bad:
             verb = "reused"
         else:
             self._forget(steps, name, files)
