@@ -36,7 +36,9 @@ def group_advantages(rewards_N: Sequence[float], group_size: int, *, by_std: boo
     return flat
 
 
-def clipped_loss(logprobs_R: Tensor, old_logprobs_R: Tensor, advantages_R: Tensor, clip_low: float, clip_high: float) -> tuple[Tensor, Tensor]:
+def clipped_loss(
+    logprobs_R: Tensor, old_logprobs_R: Tensor, advantages_R: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
     """The clipped policy loss of each token (PPO, equation 7; GRPO, equation 3), and where the clip was active [R] bool."""
     ratio_R = (logprobs_R - old_logprobs_R).exp()
     unclipped_R = -advantages_R * ratio_R

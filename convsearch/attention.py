@@ -21,12 +21,28 @@ NAME = "tree"
 
 @dataclass(slots=True)
 class TreeContext:
-    """A forward pass under an explicit mask [B, 1, T, T]; with ``keep``, the keys and values of each layer [B, H, T, D] are collected."""
+    """A forward pass under an explicit mask [B or 1, 1, T, L + T].
 
-    mask_B1TT: Tensor
+    With ``keep``, the keys and values of each layer [B, H, L + T, D] are collected. ``prefix`` holds those of L tokens that all rows
+    begin with, read before by a pass of their own (its ``keys`` and ``values``, [1, H, L, D] a layer).
+    """
+
+    mask: Tensor
     keep: bool = False
+    prefix: "TreeContext | None" = None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the prefix in front, and keeps what is to be kept."""
+        if self.prefix is not None:
+            rows = key.shape[0]
+            key = torch.cat((self.prefix.keys[layer].expand(rows, -1, -1, -1), key), dim=2)
+            value = torch.cat((self.prefix.values[layer].expand(rows, -1, -1, -1), value), dim=2)
+        if self.keep:
+            self.keys.append(key)
+            self.values.append(value)
+        return key, value
 
 
 @dataclass(slots=True)
@@ -63,14 +79,13 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H*g, T, D], key and value [B, H, T, D] -> [B, T, H*g, D]."""
     assert context is not None, "the 'tree' attention needs a context; call the model through Policy or HfSampler"
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(context, TreeContext):
-        if context.keep:
-            context.keys.append(key)
-            context.values.append(value)
+        key, value = context.extend(layer, key, value)
         grouped = query.shape[1] != key.shape[1]
-        out = scaled_dot_product_attention(query, key, value, attn_mask=context.mask_B1TT, scale=scaling, enable_gqa=grouped)
+        out = scaled_dot_product_attention(query, key, value, attn_mask=context.mask, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2), None
-    return _decode(context, int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
+    return _decode(context, layer, query, key, value, scaling), None
 
 
 def _decode(context: DecodeContext, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -89,11 +104,11 @@ def _decode(context: DecodeContext, layer: int, query: Tensor, key: Tensor, valu
     to_prompt = to_prompt.reshape(samples, heads, grouped, prompt_length)
     to_sample = query_NHgD @ keys[:, :, : now + 1].transpose(-1, -2)
     weights = torch.cat((to_prompt, to_sample), dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    on_prompt, on_sample = weights.split((prompt_length, now + 1), dim=-1)
+    on_prompt, on_sample = weights[..., :prompt_length], weights[..., prompt_length:]
     on_prompt = on_prompt.view(prompts, group, heads, grouped, prompt_length).transpose(1, 2)
     from_prompt = on_prompt.reshape(prompts, heads, group * grouped, prompt_length) @ prompt_values
     from_prompt = from_prompt.view(prompts, heads, group, grouped, size).transpose(1, 2).reshape(samples, heads, grouped, size)
-    out = from_prompt + on_sample @ values[:, :, : now + 1]
+    out: Tensor = from_prompt + on_sample @ values[:, :, : now + 1]
     return out.reshape(samples, 1, heads * grouped, size)
 
 

@@ -88,11 +88,11 @@ def pack(trees: Sequence[Tree], max_tokens: int, pad_id: int = 0) -> Iterator[Mi
     rows: list[Tree] = []
     for tree in sorted(trees, key=len):
         if rows and len(tree) * (len(rows) + 1) > max_tokens:
-            yield _collate(rows, pad_id)
+            yield collate(rows, pad_id)
             rows = []
         rows.append(tree)
     if rows:
-        yield _collate(rows, pad_id)
+        yield collate(rows, pad_id)
 
 
 @dataclass(slots=True)
@@ -105,7 +105,8 @@ class _Columns:
     logprob: list[float] = field(default_factory=list)
 
 
-def _collate(trees: Sequence[Tree], pad_id: int) -> MicroBatch:
+def collate(trees: Sequence[Tree], pad_id: int = 0) -> MicroBatch:
+    """One micro-batch of these trees, a row each, padded on the right."""
     length = max(map(len, trees))
     token_ids_BT = torch.full((len(trees), length), pad_id)
     position_ids_BT = torch.zeros(len(trees), length, dtype=torch.long)

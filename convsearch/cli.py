@@ -19,5 +19,8 @@ def run(main: Callable[[], None]) -> None:
         if error.filename is None and error.errno is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}: nothing that was complete is lost; mend it and run the same command again", file=sys.stderr)
+        print(
+            f"error: {error.strerror or error}{where}: nothing that was complete is lost; mend it and run the same command again",
+            file=sys.stderr,
+        )
         sys.exit(2)

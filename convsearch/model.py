@@ -9,8 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from convsearch import attention
 from convsearch.types import Message
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def pick_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one, else CPU."""
@@ -32,14 +30,12 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_model(path: str, dtype: str = "float32", *, trust_remote_code: bool = False) -> Any:
-    """A transformers causal LM on the CPU in ``dtype``, with the project's attention function."""
+def load_model(path: str, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False) -> Any:
+    """A transformers causal LM on the CPU, with the project's attention function."""
     _check_folder(path)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
+            path, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=trust_remote_code
         )
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} does not load as a causal language model: {error}") from error
@@ -64,7 +60,9 @@ def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _check_folder(path: str) -> None:
     if not path:
-        raise ValueError("no model was named: set actor_rollout_ref.model.path (GRPO), model.partial_pretrain (SFT) or --model_name_or_path")
+        raise ValueError(
+            "no model was named: set actor_rollout_ref.model.path (GRPO), model.partial_pretrain (SFT) or --model_name_or_path"
+        )
     folder = Path(path)
     looks_local = path.startswith((".", "/", "~")) or folder.exists() or path.count("/") > 1
     if looks_local and not (folder / "config.json").is_file():

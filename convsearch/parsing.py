@@ -6,9 +6,7 @@ from convsearch.types import FinishReason, Rewrite
 
 THINK_OPEN, THINK_CLOSE, REWRITE_OPEN, REWRITE_CLOSE = "<think>", "</think>", "<rewrite>", "</rewrite>"
 _TAGS = (THINK_OPEN, THINK_CLOSE, REWRITE_OPEN, REWRITE_CLOSE)
-_FORM = re.compile(
-    rf"\s*{THINK_OPEN}(?P<think>.*?){THINK_CLOSE}\s*{REWRITE_OPEN}(?P<rewrite>.*?){REWRITE_CLOSE}\s*", re.DOTALL
-)
+_FORM = re.compile(rf"\s*{THINK_OPEN}(?P<think>.*?){THINK_CLOSE}\s*{REWRITE_OPEN}(?P<rewrite>.*?){REWRITE_CLOSE}\s*", re.DOTALL)
 
 
 def parse_rewrite(text: str, finish_reason: FinishReason = "stop") -> Rewrite:

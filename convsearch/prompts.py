@@ -37,7 +37,7 @@ EXAMPLE = Conversation(
     gold_docids=(),
 )
 EXAMPLE_OUTPUT = (
-    "<think>\"he\" is Antoni Gaudi, the architect of the Sagrada Familia.</think>\n"
+    '<think>"he" is Antoni Gaudi, the architect of the Sagrada Familia.</think>\n'
     "<rewrite>How did Antoni Gaudi, architect of the Sagrada Familia, die?</rewrite>"
 )
 

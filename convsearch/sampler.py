@@ -1,6 +1,6 @@
 """Sampling with plain transformers modules: each prompt is read once, its n samples are decoded together behind it.
 
-Randomness is one stream of uniform numbers a sample, seeded by (seed, prompt index, sample index): a sample does not depend on
+Randomness is one stream of uniform numbers a sample, seeded by (seed, key of the prompt, number of the sample): a sample does not depend on
 what else stands in its batch, and a run that is resumed draws what it would have drawn.
 """
 
@@ -37,7 +37,13 @@ class SamplingConfig:
     batch_size: int = 64  # sequences decoded at once
 
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0, 10), ("top_p", 0, 1), ("top_k", 0, 1 << 20), ("max_tokens", 1, 1 << 20), ("batch_size", 1, 1 << 16)):
+        for name, low, high in (
+            ("temperature", 0, 10),
+            ("top_p", 0, 1),
+            ("top_k", 0, 1 << 20),
+            ("max_tokens", 1, 1 << 20),
+            ("batch_size", 1, 1 << 16),
+        ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"sampling: {name} = {getattr(self, name)} is not within {low} and {high}")
 
@@ -62,11 +68,19 @@ class HfSampler:
     """Samples from a transformers causal LM that was loaded with the ``tree`` attention (``convsearch.model.load_model``)."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, config: SamplingConfig, stop_ids: tuple[int, ...], scaffold: Scaffold | None = None, progress: bool = False
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: SamplingConfig,
+        stop_ids: tuple[int, ...],
+        scaffold: Scaffold | None = None,
+        progress: bool = False,
+        bf16: bool = False,
     ):
         self.model, self.tokenizer, self.config, self.scaffold, self.progress = model, tokenizer, config, scaffold, progress
         self.stop_ids = frozenset(stop_ids)
         self.version = 0
+        self._autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
         self._script = _Script(tokenizer, scaffold, model.config.vocab_size) if scaffold else None
 
     def load_weights(self, named_tensors: dict[str, Tensor], version: int) -> None:
@@ -76,8 +90,12 @@ class HfSampler:
         self.version = version
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]:
-        """n samples of every prompt, group-major; prompts of like length are decoded together."""
+    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None) -> list[Completion]:
+        """n samples of every prompt, group-major; prompts of like length are decoded together.
+
+        Args:
+            keys: a number a prompt that stands for it in the random seed; the prompt's position where left out.
+        """
         completions: list[Completion | None] = [None] * (len(prompts) * n)
         order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
         per_chunk = max(1, self.config.batch_size // n)
@@ -86,16 +104,18 @@ class HfSampler:
         with tqdm(total=len(completions), desc="sampling", unit="sample", disable=not self.progress) as bar:
             for start in range(0, len(order), per_chunk):
                 chunk = order[start : start + per_chunk]
-                for p, group in zip(chunk, self._generate_chunk([prompts[p] for p in chunk], chunk, n, seed), strict=True):
+                with self._autocast:
+                    groups = self._generate_chunk([prompts[p] for p in chunk], [keys[p] if keys else p for p in chunk], n, seed)
+                for p, group in zip(chunk, groups, strict=True):
                     completions[p * n : (p + 1) * n] = group
                 bar.update(len(chunk) * n)
         self.model.train(was_training)
         return [completion for completion in completions if completion is not None]
 
-    def _generate_chunk(self, prompts: list[tuple[int, ...]], indices: list[int], n: int, seed: int) -> list[list[Completion]]:
+    def _generate_chunk(self, prompts: list[tuple[int, ...]], keys: list[int], n: int, seed: int) -> list[list[Completion]]:
         limit = self.config.max_tokens if self._script is None else min(self.config.max_tokens, self._script.max_tokens)
         context, hidden_PX = self._read(prompts, n, limit)
-        rows = [_Row(np.random.default_rng([seed, p, g]).random(limit), self._script) for p in indices for g in range(n)]
+        rows = [_Row(np.random.default_rng([seed, key, g]).random(limit), self._script) for key in keys for g in range(n)]
         live_P = list(range(len(prompts)))  # prompts whose samples still stand in the context
         hidden_NX = hidden_PX.repeat_interleave(n, dim=0)
         while True:
@@ -114,26 +134,36 @@ class HfSampler:
         return [[self._completion(row) for row in rows[p * n : (p + 1) * n]] for p in range(len(prompts))]
 
     def _read(self, prompts: list[tuple[int, ...]], n: int, capacity: int) -> tuple[DecodeContext, Tensor]:
-        """Reads the prompts, padded on the right; returns the decoding state and the hidden state behind each prompt [P, X]."""
-        device = self.model.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        """Reads the prompts, padded on the right; returns the decoding state and the hidden state behind each prompt [P, X].
+
+        What all prompts begin with (the system prompt, the worked example) is read once.
+        """
+        device, shared = self.model.device, _common_prefix(prompts)
+        prefix = TreeContext(torch.ones(shared, shared, dtype=torch.bool, device=device).tril()[None, None], keep=True) if shared else None
+        if prefix is not None:
+            self._forward(torch.tensor([prompts[0][:shared]], device=device), torch.arange(shared, device=device)[None], prefix)
+        lengths = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
         longest = int(lengths.max())
-        token_ids_PT = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-        causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()[None, None]
-        tree = TreeContext(causal, keep=True)
-        positions = torch.arange(longest, device=device).expand(len(prompts), -1)
-        hidden = self.model.model(input_ids=token_ids_PT, position_ids=positions, use_cache=False, context=tree).last_hidden_state
-        padding = torch.arange(longest, device=device)[None] >= lengths[:, None]
+        token_ids_PT = torch.tensor([[*prompt[shared:], *[0] * (longest + shared - len(prompt))] for prompt in prompts], device=device)
+        visible = torch.ones(longest, shared + longest, dtype=torch.bool, device=device).tril(diagonal=shared)[None, None]
+        tree = TreeContext(visible, keep=True, prefix=prefix)
+        positions = shared + torch.arange(longest, device=device).expand(len(prompts), -1)
+        hidden = self._forward(token_ids_PT, positions, tree)
+        padding = torch.arange(shared + longest, device=device)[None] >= shared + lengths[:, None]
         mask = torch.zeros(padding.shape, dtype=hidden.dtype, device=device).masked_fill(padding, float("-inf"))
         samples = len(prompts) * n
         empty = [key.new_zeros(samples, key.shape[1], capacity, key.shape[3]) for key in tree.keys]
         context = DecodeContext(tree.keys, tree.values, mask[:, None, None], empty, [torch.zeros_like(key) for key in empty])
         return context, hidden[torch.arange(len(prompts), device=device), lengths - 1]
 
+    def _forward(self, token_ids: Tensor, positions: Tensor, context: TreeContext | DecodeContext) -> Tensor:
+        hidden = self.model.model(input_ids=token_ids, position_ids=positions, use_cache=False, context=context).last_hidden_state
+        return hidden  # type: ignore[no-any-return]
+
     def _step(self, context: DecodeContext, token_ids_N: Tensor, positions_N: Tensor) -> Tensor:
-        hidden = self.model.model(input_ids=token_ids_N[:, None], position_ids=positions_N[:, None], use_cache=False, context=context)
+        hidden = self._forward(token_ids_N[:, None], positions_N[:, None], context)
         context.length += 1
-        return hidden.last_hidden_state[:, 0]  # type: ignore[no-any-return]
+        return hidden[:, 0]
 
     def _choose(self, logits_NV: Tensor, rows: list["_Row"]) -> Tensor:
         """Draws the next token of every row, lets the scaffold overrule it, and books it; returns the ids to feed [N]."""
@@ -166,6 +196,13 @@ class HfSampler:
         text_ids = row.token_ids[:-1] if row.token_ids and row.token_ids[-1] in self.stop_ids else row.token_ids
         text = self.tokenizer.decode(text_ids, skip_special_tokens=False)
         return Completion(tuple(row.token_ids), tuple(row.logprobs), text, "stop" if row.stopped else "length", self.version)
+
+
+def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all prompts begin with; at least one token of each prompt is left to be read by itself."""
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit) if len(prompts) > 1 else 0
 
 
 def _inverse_cdf(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:

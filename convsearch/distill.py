@@ -1,0 +1,204 @@
+"""Self-driven warm-up data: the base model rewrites the training set, the retriever says which rewrites are good (arXiv 2505.15776, section 3.2).
+
+``python -m convsearch.distill --model_name_or_path BASE --input_path train.json --output_dir DIR --retriever_url embedded:INDEX``
+
+k samples a conversation with the one-example prompt; a sample is kept when its form is right and its gold passage stands at rank 1. What is kept is
+written to ``sft.parquet`` with the ZERO-shot prompt. All samples stay in ``samples.jsonl``, with ranks; the command resumes there when it is run again.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from convsearch.cli import run
+from convsearch.infer import finished
+from convsearch.prompts import STYLES
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m convsearch.distill", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="the base model: folder or hub name")
+    add("--input_path", required=True, help="training conversations, one JSON object a line")
+    add("--output_dir", required=True, help="folder for samples.jsonl, sft.parquet and yield.json")
+    add("--retriever_url", default="", help="http://host:port or embedded:INDEX_FOLDER; $RETRIEVER_URL by default")
+    add("--retriever_index", default=None, help="which of the server's indexes; its default by default")
+    add("--k", type=int, default=1, help="samples a conversation (the paper takes 1)")
+    add("--rank_limit", type=int, default=1, help="worst gold rank that is kept (the paper keeps rank 1)")
+    add("--max_kept", type=int, default=1, help="samples kept a conversation at most, the best ranks first")
+    add("--drop_first_turns", action="store_true", help="leave out questions without a history, which need no rewriting")
+    add(
+        "--drop_copies",
+        action="store_true",
+        help="leave out rewrites that only repeat the question where it has a history (not in the paper)",
+    )
+    add("--temperature", type=float, default=0.7, help="sampling temperature")
+    add("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
+    add("--max_tokens", type=int, default=1024, help="tokens of an output at most")
+    add("--seed", type=int, default=1, help="seed of the samples")
+    add("--limit", type=int, default=None, help="only the first so many conversations")
+    add("--prompt_style", default="paper", choices=STYLES, help="the published prompt, or its short form")
+    add("--max_history_turns", type=int, default=None, help="newest turns that stay in the prompt; all by default")
+    add("--batch_size", type=int, default=64, help="sequences decoded at once")
+    add(
+        "--scaffold",
+        action="store_true",
+        help="write the tags for the model, each part up to a budget (not in the paper; for small models)",
+    )
+    add("--think_tokens", type=int, default=24, help="budget of the thinking under --scaffold, in tokens")
+    add("--rewrite_tokens", type=int, default=32, help="budget of the rewrite under --scaffold, in tokens")
+    add("--dtype", default="fp32", choices=("fp32", "bf16"), help="type of the arithmetic")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+    add("--threads", type=int, default=None, help="CPU threads; torch decides by default")
+    args = parser.parse_args(argv)
+    args.model_name = "Get_SFT"
+    args.top_k = 0
+    for name in ("k", "rank_limit", "max_kept"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    return args
+
+
+def sample(args: argparse.Namespace, records: list[dict[str, Any]], samples_path: Path) -> None:
+    """Appends k samples with their gold ranks for every conversation that ``samples.jsonl`` does not have yet."""
+    from tqdm import tqdm
+
+    from convsearch.infer import build
+    from convsearch.parsing import parse_rewrite
+    from convsearch.retriever import open_retriever
+    from convsearch.types import Conversation
+
+    conversations = [Conversation.from_record(record) for record in records]
+    done = finished(samples_path, {c.qid for c in conversations})
+    rest = [c for c in conversations if c.qid not in done]
+    if done:
+        print(f"{samples_path}: {len(done)} of {len(conversations)} conversations are there already and are kept")
+    if not rest:
+        return
+    with open_retriever(args.retriever_url, depth=max(100, args.rank_limit), index=args.retriever_index) as retriever:
+        rewriter, n_slice = build(args), max(1, args.batch_size // args.k)
+        with (
+            samples_path.open("a", encoding="utf-8") as file,
+            tqdm(total=len(conversations), initial=len(done), desc="distilling", unit="question") as bar,
+        ):
+            for part, completions in rewriter.slices(rest, args.k, args.seed, n_slice):
+                rewrites = [parse_rewrite(completion.text, completion.finish_reason) for completion in completions]
+                golds = [conversation.gold_docids for conversation in part for _ in range(args.k)]
+                ranks = retriever.gold_ranks(golds, [rewrite.text for rewrite in rewrites])
+                for i, conversation in enumerate(part):
+                    mine = range(i * args.k, (i + 1) * args.k)
+                    rows = [
+                        {"output": completions[j].text, "rewrite": rewrites[j].text, "error": rewrites[j].error, "rank": ranks[j]}
+                        for j in mine
+                    ]
+                    file.write(json.dumps({"qid": conversation.qid, "samples": rows}, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update(len(part))
+
+
+def verdict(args: argparse.Namespace, record: dict[str, Any], row: dict[str, Any]) -> str:
+    """Why a sample is not kept, or "kept"."""
+    if row["error"] is not None:
+        return f"form: {row['error']}"
+    if row["rank"] is None:
+        return "gold not found"
+    if row["rank"] > args.rank_limit:
+        return f"gold below rank {args.rank_limit}"
+    if args.drop_copies and record.get("context") and _words(row["rewrite"]) == _words(record["question"]):
+        return "copy of the question"
+    return "kept"
+
+
+def _words(text: str) -> list[str]:
+    return "".join(char if char.isalnum() else " " for char in text.lower()).split()
+
+
+def select(
+    args: argparse.Namespace, records: list[dict[str, Any]], samples: dict[str, list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The SFT rows, and the yield by turn and by reason."""
+    rows: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
+    by_turn: dict[int, Counter[str]] = defaultdict(Counter)
+    for record in records:
+        turn = len(record.get("context", [])) // 2 + 1
+        verdicts = [verdict(args, record, row) for row in samples[record["qid"]]]
+        reasons.update(verdicts)
+        kept = [row for row, word in zip(samples[record["qid"]], verdicts, strict=True) if word == "kept"]
+        unique = list({row["output"]: row for row in sorted(kept, key=lambda row: row["rank"])}.values())[: args.max_kept]
+        by_turn[turn].update(samples=len(verdicts), samples_kept=len(kept), conversations=1, conversations_kept=int(bool(kept)))
+        rows += [{"record": record, "output": row["output"], "rank": row["rank"]} for row in unique]
+    turns = {str(turn): dict(by_turn[turn]) for turn in sorted(by_turn)}
+    return rows, {"rows": len(rows), "samples": sum(reasons.values()), "by_reason": dict(reasons.most_common()), "by_turn": turns}
+
+
+def write_parquet(path: Path, rows: Iterable[dict[str, Any]], style: Any, max_turns: int | None) -> None:
+    """SFT rows with the zero-shot prompt, in the reference's columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from convsearch.files import atomic_write
+    from convsearch.prompts import render
+    from convsearch.types import Conversation
+
+    table = []
+    for index, row in enumerate(rows):
+        conversation = Conversation.from_record(row["record"])
+        prompt = render(conversation, style, max_turns)
+        extra = {"split": "train", "index": index, "query_id": conversation.qid, "question": conversation.question}
+        table.append(
+            {
+                "data_source": "self-distillation",
+                "prompt": list(prompt),
+                "ability": "rewrite",
+                "reward_model": {"style": "rule", "ground_truth": list(conversation.gold_docids)},
+                "extra_info": {**extra, "prompt": prompt[0]["content"], "answer": row["output"].strip()},
+            }
+        )
+    with atomic_write(path, "wb") as file:
+        pq.write_table(pa.Table.from_pylist(table), file)
+
+
+def print_yield(summary: dict[str, Any]) -> None:
+    """Two small tables: why samples went, and what each turn gave."""
+    print(f"\n{'reason':<28}{'samples':>9}{'share':>9}")
+    for reason, count in summary["by_reason"].items():
+        print(f"{reason:<28}{count:>9}{count / summary['samples']:>9.1%}")
+    print(f"\n{'turn':<6}{'samples':>9}{'kept':>7}{'yield':>9}{'conversations with one':>25}")
+    for turn, row in summary["by_turn"].items():
+        kept, share = row.get("samples_kept", 0), row.get("samples_kept", 0) / row["samples"]
+        print(f"{turn:<6}{row['samples']:>9}{kept:>7}{share:>9.1%}{row['conversations_kept']:>12} of {row['conversations']}")
+
+
+def main() -> None:
+    args = parse_args()
+    from convsearch.files import atomic_write, read_jsonl
+
+    records = [record for _, record in read_jsonl(args.input_path)][: args.limit]
+    if args.drop_first_turns:
+        records = [record for record in records if record.get("context")]
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    sample(args, records, output / "samples.jsonl")
+    samples = {record["qid"]: record["samples"] for _, record in read_jsonl(output / "samples.jsonl")}
+    rows, summary = select(args, records, samples)
+    print_yield(summary)
+    if not rows:
+        raise ValueError(
+            f"no sample of {summary['samples']} was kept; raise --k or --rank_limit, or let --scaffold write the tags where the form is the reason"
+        )
+    write_parquet(output / "sft.parquet", rows, args.prompt_style, args.max_history_turns)
+    with atomic_write(output / "yield.json") as file:
+        json.dump(summary, file, indent=1)
+    print(f"\n{output / 'sft.parquet'}: {len(rows)} rows to learn from")
+
+
+if __name__ == "__main__":
+    run(main)

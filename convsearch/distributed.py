@@ -1,0 +1,77 @@
+"""The little that the trainers need of torch.distributed: start, shard, gather. On one process everything here is the identity."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def start(device: torch.device) -> torch.device:
+    """Joins the process group that torchrun announces; returns this rank's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Adds up named numbers; every rank must bring the same names."""
+    if world_size() == 1:
+        return values
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    totals = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(totals)
+    return dict(zip(sorted(values), totals.tolist(), strict=True))
+
+
+def shard(module: Any, device: torch.device) -> Any:
+    """Moves the module to the device; with several ranks, FSDP2 shards each decoder layer and the rest as one unit."""
+    module = module.to(device)
+    if world_size() == 1:
+        return module
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    for layer in module.causal_lm.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
+
+
+def full(tensor: Tensor | nn.Parameter) -> Tensor:
+    """The whole tensor on the CPU, gathered where it is sharded (a collective call)."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    copied: Tensor = whole.detach().cpu().clone()
+    return copied
+
+
+def like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """``value`` laid out as ``parameter`` is: on its device, sharded where it is sharded."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Tensor = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+        return sharded
+    return value.to(parameter.device)

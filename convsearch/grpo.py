@@ -1,0 +1,229 @@
+"""GRPO with a retriever as the teacher: ``python -m convsearch.grpo experiment=...``.
+
+Differs from the textbook (arXiv 2402.03300) as ConvSearch-R1 does: the reward is a function of the gold passage's rank alone, the reference is the
+SFT model, one on-policy update a step. Ours, exact and switchable: each prompt is computed once for its whole group (``batch.py``).
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from convsearch.cli import run
+from convsearch.config import GrpoConfig, load_grpo_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from convsearch.batch import MicroBatch, Tree
+    from convsearch.policy import Policy
+    from convsearch.sampler import Sampler
+    from convsearch.tracking import Metrics
+    from convsearch.types import Completion, Example, Rewrite, Rollout
+
+
+class GoldRanks(Protocol):
+    """What a step asks of a retriever; ``convsearch.retriever.RetrieverClient`` answers it over HTTP."""
+
+    def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]: ...
+
+
+@dataclass(slots=True)
+class Trainer:
+    """The parts of a step. ``prompt_ids`` maps a query id to its encoded prompt."""
+
+    cfg: GrpoConfig
+    run_dir: "Path"
+    prompt_ids: dict[str, tuple[int, ...]]
+    sampler: "Sampler"
+    retriever: GoldRanks
+    policy: "Policy"
+    ref: "Policy | None"
+    total_steps: int
+
+
+def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metrics":
+    """Samples, ranks, rewards and learns once; returns what is worth a curve. ``step`` counts from 0."""
+    from convsearch import rollouts
+    from convsearch.algorithms import group_advantages
+    from convsearch.batch import pack
+    from convsearch.parsing import parse_rewrite
+    from convsearch.schedule import lr_at
+
+    actor, n = t.cfg.actor_rollout_ref.actor, t.cfg.actor_rollout_ref.rollout.n
+    examples_N = [example for example in examples_P for _ in range(n)]
+    clock = Clock()
+    prompts_P = [t.prompt_ids[example.qid] for example in examples_P]
+    completions_N = t.sampler.generate(prompts_P, n, seed=t.cfg.actor_rollout_ref.rollout.seed * 1_000_003 + step)
+    clock.lap("sample_s")
+    rewrites_N = [parse_rewrite(completion.text, completion.finish_reason) for completion in completions_N]
+    ranks_N = t.retriever.gold_ranks([example.gold_docids for example in examples_N], [rewrite.text for rewrite in rewrites_N])
+    clock.lap("rank_s")
+    rewards_N = rewards(t, step, examples_N, rewrites_N, ranks_N)
+    advantages_N = group_advantages(rewards_N, n, by_std=t.cfg.algorithm.norm_adv_by_std)
+    rollouts_N = assemble(t, examples_N, completions_N, rewrites_N, ranks_N, rewards_N, advantages_N)
+    rollouts.dump(t.run_dir, step, rollouts_N)  # every step can be replayed
+
+    lr = lr_at(step, t.total_steps, actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.lr_scheduler, actor.optim.min_lr_ratio)
+    packed = [[with_references(t, micro) for micro in pack(trees, max_tokens_of(t.cfg))] for trees in minibatches(t.cfg, rollouts_N)]
+    clock.lap("reference_s")
+    updates = []
+    for micros in packed:
+        reports = [t.policy.forward_backward(micro, grpo_loss(t.cfg)) for micro in micros]
+        updates.append({**summed(reports), **t.policy.optim_step(lr)})
+    clock.lap("update_s")
+    t.sampler.load_weights({}, version=step + 1)  # the sampler reads the policy's own tensors
+    return {**rollout_metrics(rollouts_N, n), **mean_of(updates), **clock.laps}
+
+
+def rewards(
+    t: Trainer, step: int, examples_N: Sequence["Example"], rewrites_N: Sequence["Rewrite"], ranks_N: Sequence[int | None]
+) -> list[float]:
+    """One number a sample, by the configured shape."""
+    from convsearch.rewards import reward
+
+    r = t.cfg.reward_model.reward
+    guard = r.language_guard_share if r.language_guard else None
+    return [
+        reward(
+            rewrite,
+            rank,
+            shape=r.name,
+            format_penalty=r.format_penalty,
+            language_guard=guard,
+            question=example.question,
+            progress=step / t.total_steps,
+        )
+        for example, rewrite, rank in zip(examples_N, rewrites_N, ranks_N, strict=True)
+    ]
+
+
+def assemble(
+    t: Trainer,
+    examples_N: Sequence["Example"],
+    completions_N: Sequence["Completion"],
+    rewrites_N: Sequence["Rewrite"],
+    ranks_N: Sequence[int | None],
+    rewards_N: Sequence[float],
+    advantages_N: Sequence[float],
+) -> list["Rollout"]:
+    """The columns of a step as rollouts."""
+    from convsearch.types import Rollout
+
+    columns = zip(examples_N, completions_N, rewrites_N, ranks_N, rewards_N, advantages_N, strict=True)
+    return [Rollout(example.qid, t.prompt_ids[example.qid], *rest) for example, *rest in columns]
+
+
+def minibatches(cfg: GrpoConfig, rollouts_N: Sequence["Rollout"]) -> list[list["Tree"]]:
+    """Rollouts -> one list of trees an optimiser step, with the weight that the loss aggregation gives to each sample's tokens."""
+    from convsearch.algorithms import token_weights
+    from convsearch.batch import Branch, Tree, unshared
+
+    actor, n = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.rollout.n
+    size = actor.ppo_mini_batch_size * n
+    result = []
+    for start in list(range(0, len(rollouts_N), size)) * actor.ppo_epochs:
+        mini = rollouts_N[start : start + size]
+        lengths = [len(rollout.completion.token_ids) for rollout in mini]
+        weights = token_weights(lengths, cfg.algorithm.loss_agg, actor.ppo_micro_batch_size_per_gpu)
+        branches = [
+            Branch(rollout.completion.token_ids, rollout.advantage, weight, rollout.completion.logprobs)
+            for rollout, weight in zip(mini, weights, strict=True)
+        ]
+        trees = [Tree(mini[g].prompt_ids, tuple(branches[g : g + n])) for g in range(0, len(mini), n)]
+        if actor.skip_zero_advantage:
+            trees = [tree for tree in trees if any(branch.advantage for branch in tree.branches)] or trees[:1]
+        result.append(trees if actor.share_prompts else unshared(trees))
+    return result
+
+
+def max_tokens_of(cfg: GrpoConfig) -> int:
+    """Positions a forward pass: the configured limit, or that of ``ppo_micro_batch_size_per_gpu`` sequences of full length."""
+    actor = cfg.actor_rollout_ref.actor
+    return actor.ppo_max_token_len_per_gpu or actor.ppo_micro_batch_size_per_gpu * cfg.max_tokens
+
+
+def with_references(t: Trainer, micro: "MicroBatch") -> "MicroBatch":
+    """Adds the reference's log-probs, and the policy's own of before the first update when a step makes several."""
+    actor = t.cfg.actor_rollout_ref.actor
+    if t.ref is not None:
+        micro = replace(micro, ref_logprobs_R=t.ref.logprobs(micro))
+    if t.cfg.data.train_batch_size > actor.ppo_mini_batch_size or actor.ppo_epochs > 1:
+        micro = replace(micro, old_logprobs_R=t.policy.logprobs(micro))
+    return micro
+
+
+def grpo_loss(cfg: GrpoConfig) -> Any:
+    """The loss of a micro-batch: clipped policy loss + KL coefficient x KL - entropy coefficient x entropy, each token by its weight."""
+    import torch
+
+    from convsearch.algorithms import clipped_loss, kl_penalty
+
+    actor = cfg.actor_rollout_ref.actor
+    high = actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high
+
+    def loss(micro: "MicroBatch", logprobs_R: Any, entropy_R: Any) -> tuple[Any, dict[str, float]]:
+        old_R = logprobs_R.detach() if micro.old_logprobs_R is None else micro.old_logprobs_R  # on-policy: the ratio is 1
+        policy_R, clipped_R = clipped_loss(logprobs_R, old_R, micro.advantages_R, actor.clip_ratio, high)
+        kl_R = torch.zeros_like(policy_R)
+        if micro.ref_logprobs_R is not None:
+            kl_R = kl_penalty(logprobs_R, micro.ref_logprobs_R, actor.kl_loss_type)
+        total = (micro.weights_R * (policy_R + actor.kl_loss_coef * kl_R - actor.entropy_coeff * entropy_R)).sum()
+        gap_R = (logprobs_R.detach() - micro.sampler_logprobs_R).abs()
+        sums = {"policy_loss": policy_R, "kl": kl_R, "entropy": entropy_R, "clip_rate": clipped_R, "sampler_gap": gap_R}
+        report = {name: float((micro.weights_R * value_R.detach()).sum()) for name, value_R in sums.items()}
+        return total, {"loss": float(total.detach()), **report}
+
+    return loss
+
+
+class Clock:
+    """Seconds by phase; a phase that comes twice adds up."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self.last
+        self.laps["step_s"] = now - self.start
+        self.last = now
+
+
+def summed(reports: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(report[name] for report in reports) for name in reports[0]}
+
+
+def mean_of(reports: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: value / len(reports) for name, value in summed(reports).items()}
+
+
+def rollout_metrics(rollouts_N: Sequence["Rollout"], n: int) -> "Metrics":
+    """Means over the samples, and the share of groups whose rewards differ (those that teach)."""
+    total = len(rollouts_N)
+    groups = [rollouts_N[i : i + n] for i in range(0, total, n)]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts_N]
+    return {
+        "reward": sum(rollout.reward for rollout in rollouts_N) / total,
+        "format_rate": sum(rollout.rewrite.error is None for rollout in rollouts_N) / total,
+        "rank1_rate": sum(rollout.rank == 1 for rollout in rollouts_N) / total,
+        "found_rate": sum(rollout.rank is not None for rollout in rollouts_N) / total,
+        "mrr": sum(1 / rollout.rank if rollout.rank else 0.0 for rollout in rollouts_N) / total,
+        "spread_rate": sum(len({rollout.reward for rollout in group}) > 1 for group in groups) / len(groups),
+        "response_tokens": sum(lengths) / total,
+        "truncated_rate": sum(rollout.completion.finish_reason == "length" for rollout in rollouts_N) / total,
+    }
+
+
+def main() -> None:
+    """Composes the configuration, then hands over to the training loop (torch is imported there)."""
+    cfg = load_grpo_config(sys.argv[1:])
+    from convsearch.grpo_loop import train
+
+    train(cfg)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,140 @@
+"""Around the GRPO step: assemble the parts, resume, validate, save, export."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from convsearch import checkpoint, data, distributed, rollouts
+from convsearch.config import GrpoConfig
+from convsearch.files import atomic_write
+from convsearch.grpo import Trainer, grpo_step
+from convsearch.model import encode_chat, load_model, load_tokenizer, pick_device, stop_token_ids
+from convsearch.parsing import parse_rewrite
+from convsearch.policy import Policy
+from convsearch.retriever import open_retriever
+from convsearch.rewards import reward
+from convsearch.sampler import HfSampler, SamplingConfig
+from convsearch.tracking import Metrics, Tracker
+from convsearch.types import Example
+
+
+def train(cfg: GrpoConfig) -> None:
+    """Runs or resumes the whole training; leaves checkpoints, ``metrics.jsonl``, ``rollouts/`` and the exported ``model/`` in the run folder."""
+    run_dir = Path(cfg.trainer.default_local_dir)
+    url = cfg.retriever.resolved_url()
+    if cfg.trainer.world_size > 1 or cfg.actor_rollout_ref.rollout.name == "vllm":
+        raise ValueError(
+            f"{cfg.trainer.world_size} ranks with rollout.name={cfg.actor_rollout_ref.rollout.name}: this version trains GRPO in one process; "
+            "set cluster=cpu, or trainer.n_gpus_per_node=1 trainer.nnodes=1 actor_rollout_ref.rollout.name=hf"
+        )
+    if cfg.trainer.num_threads:
+        torch.set_num_threads(cfg.trainer.num_threads)
+    device = pick_device(cfg.trainer.device)
+    tokenizer = load_tokenizer(cfg.actor_rollout_ref.model.path, trust_remote_code=cfg.actor_rollout_ref.model.trust_remote_code)
+    examples, prompt_ids = encode(cfg, tokenizer, data.read_examples(cfg.data.train_files, cfg.data.prompt_key))
+    held_out, held_out_ids = (
+        encode(cfg, tokenizer, data.read_examples(cfg.data.val_files, cfg.data.prompt_key)) if cfg.data.val_files else ([], {})
+    )
+    batch_size = cfg.data.train_batch_size
+    data.batch_indices(len(examples), batch_size, 0, cfg.data.seed)  # an error now rather than after loading a model
+    total_steps = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * (len(examples) // batch_size)
+
+    with open_retriever(
+        url, depth=cfg.retriever.topk, timeout_s=cfg.retriever.timeout_s, max_wait_s=cfg.retriever.max_wait_s, index=cfg.retriever.index
+    ) as retriever:
+        first_step, policy, ref = build_policy(cfg, run_dir, device)
+        sampler = build_sampler(cfg, policy.causal_lm, tokenizer)
+        trainer = Trainer(cfg, run_dir, prompt_ids | held_out_ids, sampler, retriever, policy, ref, total_steps)
+        if cfg.actor_rollout_ref.rollout.replay_from:
+            trainer.sampler = trainer.retriever = rollouts.Replay(Path(cfg.actor_rollout_ref.rollout.replay_from), first_step)
+        tracker = Tracker(run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, first_step, cfg.model_dump())
+        if first_step == 0:
+            with atomic_write(run_dir / "config.json") as file:
+                file.write(cfg.model_dump_json(indent=1))
+        if cfg.trainer.val_before_train and first_step == 0 and held_out:
+            tracker.log(-1, validate(trainer, held_out, 0))
+        for step in tqdm(range(first_step, total_steps), desc="GRPO", unit="step", initial=first_step, total=total_steps):
+            batch = [examples[i] for i in data.batch_indices(len(examples), batch_size, step, cfg.data.seed, cfg.data.shuffle)]
+            metrics = grpo_step(trainer, step, batch)
+            done = step + 1
+            if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total_steps):
+                metrics |= validate(trainer, held_out, done)
+            tracker.log(step, metrics)
+            if done == total_steps or (cfg.trainer.save_freq > 0 and done % cfg.trainer.save_freq == 0):
+                checkpoint.save(run_dir, done, policy, tokenizer, keep=cfg.trainer.keep_checkpoints)
+        tracker.close()
+    if distributed.rank() == 0:
+        checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, policy.weights())
+        print(f"trained {total_steps} steps; the model is in {run_dir / 'model'}")
+
+
+def encode(cfg: GrpoConfig, tokenizer: Any, examples: list[Example]) -> tuple[list[Example], dict[str, tuple[int, ...]]]:
+    """Encodes the prompts once and applies the length rule; returns the rows that stay and their ids by query id."""
+    ids = [encode_chat(tokenizer, example.messages) for example in tqdm(examples, desc="encoding prompts", unit="prompt", leave=False)]
+    limit = cfg.data.max_prompt_length
+    kept = data.fit_length([len(i) for i in ids], limit, cfg.data.filter_overlong_prompts, cfg.data.truncation)
+    if len(kept) < len(examples):
+        print(f"{len(examples) - len(kept)} of {len(examples)} prompts are longer than {limit} tokens and are left out")
+    encoded = {examples[i].qid: data.truncate(ids[i], limit, cfg.data.truncation) for i in kept}
+    if len(encoded) < len(kept):
+        raise ValueError(
+            f"{len(kept) - len(encoded)} query ids of the training rows occur twice; every row needs its own extra_info.query_id"
+        )
+    return [examples[i] for i in kept], encoded
+
+
+def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[int, Policy, Policy | None]:
+    """The policy (from the newest checkpoint where there is one), the step it stands at, and the frozen reference."""
+    model, actor = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.actor
+    found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
+    step, source = (found[0], str(found[1])) if found else (0, model.path)
+    options: dict[str, Any] = {"temperature": cfg.actor_rollout_ref.rollout.temperature, "bf16": model.dtype == "bf16"}
+    policy = Policy(
+        load_model(source, trust_remote_code=model.trust_remote_code),
+        device,
+        lr=actor.optim.lr,
+        betas=actor.optim.betas,
+        weight_decay=actor.optim.weight_decay,
+        grad_clip=actor.grad_clip,
+        gradient_checkpointing=model.enable_gradient_checkpointing,
+        **options,
+    )
+    if found:
+        checkpoint.restore_optimizer(found[1], policy)
+        print(f"resumed from {found[1]}")
+    cfg.check_context(policy.causal_lm.config.max_position_embeddings)
+    if not actor.use_kl_loss:
+        return step, policy, None
+    reference = load_model(model.path, trust_remote_code=model.trust_remote_code).requires_grad_(False)
+    return step, policy, Policy(reference, device, **options)
+
+
+def build_sampler(cfg: GrpoConfig, causal_lm: Any, tokenizer: Any) -> HfSampler:
+    rollout = cfg.actor_rollout_ref.rollout
+    sampling = SamplingConfig(rollout.temperature, rollout.top_p, 0, cfg.data.max_response_length, rollout.max_num_seqs)
+    return HfSampler(causal_lm, tokenizer, sampling, stop_token_ids(causal_lm, tokenizer), bf16=rollout.dtype == "bf16")
+
+
+def validate(t: Trainer, held_out: Sequence[Example], step: int) -> Metrics:
+    """Mean reward and reciprocal rank of one sample a held-out question; the seed is the same each time, so that curves compare."""
+    start = time.monotonic()
+    limit = t.cfg.data.val_max_samples
+    rows = held_out[:limit] if limit > 0 else held_out
+    completions = t.sampler.generate([t.prompt_ids[row.qid] for row in rows], 1, seed=t.cfg.actor_rollout_ref.rollout.seed)
+    rewrites = [parse_rewrite(completion.text, completion.finish_reason) for completion in completions]
+    ranks = t.retriever.gold_ranks([row.gold_docids for row in rows], [rewrite.text for rewrite in rewrites])
+    shaped = t.cfg.reward_model.reward
+    shape = "rank_incentive" if shaped.name == "curriculum" else shaped.name
+    scores = [
+        reward(rewrite, rank, shape=shape, format_penalty=shaped.format_penalty) for rewrite, rank in zip(rewrites, ranks, strict=True)
+    ]
+    return {
+        "val_reward": sum(scores) / len(rows),
+        "val_mrr": sum(1 / rank if rank else 0.0 for rank in ranks) / len(rows),
+        "val_format_rate": sum(rewrite.error is None for rewrite in rewrites) / len(rows),
+        "val_s": time.monotonic() - start,
+    }

@@ -1,0 +1,167 @@
+"""Conversations -> rewrites: ``python -m convsearch.infer --model_name_or_path MODEL --input_path dev.json --output_path rewrites.jsonl``.
+
+Every input line comes out once, with ``rewrite`` (what to search for), ``reasoning_content``, ``output``, ``rewrite_error`` and ``fallback``. Where nothing
+parses the raw question is the rewrite, counted and reported: leaving such lines out would inflate the metrics. Finished lines are kept when the command is
+run again.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from convsearch.cli import run
+from convsearch.prompts import STYLES
+
+# The reference's names of output forms; ours has one parser, so a name says only which prompt is used.
+MODEL_NAMES = ("ConvSearch-R1", "Get_SFT")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of the reference's infer.py, and ours."""
+    parser = argparse.ArgumentParser(
+        prog="python -m convsearch.infer", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="model folder or hub name")
+    add(
+        "--model_name",
+        default="ConvSearch-R1",
+        choices=MODEL_NAMES,
+        help="ConvSearch-R1: zero-shot prompt; Get_SFT: with the worked example",
+    )
+    add("--input_path", required=True, help="conversations, one JSON object a line")
+    add("--output_path", required=True, help="rewrites, one JSON object a line")
+    add("--temperature", type=float, default=0.7, help="0 is greedy")
+    add("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
+    add("--top_k", type=int, default=0, help="tokens that are sampled from; 0: all")
+    add("--max_tokens", type=int, default=4096, help="tokens of an output at most")
+    add("--seed", type=int, default=1, help="seed of the samples")
+    add("--limit", type=int, default=None, help="only the first so many lines")
+    add("--prompt_style", default="paper", choices=STYLES, help="the published prompt, or its short form")
+    add("--max_history_turns", type=int, default=None, help="newest turns that stay in the prompt; all by default")
+    add("--batch_size", type=int, default=64, help="sequences decoded at once")
+    add("--scaffold", action="store_true", help="write the tags for the model, each part up to a budget (not in the paper)")
+    add("--think_tokens", type=int, default=24, help="budget of the thinking under --scaffold, in tokens")
+    add("--rewrite_tokens", type=int, default=32, help="budget of the rewrite under --scaffold, in tokens")
+    add("--dtype", default="fp32", choices=("fp32", "bf16"), help="type of the arithmetic")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+    add("--threads", type=int, default=None, help="CPU threads; torch decides by default")
+    add(
+        "--dp_size",
+        type=int,
+        default=1,
+        help="data-parallel engines; one process serves all lines in this version, more are accepted and noted",
+    )
+    add("--gpus_per_dp_rank", type=int, default=1, help="accepted as the reference has it")
+    add("--dp_master_ip", default="127.0.0.1", help="accepted as the reference has it")
+    return parser.parse_args(argv)
+
+
+def finished(path: Path, qids: set[str]) -> Counter[str]:
+    """Counts the lines that an earlier run has written, by outcome, keyed ``qid``-wise; a half-written last line is cut off.
+
+    Raises:
+        ValueError: the file holds a query that the input does not have: it belongs to other data.
+    """
+    done: Counter[str] = Counter()
+    if not path.is_file():
+        return done
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    for number, line in enumerate(whole.splitlines(), start=1):
+        qid = json.loads(line)["qid"]
+        if qid not in qids:
+            raise ValueError(
+                f"{path}:{number}: query {qid!r} is not in the input; the file belongs to other data: name another --output_path"
+            )
+        done[qid] += 1
+    return done
+
+
+def outcome(record: dict[str, Any], completion: Any) -> dict[str, Any]:
+    """The output line of one conversation."""
+    from convsearch.parsing import parse_rewrite, thinking
+
+    rewrite = parse_rewrite(completion.text, completion.finish_reason)
+    return {
+        **record,
+        "rewrite": record["question"] if rewrite.text is None else rewrite.text,
+        "reasoning_content": thinking(completion.text),
+        "output": completion.text,
+        "rewrite_error": rewrite.error,
+        "fallback": rewrite.text is None,
+    }
+
+
+def main() -> None:
+    args = parse_args()
+    from tqdm import tqdm
+
+    from convsearch.files import read_jsonl
+    from convsearch.types import Conversation
+
+    records = [record for _, record in read_jsonl(args.input_path)][: args.limit]
+    conversations = [Conversation.from_record(record) for record in records]
+    by_qid = dict(zip([c.qid for c in conversations], records, strict=True))
+    output = Path(args.output_path)
+    done = finished(output, set(by_qid))
+    rest = [c for c in conversations if c.qid not in done]
+    if done:
+        print(f"{output}: {len(done)} of {len(conversations)} lines are there already and are kept")
+    if rest:
+        if args.dp_size > 1:
+            print(f"note: --dp_size {args.dp_size}: this version samples in one process")
+        rewriter, n_slice = build(args), max(args.batch_size, 16)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            output.open("a", encoding="utf-8") as file,
+            tqdm(total=len(conversations), initial=len(done), desc="rewriting", unit="question") as bar,
+        ):
+            for part, completions in rewriter.slices(rest, 1, args.seed, n_slice):
+                for conversation, completion in zip(part, completions, strict=True):
+                    file.write(json.dumps(outcome(by_qid[conversation.qid], completion), ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update(len(part))
+    report(output)
+
+
+def build(args: argparse.Namespace) -> Any:
+    """Loads the model; torch is imported here."""
+    import torch
+
+    from convsearch.generation import Rewriter
+    from convsearch.sampler import SamplingConfig, Scaffold
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return Rewriter(
+        args.model_name_or_path,
+        SamplingConfig(args.temperature, args.top_p, args.top_k, args.max_tokens, args.batch_size),
+        style=args.prompt_style,
+        example=args.model_name == "Get_SFT",
+        scaffold=Scaffold.rewrite_form(args.think_tokens, args.rewrite_tokens) if args.scaffold else None,
+        max_turns=args.max_history_turns,
+        device=args.device,
+        bf16=args.dtype == "bf16",
+    )
+
+
+def report(path: Path) -> None:
+    """Prints how many lines fell back to the raw question, and why."""
+    from convsearch.files import read_jsonl
+
+    errors = Counter(record["rewrite_error"] or "ok" for _, record in read_jsonl(path))
+    total, failed = sum(errors.values()), sum(count for name, count in errors.items() if name != "ok")
+    reasons = ", ".join(f"{name} {count}" for name, count in errors.most_common() if name != "ok")
+    share = f" ({failed / total:.1%}): {reasons}" if failed else ""
+    print(f"{path}: {total} rewrites, {failed} fell back to the raw question{share}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""Every step's rollouts on disk, and a sampler and retriever that play them back.
+
+``<run>/rollouts/000012.parquet`` holds one row a sample in group-major order. Replaying them trains without a sampler or a retriever, which
+separates a fault of the trainer from one of the sampling.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from convsearch.files import atomic_write
+from convsearch.types import Completion, Rewrite, Rollout
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("qid", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("weights_version", pa.int32()),
+        ("rewrite", pa.string()),
+        ("error", pa.string()),
+        ("rank", pa.int32()),
+        ("reward", pa.float64()),
+        ("advantage", pa.float64()),
+    ]
+)
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    return run_dir / "rollouts" / f"{step:06d}.parquet"
+
+
+def dump(run_dir: Path, step: int, rollouts_N: Sequence[Rollout]) -> None:
+    """Writes the rollouts of a step, whole or not at all."""
+    rows = [
+        {
+            "step": step,
+            "qid": rollout.qid,
+            "prompt_ids": rollout.prompt_ids,
+            "token_ids": rollout.completion.token_ids,
+            "logprobs": rollout.completion.logprobs,
+            "text": rollout.completion.text,
+            "finish_reason": rollout.completion.finish_reason,
+            "weights_version": rollout.completion.weights_version,
+            "rewrite": rollout.rewrite.text,
+            "error": rollout.rewrite.error,
+            "rank": rollout.rank,
+            "reward": rollout.reward,
+            "advantage": rollout.advantage,
+        }
+        for rollout in rollouts_N
+    ]
+    with atomic_write(path_of(run_dir, step), "wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, compression="zstd")
+
+
+def load(run_dir: Path, step: int) -> list[Rollout]:
+    """Reads the rollouts of a step back, equal to what was dumped (log-probs in float32).
+
+    Raises:
+        ValueError: there is no dump of that step.
+    """
+    path = path_of(run_dir, step)
+    if not path.is_file():
+        raise ValueError(f"{path}: no rollouts of step {step} to replay")
+    return [_rollout(row) for row in pq.read_table(path).to_pylist()]
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    completion = Completion(tuple(row["token_ids"]), tuple(row["logprobs"]), row["text"], row["finish_reason"], row["weights_version"])
+    rewrite = Rewrite(row["rewrite"], row["error"])
+    return Rollout(row["qid"], tuple(row["prompt_ids"]), completion, rewrite, row["rank"], row["reward"], row["advantage"])
+
+
+class Replay:
+    """A sampler and a retriever in one that give back what a run has dumped, step by step."""
+
+    def __init__(self, run_dir: Path, first_step: int):
+        self.run_dir, self.step = run_dir, first_step
+        self.rollouts_N: list[Rollout] = []
+
+    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]:
+        self.rollouts_N = load(self.run_dir, self.step)
+        recorded = [rollout.prompt_ids for rollout in self.rollouts_N[::n]]
+        if recorded != [tuple(prompt) for prompt in prompts]:
+            raise ValueError(
+                f"{path_of(self.run_dir, self.step)} holds other prompts than this run draws: same data, seed and batch sizes are needed"
+            )
+        self.step += 1
+        return [rollout.completion for rollout in self.rollouts_N]
+
+    def load_weights(self, named_tensors: dict[str, Any], version: int) -> None:
+        """Nothing to load: the samples are fixed."""
+
+    def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:
+        assert len(queries) == len(self.rollouts_N)
+        return [rollout.rank for rollout in self.rollouts_N]
