@@ -91,12 +91,12 @@ def convert(gguf: Path, output: Path) -> str:
     Raises:
         ValueError: ``output`` holds something else, or the model fails its check.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if output.exists() and not (output.is_dir() and ((output / SOURCE_FILE).exists() or not any(output.iterdir()))):
         raise ValueError(f"{output} exists and was not made by this command: give another --output, or remove it")
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
         unpack(gguf, temporary)
         model = AutoModelForCausalLM.from_pretrained(temporary)

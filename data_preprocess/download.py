@@ -127,10 +127,11 @@ def published_checksum(release: Release, timeout_s: float) -> str | None:
         return None
     try:
         with urllib.request.urlopen(release.record_url, timeout=timeout_s) as response:
-            files = json.load(response).get("files", [])
+            record = json.load(response)
     except (*_NETWORK_ERRORS, json.JSONDecodeError):
         return None
     name = release.url.split("?")[0].rpartition("/files/")[2]
+    files = record.get("files", []) if isinstance(record, dict) else []
     return next((str(file["checksum"]) for file in files if file.get("key") == name and file.get("checksum")), None)
 
 

@@ -271,6 +271,14 @@ class OutputFolder:
     def _is_whole(self, entry: dict[str, Any]) -> bool:
         return all((self.path / name).is_file() and (self.path / name).stat().st_size == size for name, size in entry["files"].items())
 
+    def _sweep(self, files: Sequence[str]) -> None:
+        """Removes the temporary files of runs that were killed: those whose process is no more."""
+        for name in files:
+            for leftover in self.path.glob(f"{name}.tmp-*"):
+                pid = leftover.name.rpartition("-")[2]
+                if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+                    leftover.unlink(missing_ok=True)
+
     def _forget(self, steps: dict[str, Any], name: str, files: Sequence[str]) -> None:
         """Takes from the manifest this step and whatever else made a file of the same name; removes files that will not be made again."""
         outdated = [step for step, entry in steps.items() if step == name or set(files) & set(entry["files"])]
@@ -301,6 +309,7 @@ class OutputFolder:
             verb = "reused"
         else:
             self._forget(steps, name, files)
+            self._sweep(files)
             bad = BadRecords(self.skip_bad)
             counts = make(bad)
             sizes = {file: (self.path / file).stat().st_size for file in files}
