@@ -38,7 +38,8 @@ class Tree:
     branches: tuple[Branch, ...]
 
     def __post_init__(self) -> None:
-        assert self.prompt_ids and all(branch.token_ids for branch in self.branches), "a tree needs a prompt and non-empty branches"
+        assert self.prompt_ids, "a tree needs a prompt"
+        assert all(branch.token_ids for branch in self.branches), "a branch needs tokens"
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + sum(len(branch.token_ids) for branch in self.branches)

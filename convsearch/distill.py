@@ -9,6 +9,7 @@ written to ``sft.parquet`` with the ZERO-shot prompt. All samples stay in ``samp
 import argparse
 import json
 import os
+import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +44,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_tokens", type=int, default=1024, help="tokens of an output at most")
     add("--seed", type=int, default=1, help="seed of the samples")
     add("--limit", type=int, default=None, help="only the first so many conversations")
+    add(
+        "--shuffle_seed",
+        type=int,
+        default=None,
+        help="shuffle the conversations' questions by this seed before --limit; file order by default",
+    )
     add("--prompt_style", default="paper", choices=STYLES, help="the published prompt, or its short form")
     add("--max_history_turns", type=int, default=None, help="newest turns that stay in the prompt; all by default")
     add("--batch_size", type=int, default=64, help="sequences decoded at once")
@@ -133,10 +140,15 @@ def select(
         reasons.update(verdicts)
         kept = [row for row, word in zip(samples[record["qid"]], verdicts, strict=True) if word == "kept"]
         unique = list({row["output"]: row for row in sorted(kept, key=lambda row: row["rank"])}.values())[: args.max_kept]
-        by_turn[turn].update(samples=len(verdicts), samples_kept=len(kept), conversations=1, conversations_kept=int(bool(kept)))
+        by_turn[turn].update(samples=len(verdicts), samples_kept=len(kept), questions=1, questions_kept=int(bool(kept)))
         rows += [{"record": record, "output": row["output"], "rank": row["rank"]} for row in unique]
-    turns = {str(turn): dict(by_turn[turn]) for turn in sorted(by_turn)}
-    return rows, {"rows": len(rows), "samples": sum(reasons.values()), "by_reason": dict(reasons.most_common()), "by_turn": turns}
+    summary = {
+        "rows": len(rows),
+        "samples": sum(reasons.values()),
+        "by_reason": dict(reasons.most_common()),
+        "by_turn": {str(turn): dict(by_turn[turn]) for turn in sorted(by_turn)},
+    }
+    return rows, summary
 
 
 def write_parquet(path: Path, rows: Iterable[dict[str, Any]], style: Any, max_turns: int | None) -> None:
@@ -152,7 +164,7 @@ def write_parquet(path: Path, rows: Iterable[dict[str, Any]], style: Any, max_tu
     for index, row in enumerate(rows):
         conversation = Conversation.from_record(row["record"])
         prompt = render(conversation, style, max_turns)
-        extra = {"split": "train", "index": index, "query_id": conversation.qid, "question": conversation.question}
+        extra: dict[str, Any] = {"split": "train", "index": index, "query_id": conversation.qid, "question": conversation.question}
         table.append(
             {
                 "data_source": "self-distillation",
@@ -171,19 +183,22 @@ def print_yield(summary: dict[str, Any]) -> None:
     print(f"\n{'reason':<28}{'samples':>9}{'share':>9}")
     for reason, count in summary["by_reason"].items():
         print(f"{reason:<28}{count:>9}{count / summary['samples']:>9.1%}")
-    print(f"\n{'turn':<6}{'samples':>9}{'kept':>7}{'yield':>9}{'conversations with one':>25}")
+    print(f"\n{'turn':<6}{'samples':>9}{'kept':>7}{'yield':>9}{'questions with one':>21}")
     for turn, row in summary["by_turn"].items():
         kept, share = row.get("samples_kept", 0), row.get("samples_kept", 0) / row["samples"]
-        print(f"{turn:<6}{row['samples']:>9}{kept:>7}{share:>9.1%}{row['conversations_kept']:>12} of {row['conversations']}")
+        print(f"{turn:<6}{row['samples']:>9}{kept:>7}{share:>9.1%}{row['questions_kept']:>12} of {row['questions']}")
 
 
 def main() -> None:
     args = parse_args()
     from convsearch.files import atomic_write, read_jsonl
 
-    records = [record for _, record in read_jsonl(args.input_path)][: args.limit]
+    records = [record for _, record in read_jsonl(args.input_path)]
     if args.drop_first_turns:
         records = [record for record in records if record.get("context")]
+    if args.shuffle_seed is not None:
+        random.Random(args.shuffle_seed).shuffle(records)
+    records = records[: args.limit]
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     sample(args, records, output / "samples.jsonl")

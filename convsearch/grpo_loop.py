@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from convsearch import checkpoint, data, distributed, rollouts
+from convsearch import checkpoint, data, rollouts, runs
 from convsearch.config import GrpoConfig
-from convsearch.files import atomic_write
 from convsearch.grpo import Trainer, grpo_step
 from convsearch.model import encode_chat, load_model, load_tokenizer, pick_device, stop_token_ids
 from convsearch.parsing import parse_rewrite
@@ -34,42 +33,44 @@ def train(cfg: GrpoConfig) -> None:
     if cfg.trainer.num_threads:
         torch.set_num_threads(cfg.trainer.num_threads)
     device = pick_device(cfg.trainer.device)
+    examples = data.read_examples(cfg.data.train_files, cfg.data.prompt_key)
+    held_out = data.read_examples(cfg.data.val_files, cfg.data.prompt_key) if cfg.data.val_files else []
     tokenizer = load_tokenizer(cfg.actor_rollout_ref.model.path, trust_remote_code=cfg.actor_rollout_ref.model.trust_remote_code)
-    examples, prompt_ids = encode(cfg, tokenizer, data.read_examples(cfg.data.train_files, cfg.data.prompt_key))
-    held_out, held_out_ids = (
-        encode(cfg, tokenizer, data.read_examples(cfg.data.val_files, cfg.data.prompt_key)) if cfg.data.val_files else ([], {})
-    )
-    batch_size = cfg.data.train_batch_size
-    data.batch_indices(len(examples), batch_size, 0, cfg.data.seed)  # an error now rather than after loading a model
-    total_steps = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * (len(examples) // batch_size)
-
-    with open_retriever(
-        url, depth=cfg.retriever.topk, timeout_s=cfg.retriever.timeout_s, max_wait_s=cfg.retriever.max_wait_s, index=cfg.retriever.index
-    ) as retriever:
+    examples, prompt_ids = encode(cfg, tokenizer, examples)
+    held_out, held_out_ids = encode(cfg, tokenizer, held_out) if held_out else ([], {})
+    data.batch_indices(len(examples), cfg.data.train_batch_size, 0, cfg.data.seed)  # an error now rather than after loading a model
+    total_steps = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * (len(examples) // cfg.data.train_batch_size)
+    runs.claim(run_dir, cfg)
+    if runs.trained(run_dir, total_steps):
+        return
+    r = cfg.retriever
+    with open_retriever(url, depth=r.topk, timeout_s=r.timeout_s, max_wait_s=r.max_wait_s, index=r.index) as retriever:
         first_step, policy, ref = build_policy(cfg, run_dir, device)
         sampler = build_sampler(cfg, policy.causal_lm, tokenizer)
         trainer = Trainer(cfg, run_dir, prompt_ids | held_out_ids, sampler, retriever, policy, ref, total_steps)
         if cfg.actor_rollout_ref.rollout.replay_from:
             trainer.sampler = trainer.retriever = rollouts.Replay(Path(cfg.actor_rollout_ref.rollout.replay_from), first_step)
-        tracker = Tracker(run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, first_step, cfg.model_dump())
-        if first_step == 0:
-            with atomic_write(run_dir / "config.json") as file:
-                file.write(cfg.model_dump_json(indent=1))
-        if cfg.trainer.val_before_train and first_step == 0 and held_out:
-            tracker.log(-1, validate(trainer, held_out, 0))
-        for step in tqdm(range(first_step, total_steps), desc="GRPO", unit="step", initial=first_step, total=total_steps):
-            batch = [examples[i] for i in data.batch_indices(len(examples), batch_size, step, cfg.data.seed, cfg.data.shuffle)]
-            metrics = grpo_step(trainer, step, batch)
-            done = step + 1
-            if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total_steps):
-                metrics |= validate(trainer, held_out, done)
-            tracker.log(step, metrics)
-            if done == total_steps or (cfg.trainer.save_freq > 0 and done % cfg.trainer.save_freq == 0):
-                checkpoint.save(run_dir, done, policy, tokenizer, keep=cfg.trainer.keep_checkpoints)
-        tracker.close()
-    if distributed.rank() == 0:
-        checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, policy.weights())
-        print(f"trained {total_steps} steps; the model is in {run_dir / 'model'}")
+        learn(trainer, tokenizer, examples, held_out, first_step)
+    checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, policy.weights())
+    print(f"trained {total_steps} steps; the model is in {run_dir / 'model'}")
+
+
+def learn(t: Trainer, tokenizer: Any, examples: list[Example], held_out: list[Example], first_step: int) -> None:
+    """The steps from ``first_step`` on, with validation, metrics and checkpoints."""
+    cfg, total = t.cfg, t.total_steps
+    tracker = Tracker(t.run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, first_step, cfg.model_dump())
+    if cfg.trainer.val_before_train and first_step == 0 and held_out:
+        tracker.log(-1, validate(t, held_out))
+    for step in tqdm(range(first_step, total), desc="GRPO", unit="step", initial=first_step, total=total):
+        indices = data.batch_indices(len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
+        metrics = grpo_step(t, step, [examples[i] for i in indices])
+        done = step + 1
+        if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
+            metrics |= validate(t, held_out)
+        tracker.log(step, metrics)
+        if done == total or (cfg.trainer.save_freq > 0 and done % cfg.trainer.save_freq == 0):
+            checkpoint.save(t.run_dir, done, t.policy, tokenizer, keep=cfg.trainer.keep_checkpoints)
+    tracker.close()
 
 
 def encode(cfg: GrpoConfig, tokenizer: Any, examples: list[Example]) -> tuple[list[Example], dict[str, tuple[int, ...]]]:
@@ -119,7 +120,7 @@ def build_sampler(cfg: GrpoConfig, causal_lm: Any, tokenizer: Any) -> HfSampler:
     return HfSampler(causal_lm, tokenizer, sampling, stop_token_ids(causal_lm, tokenizer), bf16=rollout.dtype == "bf16")
 
 
-def validate(t: Trainer, held_out: Sequence[Example], step: int) -> Metrics:
+def validate(t: Trainer, held_out: Sequence[Example]) -> Metrics:
     """Mean reward and reciprocal rank of one sample a held-out question; the seed is the same each time, so that curves compare."""
     start = time.monotonic()
     limit = t.cfg.data.val_max_samples

@@ -11,6 +11,8 @@ from convsearch.cli import run
 from convsearch.config import SftConfig, load_sft_config
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from convsearch.batch import Tree
     from convsearch.policy import Policy
 
@@ -116,33 +118,40 @@ def train(cfg: SftConfig) -> None:
     from pathlib import Path
 
     import torch
-    from tqdm import tqdm
 
-    from convsearch import checkpoint, distributed
+    from convsearch import checkpoint, distributed, runs
     from convsearch.data import batch_indices
-    from convsearch.files import atomic_write
-    from convsearch.model import load_model, load_tokenizer, pick_device
-    from convsearch.policy import Policy
-    from convsearch.schedule import lr_at
-    from convsearch.tracking import Tracker
+    from convsearch.model import load_tokenizer, pick_device
 
     if cfg.trainer.num_threads:
         torch.set_num_threads(cfg.trainer.num_threads)
     device = distributed.start(pick_device(cfg.trainer.device))
-    rank, world = distributed.rank(), distributed.world_size()
-    cfg.check_world(world)
+    cfg.check_world(distributed.world_size())
     run_dir, size = Path(cfg.trainer.default_local_dir), cfg.data.train_batch_size
     tokenizer = load_tokenizer(cfg.model.partial_pretrain, trust_remote_code=cfg.model.trust_remote_code)
     rows = read_rows(cfg, cfg.data.train_files, tokenizer)
     held_out = read_rows(cfg, cfg.data.val_files, tokenizer) if cfg.data.val_files else []
     batch_indices(len(rows), size, 0, cfg.data.seed)  # an error now rather than after loading a model
-    steps_an_epoch = len(rows) // size
-    total = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * steps_an_epoch
-    save_every = cfg.trainer.save_freq if cfg.trainer.save_freq > 0 else steps_an_epoch
-    test_every = cfg.trainer.test_freq if cfg.trainer.test_freq > 0 else steps_an_epoch
+    total = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * (len(rows) // size)
+    runs.claim(run_dir, cfg)
+    if not runs.trained(run_dir, total):
+        first_step, policy = build_policy(cfg, run_dir, device)
+        learn(cfg, run_dir, policy, tokenizer, rows, held_out, range(first_step, total))
+        weights = policy.weights()
+        if distributed.rank() == 0:
+            checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, weights)
+            print(f"trained {total} steps on {len(rows)} rows; the model is in {run_dir / 'model'}")
+    distributed.stop()
+
+
+def build_policy(cfg: SftConfig, run_dir: "Path", device: Any) -> tuple[int, "Policy"]:
+    """The model to train, from the newest checkpoint where there is one, and the step at which it stands."""
+    from convsearch import checkpoint, distributed
+    from convsearch.model import load_model
+    from convsearch.policy import Policy
 
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
-    first_step, source = (found[0], str(found[1])) if found else (0, cfg.model.partial_pretrain)
+    source = str(found[1]) if found else cfg.model.partial_pretrain
     policy = Policy(
         load_model(source, trust_remote_code=cfg.model.trust_remote_code),
         device,
@@ -154,30 +163,43 @@ def train(cfg: SftConfig) -> None:
         bf16=cfg.model.dtype == "bf16",
     )
     cfg.check_context(policy.causal_lm.config.max_position_embeddings)
-    if found:
-        checkpoint.restore_optimizer(found[1], policy)
-        if rank == 0:
-            print(f"resumed from {found[1]}")
-    if rank == 0 and not found:
-        with atomic_write(run_dir / "config.json") as file:
-            file.write(cfg.model_dump_json(indent=1))
-    tracker = Tracker(run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, first_step, cfg.model_dump())
-    for step in tqdm(range(first_step, total), desc="SFT", unit="step", initial=first_step, total=total, disable=rank > 0):
+    if found is None:
+        return 0, policy
+    checkpoint.restore_optimizer(found[1], policy)
+    if distributed.rank() == 0:
+        print(f"resumed from {found[1]}")
+    return found[0], policy
+
+
+def learn(
+    cfg: SftConfig, run_dir: "Path", policy: "Policy", tokenizer: Any, rows: list["Tree"], held_out: list["Tree"], steps: range
+) -> None:
+    """The optimiser steps ``steps``, with validation, metrics and checkpoints."""
+    from tqdm import tqdm
+
+    from convsearch import checkpoint, distributed
+    from convsearch.data import batch_indices
+    from convsearch.schedule import lr_at
+    from convsearch.tracking import Tracker
+
+    rank, world, micro_batch_size = distributed.rank(), distributed.world_size(), cfg.data.micro_batch_size_per_gpu
+    size, total = cfg.data.train_batch_size, steps.stop
+    epoch = len(rows) // size
+    save_every = cfg.trainer.save_freq if cfg.trainer.save_freq > 0 else epoch
+    test_every = cfg.trainer.test_freq if cfg.trainer.test_freq > 0 else epoch
+    warmup = int(cfg.optim.warmup_steps_ratio * total)
+    tracker = Tracker(run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, steps.start, cfg.model_dump())
+    for step in tqdm(steps, desc="SFT", unit="step", initial=steps.start, total=total, disable=rank > 0):
         batch = [rows[i] for i in batch_indices(len(rows), size, step, cfg.data.seed, cfg.data.shuffle)]
-        lr = lr_at(step, total, cfg.optim.lr, int(cfg.optim.warmup_steps_ratio * total), cfg.optim.lr_scheduler, cfg.optim.min_lr_ratio)
-        metrics = sft_step(policy, batch, rank, world, cfg.data.micro_batch_size_per_gpu, lr)
+        lr = lr_at(step, total, cfg.optim.lr, warmup, cfg.optim.lr_scheduler, cfg.optim.min_lr_ratio)
+        metrics = sft_step(policy, batch, rank, world, micro_batch_size, lr)
         done = step + 1
         if held_out and (done % test_every == 0 or done == total):
-            metrics["val_loss"] = validation_loss(policy, held_out, rank, world, cfg.data.micro_batch_size_per_gpu)
+            metrics["val_loss"] = validation_loss(policy, held_out, rank, world, micro_batch_size)
         tracker.log(step, metrics)
         if done == total or done % save_every == 0:
             checkpoint.save(run_dir, done, policy, tokenizer, keep=cfg.trainer.keep_checkpoints)
     tracker.close()
-    weights = policy.weights()
-    if rank == 0:
-        checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, weights)
-        print(f"trained {total} steps on {len(rows)} rows; the model is in {run_dir / 'model'}")
-    distributed.stop()
 
 
 def main() -> None:

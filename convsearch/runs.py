@@ -1,0 +1,59 @@
+"""A run folder belongs to one configuration: the first start writes it down, every resume compares."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from convsearch import distributed
+from convsearch.files import atomic_write
+
+# What may differ when a run goes on: where it talks to, how fast it works, how much of it is kept and shown.
+_FREE = (
+    "retriever.url",
+    "retriever.timeout_s",
+    "retriever.max_wait_s",
+    "trainer.logger",
+    "trainer.save_freq",
+    "trainer.keep_checkpoints",
+    "trainer.num_threads",
+    "trainer.resume_mode",
+    "trainer.default_local_dir",
+)
+
+
+def claim(run_dir: Path, cfg: BaseModel) -> None:
+    """Writes ``config.json`` into a new run folder; in an old one, checks that the configuration is the one it was made with.
+
+    Raises:
+        ValueError: a key that the results depend on has another value now; names it and both values.
+    """
+    path, now = run_dir / "config.json", _flat(json.loads(cfg.model_dump_json()))
+    if path.is_file():
+        before = _flat(json.loads(path.read_text()))
+        for key in sorted(now.keys() | before.keys()):
+            if now.get(key) != before.get(key) and key not in _FREE:
+                raise ValueError(
+                    f"{run_dir} was made with {key}={before.get(key)}, now it is {now.get(key)}: set it back, or choose another trainer.default_local_dir"
+                )
+        return
+    if distributed.rank() == 0:
+        with atomic_write(path) as file:
+            file.write(cfg.model_dump_json(indent=1))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def trained(run_dir: Path, total_steps: int) -> bool:
+    """Whether the run has taken its last step and exported its model; says so."""
+    model = run_dir / "model"
+    done = (run_dir / f"global_step_{total_steps}" / "trainer.json").is_file() and (model / "model.safetensors").is_file()
+    if done and distributed.rank() == 0:
+        print(f"{run_dir}: all {total_steps} steps are done already; the model is in {model}")
+    return done
