@@ -53,7 +53,7 @@ def user_turns(text: str) -> list[str]:
 
 
 def corpus_passages(sources: Iterable[Source], bad: BadRecords) -> Iterator[tuple[str, str]]:
-    """(id, title + " " + text) of corpus files; ids, 366,479 in all corpora together, are checked to be distinct."""
+    """(id, title + " " + text) of corpus files; ids, 366,459 in all corpora together, are checked to be distinct."""
     seen: set[str] = set()
     for source in sources:
         for passage in read_records(source, bad, f"mtrag collection, {source.path.name}"):

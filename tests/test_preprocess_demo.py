@@ -159,7 +159,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_model_is_unpacked_once_and_repaired_when_cut(
+def test_the_demo_model_is_unpacked_once_and_a_cut_one_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "model"
