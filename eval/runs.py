@@ -1,0 +1,180 @@
+"""TREC runs and qrels: read into columns, checked; written so that trec_eval sees the order that was meant."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from convsearch.files import atomic_write
+from eval.columns import QRELS, RUN, Columns, Format, checked_value, line_of_row, load, parse
+
+Results = Iterable[tuple[str, Sequence[tuple[str, float]]]]  # (qid, [(docid, score), best first])
+
+
+def read_run(path: str | Path) -> Columns:
+    """Reads a run: six TREC columns, the reference's seven (qid Q0 docid rank ORDER score tag), or JSON {qid: {docid: score}}.
+
+    Plain or gzipped, parted by spaces or tabs, with any line ends. Of the seven columns the fifth counts, as in the
+    reference's evaluation.
+
+    Raises:
+        ValueError: the file is empty, binary or malformed, a score is not finite, or a passage stands twice under one
+            query; names file and line (JSON: the key).
+    """
+    return _read(path, RUN)
+
+
+def read_qrels(path: str | Path) -> Columns:
+    """Reads qrels, "qid 0 docid grade" or JSON {qid: {docid: grade}}; the rest as ``read_run``.
+
+    Raises:
+        ValueError: as ``read_run``; a grade is no whole number.
+    """
+    return _read(path, QRELS)
+
+
+def from_mapping(mapping: Mapping[str, Mapping[str, float]], form: Format = RUN, name: str = "run") -> Columns:
+    """Columns of {qid: {docid: value}}; ``name`` opens the error messages.
+
+    Raises:
+        ValueError: something is no object, no number or not finite.
+    """
+    import pyarrow as pa
+
+    query_of_row: list[int] = []
+    docids: list[str] = []
+    values: list[float] = []
+    wanted = "a whole number" if form.integer else "a number"
+    for number, (qid, scored) in enumerate(mapping.items()):
+        if not isinstance(scored, Mapping):
+            raise ValueError(f"{name}: query {qid!r} must hold an object {{docid: {form.value_name}}}, got {type(scored).__name__}")
+        for docid, value in scored.items():
+            where = f"{name}: query {qid!r}, passage {docid!r}"
+            if isinstance(value, bool) or not isinstance(value, int if form.integer else int | float):
+                raise ValueError(f"{where}: the {form.value_name} must be {wanted}, got {value!r}")
+            values.append(checked_value(where, value, form))
+        query_of_row += [number] * len(scored)
+        docids += scored
+    return Columns(
+        pa.array(mapping, pa.large_string()),
+        np.array(query_of_row, np.int64),
+        pa.array(docids, pa.large_string()),
+        np.array(values, np.int64 if form.integer else np.float64),
+    )
+
+
+def _read(path: str | Path, form: Format) -> Columns:
+    raw = load(path)
+    if raw[:1].to_pybytes() == b"{":
+        return _from_json(path, raw, form)
+    columns = parse(path, raw, form)
+    twice = _first_duplicate(columns)
+    if twice is not None:
+        first, second = line_of_row(raw, twice[0]), line_of_row(raw, twice[1])
+        qid, docid = columns.qids[columns.query_of_row[twice[0]]].as_py(), columns.docids[twice[0]].as_py()
+        raise ValueError(f"{path}:{second}: passage {docid!r} of query {qid!r} stands on line {first} already: keep one of the two lines")
+    return columns
+
+
+def _from_json(path: str | Path, raw: Any, form: Format) -> Columns:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        known: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in known:
+                raise ValueError(f"{path}: the key {key!r} stands twice in one object: keep one of the two")
+            known[key] = value
+        return known
+
+    try:
+        mapping = json.loads(raw.to_pybytes(), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON ({error.msg}, column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start} ({error.reason})") from error
+    columns = from_mapping(mapping, form, str(path))
+    if not len(columns.docids):
+        raise ValueError(f"{path} is empty: it names no passage")
+    return columns
+
+
+def _first_duplicate(columns: Columns) -> tuple[int, int] | None:
+    """The first two rows of the same query and passage; None where every row is another."""
+    hashes = _row_hashes(columns)
+    ordered = np.sort(hashes)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(repeated):
+        return None
+    seen: dict[tuple[int, str], int] = {}
+    for row in np.flatnonzero(np.isin(hashes, repeated)).tolist():  # equal hashes need not be equal rows
+        first = seen.setdefault((int(columns.query_of_row[row]), columns.docids[row].as_py()), row)
+        if first != row:
+            return first, row
+    return None
+
+
+def _row_hashes(columns: Columns) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of each row's (query, docid), eight bytes of all the docids at a time."""
+    docids = columns.docids
+    offsets = np.frombuffer(docids.buffers()[1], np.int64)[docids.offset : docids.offset + len(docids) + 1]
+    starts, lengths = offsets[:-1], np.diff(offsets)
+    text = np.frombuffer(docids.buffers()[2], np.uint8)
+    padded = np.zeros(len(text) + 8, np.uint8)
+    padded[: len(text)] = text
+    words = np.ndarray((len(text) + 1,), "<u8", padded, strides=(1,))  # the eight bytes from each byte on
+    hashes = (columns.query_of_row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ lengths.astype(np.uint64)
+    for done in range(0, int(lengths.max()), 8):
+        live = np.flatnonzero(lengths > done) if done else slice(None)
+        spare_bits = (8 - np.minimum(lengths[live] - done, 8)).astype(np.uint64) * np.uint64(8)
+        word = words[starts[live] + done] & (np.uint64(0xFFFF_FFFF_FFFF_FFFF) >> spare_bits)
+        mixed = (hashes[live] ^ word) * np.uint64(0xFF51_AFD7_ED55_8CCD)
+        hashes[live] = mixed ^ (mixed >> np.uint64(32))
+    return hashes
+
+
+def write_run(path: str | Path, results: Results, tag: str) -> int:
+    """Writes the six TREC columns and returns the number of lines; the file is whole or not there.
+
+    The order of the list is the ranking. Where scores tie or rise, or differ by less than float32 can tell (trec_eval
+    would then go by docid), they are lowered by the smallest step: written scores strictly decrease, even as float32.
+
+    Raises:
+        ValueError: an id is empty or holds white space, a query or passage stands twice, or a score is not finite.
+    """
+    _checked_id("tag", tag)
+    lines, seen = 0, set()
+    with atomic_write(path) as file:
+        for qid, hits in results:
+            if _checked_id("qid", qid) in seen:
+                raise ValueError(f"{path}: query {qid!r} stands twice in the results: search each query once")
+            seen.add(qid)
+            if len({_checked_id("docid", docid) for docid, _ in hits}) != len(hits):
+                raise ValueError(f"{path}: query {qid!r} has the same passage twice in its results")
+            for _, score in hits:
+                checked_value(f"{path}: query {qid!r}", score, RUN)
+            scores = decreasing([score for _, score in hits])
+            ranked = enumerate(zip(hits, scores.tolist(), strict=True), start=1)
+            file.writelines(f"{qid} Q0 {docid} {rank} {score:.9g} {tag}\n" for rank, ((docid, _), score) in ranked)
+            lines += len(hits)
+    return lines
+
+
+def _checked_id(kind: str, text: str) -> str:
+    if text.split() != [text]:
+        raise ValueError(f"a {kind} in a run must be one word without white space, got {text!r}")
+    return text
+
+
+def decreasing(scores: Sequence[float]) -> npt.NDArray[np.float32]:
+    """The largest float32 scores that strictly decrease and are nowhere above ``scores``. ``[2, 2, 1]`` -> ``[2, 1.9999999, 1]``.
+
+    The bits of a float32, read as an integer with the sign mirrored, count the numbers in order; so the k-th result is
+    the least of (j-th number's count + j) for j <= k, minus k.
+    """
+    bits = np.asarray(scores, np.float32).view(np.int32).astype(np.int64)
+    count = np.where(bits >= 0, bits, -(1 << 31) - bits)
+    steps = np.arange(len(bits))
+    count = np.minimum.accumulate(count + steps) - steps
+    return np.where(count >= 0, count, -(1 << 31) - count).astype(np.int32).view(np.float32)
