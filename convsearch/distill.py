@@ -171,7 +171,7 @@ def write_parquet(path: Path, rows: Iterable[dict[str, Any]], style: Any, max_tu
                 "prompt": list(prompt),
                 "ability": "rewrite",
                 "reward_model": {"style": "rule", "ground_truth": list(conversation.gold_docids)},
-                "extra_info": {**extra, "prompt": prompt[0]["content"], "answer": row["output"].strip()},
+                "extra_info": extra | {"prompt": prompt[0]["content"], "answer": row["output"].strip()},
             }
         )
     with atomic_write(path, "wb") as file:

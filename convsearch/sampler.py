@@ -157,8 +157,8 @@ class HfSampler:
         return context, hidden[torch.arange(len(prompts), device=device), lengths - 1]
 
     def _forward(self, token_ids: Tensor, positions: Tensor, context: TreeContext | DecodeContext) -> Tensor:
-        hidden = self.model.model(input_ids=token_ids, position_ids=positions, use_cache=False, context=context).last_hidden_state
-        return hidden  # type: ignore[no-any-return]
+        output = self.model.model(input_ids=token_ids, position_ids=positions, use_cache=False, context=context)
+        return output.last_hidden_state  # type: ignore[no-any-return]
 
     def _step(self, context: DecodeContext, token_ids_N: Tensor, positions_N: Tensor) -> Tensor:
         hidden = self._forward(token_ids_N[:, None], positions_N[:, None], context)
