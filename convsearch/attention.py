@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "tree"
@@ -55,6 +55,15 @@ class DecodeContext:
     sample_keys: list[Tensor]  # [N, H, capacity, D]
     sample_values: list[Tensor]
     length: int = 0  # tokens decoded so far; the position that is written next
+
+    def make_room(self) -> None:
+        """Doubles the capacity where it is used up, so that a high limit costs no memory before samples are that long."""
+        capacity = self.sample_keys[0].shape[2]
+        if self.length < capacity:
+            return
+        for layer in range(len(self.sample_keys)):
+            self.sample_keys[layer] = pad(self.sample_keys[layer], (0, 0, 0, capacity))
+            self.sample_values[layer] = pad(self.sample_values[layer], (0, 0, 0, capacity))
 
     def select_prompts(self, kept_P: Tensor, group_size: int) -> None:
         """Drops the prompts (and their samples) that are not in ``kept_P`` [P'] (indices)."""

@@ -18,7 +18,7 @@ Loss = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, float]]]
 class ResponseLogprobs(nn.Module):
     """Micro-batch -> log-probability [R] and entropy [R] of its response tokens, as one module so that FSDP2 can wrap all of it.
 
-    Logits exist for ``chunk`` response tokens at a time, never for prompts; the backward pass makes them again.
+    Logits exist for ``chunk`` response tokens at a time, never for prompts; with more than one chunk the backward pass makes them again.
     """
 
     def __init__(self, causal_lm: Any, temperature: float, chunk: int = 1024):
@@ -31,10 +31,11 @@ class ResponseLogprobs(nn.Module):
             input_ids=micro.token_ids_BT, position_ids=micro.position_ids_BT, use_cache=False, context=context
         ).last_hidden_state
         hidden_RX = hidden_BTX[micro.row_R, micro.source_R]
+        again = torch.is_grad_enabled() and len(hidden_RX) > self.chunk
         parts = []
         for start in range(0, len(hidden_RX), self.chunk):
             piece = hidden_RX[start : start + self.chunk], micro.target_ids_R[start : start + self.chunk]
-            parts.append(checkpoint(self._score, *piece, use_reentrant=False) if torch.is_grad_enabled() else self._score(*piece))
+            parts.append(checkpoint(self._score, *piece, use_reentrant=False) if again else self._score(*piece))
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _score(self, hidden_RX: Tensor, target_ids_R: Tensor) -> tuple[Tensor, Tensor]:

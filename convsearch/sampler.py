@@ -17,6 +17,8 @@ from convsearch.attention import DecodeContext, TreeContext
 from convsearch.parsing import REWRITE_CLOSE, REWRITE_OPEN, THINK_CLOSE, THINK_OPEN
 from convsearch.types import Completion
 
+FIRST_CAPACITY = 256  # decoded tokens a sample for which memory is taken at first; doubled when they are used up
+
 
 class Sampler(Protocol):
     """What a trainer asks of an engine. Completions come group-major: those of prompt p at p * n ... p * n + n - 1."""
@@ -52,12 +54,16 @@ class SamplingConfig:
 class Scaffold:
     """We write the tags and the model fills them: ``literals[i]``, then up to ``budgets[i]`` sampled tokens, then the next literal.
 
-    A part ends before the first token that has "<" or a line break in it, or when its budget is spent. For models too small to keep
-    the form by themselves; the paper has nothing like it.
+    A part ends before the first token that has "<" or a line break in it, or when its budget is spent; no part begins with such a token
+    or with white space, so that none is empty. For models too small to keep the form by themselves; the paper has nothing like it.
     """
 
     literals: tuple[str, ...]
     budgets: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if min(self.budgets) < 1:
+            raise ValueError(f"scaffold: the budgets of thinking and rewrite are {self.budgets} tokens; each must be at least 1")
 
     @classmethod
     def rewrite_form(cls, think_tokens: int, rewrite_tokens: int) -> "Scaffold":
@@ -81,7 +87,12 @@ class HfSampler:
         self.stop_ids = frozenset(stop_ids)
         self.version = 0
         self._autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
-        self._script = _Script(tokenizer, scaffold, model.config.vocab_size) if scaffold else None
+        self._script = _Script(tokenizer, scaffold, model.config.vocab_size, self.stop_ids) if scaffold else None
+        if self._script is not None and self._script.max_tokens > config.max_tokens:
+            raise ValueError(
+                f"sampling: max_tokens = {config.max_tokens} is below the {self._script.max_tokens} tokens that the scaffold may take; "
+                "raise it or lower the budgets of thinking and rewrite"
+            )
 
     def load_weights(self, named_tensors: dict[str, Tensor], version: int) -> None:
         """Takes over the policy's weights; where sampler and policy are one module, an empty dictionary only moves the version."""
@@ -113,8 +124,8 @@ class HfSampler:
         return [completion for completion in completions if completion is not None]
 
     def _generate_chunk(self, prompts: list[tuple[int, ...]], keys: list[int], n: int, seed: int) -> list[list[Completion]]:
-        limit = self.config.max_tokens if self._script is None else min(self.config.max_tokens, self._script.max_tokens)
-        context, hidden_PX = self._read(prompts, n, limit)
+        limit = self.config.max_tokens if self._script is None else self._script.max_tokens
+        context, hidden_PX = self._read(prompts, n, min(limit, FIRST_CAPACITY))
         rows = [_Row(np.random.default_rng([seed, key, g]).random(limit), self._script) for key in keys for g in range(n)]
         live_P = list(range(len(prompts)))  # prompts whose samples still stand in the context
         hidden_NX = hidden_PX.repeat_interleave(n, dim=0)
@@ -161,6 +172,7 @@ class HfSampler:
         return output.last_hidden_state  # type: ignore[no-any-return]
 
     def _step(self, context: DecodeContext, token_ids_N: Tensor, positions_N: Tensor) -> Tensor:
+        context.make_room()
         hidden = self._forward(token_ids_N[:, None], positions_N[:, None], context)
         context.length += 1
         return hidden[:, 0]
@@ -168,17 +180,28 @@ class HfSampler:
     def _choose(self, logits_NV: Tensor, rows: list["_Row"]) -> Tensor:
         """Draws the next token of every row, lets the scaffold overrule it, and books it; returns the ids to feed [N]."""
         logprobs_NV = (logits_NV / (self.config.temperature or 1.0)).log_softmax(dim=-1)
+        offered_NV = logprobs_NV if self._script is None else self._without_empty_parts(logprobs_NV, rows)
         if self.config.temperature == 0:
-            drawn_N = logits_NV.argmax(dim=-1)
+            drawn_N = offered_NV.argmax(dim=-1)
         else:
             uniform_N = torch.tensor([row.uniform() for row in rows], device=logits_NV.device, dtype=torch.float32)
-            drawn_N = _inverse_cdf(self._truncate(logprobs_NV), uniform_N)
+            drawn_N = _inverse_cdf(self._truncate(offered_NV), uniform_N)
         if self._script is not None:
             drawn_N = torch.tensor([row.follow(token) for row, token in zip(rows, drawn_N.tolist(), strict=True)], device=drawn_N.device)
         chosen_N = logprobs_NV.gather(1, drawn_N[:, None])[:, 0].tolist()
         for row, token, logprob in zip(rows, drawn_N.tolist(), chosen_N, strict=True):
             row.book(token, logprob, self.stop_ids)
         return drawn_N
+
+    def _without_empty_parts(self, logprobs_NV: Tensor, rows: list["_Row"]) -> Tensor:
+        """Takes what would leave a part of the scaffold empty from the rows that stand at the beginning of one."""
+        assert self._script is not None
+        starting = [[i] for i, row in enumerate(rows) if row.starts_part]
+        if not starting:
+            return logprobs_NV
+        offered_NV = logprobs_NV.clone()
+        offered_NV[starting, sorted(self._script.cannot_start)] = float("-inf")
+        return offered_NV
 
     def _truncate(self, logprobs_NV: Tensor) -> Tensor:
         """Probabilities after top-k and top-p, not renormalised."""
@@ -215,15 +238,16 @@ def _inverse_cdf(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
 
 
 class _Script:
-    """A scaffold in token ids: what is forced, and which tokens end a part."""
+    """A scaffold in token ids: what is forced, which tokens end a part, and which cannot be its first."""
 
-    def __init__(self, tokenizer: Any, scaffold: Scaffold, vocabulary: int):
+    def __init__(self, tokenizer: Any, scaffold: Scaffold, vocabulary: int, stop_ids: frozenset[int]):
         self.literals = [tokenizer.encode(text, add_special_tokens=False) for text in scaffold.literals]
         self.budgets = scaffold.budgets
         self.max_tokens = sum(map(len, self.literals)) + sum(self.budgets)
-        special = set(tokenizer.all_special_ids)
+        special = stop_ids | set(tokenizer.all_special_ids)
         pieces = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
         self.ends_part = frozenset(i for i, piece in enumerate(pieces) if "<" in piece or "\n" in piece or i in special)
+        self.cannot_start = self.ends_part | {i for i, piece in enumerate(pieces) if not piece.strip()}
 
 
 @dataclass(slots=True)
@@ -241,6 +265,11 @@ class _Row:
 
     def uniform(self) -> float:
         return float(self.uniforms[min(len(self.token_ids), len(self.uniforms) - 1)])
+
+    @property
+    def starts_part(self) -> bool:
+        assert self.script is not None
+        return not self.done and not self.forced and self.spent == 0 and 0 <= self.part < len(self.script.budgets)
 
     @property
     def done(self) -> bool:
