@@ -200,7 +200,7 @@ class HfSampler:
         if not starting:
             return logprobs_NV
         offered_NV = logprobs_NV.clone()
-        offered_NV[starting, sorted(self._script.cannot_start)] = float("-inf")
+        offered_NV[starting, self._script.cannot_start] = float("-inf")
         return offered_NV
 
     def _truncate(self, logprobs_NV: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class _Script:
         special = stop_ids | set(tokenizer.all_special_ids)
         pieces = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
         self.ends_part = frozenset(i for i, piece in enumerate(pieces) if "<" in piece or "\n" in piece or i in special)
-        self.cannot_start = self.ends_part | {i for i, piece in enumerate(pieces) if not piece.strip()}
+        self.cannot_start = sorted(self.ends_part | {i for i, piece in enumerate(pieces) if not piece.strip()})
 
 
 @dataclass(slots=True)

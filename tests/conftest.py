@@ -1,0 +1,69 @@
+"""What several test files of the trainers share, made once a session in a temporary folder."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers (4 query heads on 2 key heads, tied embeddings) with its tokenizer."""
+    import helpers_trainers as helpers
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    helpers.build_tokenizer(folder, helpers.training_texts())
+    helpers.build_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of the Qwen2 type: biases in the attention, untied embeddings."""
+    import helpers_trainers as helpers
+
+    folder = tmp_path_factory.mktemp("tiny_qwen2")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (tiny_llama / name).is_file():
+            shutil.copy(tiny_llama / name, folder / name)
+    helpers.build_model(folder, "qwen2")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def form_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama that keeps the form in most samples but names any town and any aspect."""
+    import helpers_trainers as helpers
+
+    source, folder = tmp_path_factory.mktemp("narrow_llama"), tmp_path_factory.mktemp("form_llama")
+    shutil.copytree(tiny_llama, source, dirs_exist_ok=True)
+    helpers.build_model(source, spread=0.02)
+    helpers.teach_form(source, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The BM25 index of the eighteen passages."""
+    import helpers_trainers as helpers
+
+    return helpers.build_index(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def toy_server(toy_index: Path) -> Iterator[str]:
+    """The address of a real server of that index."""
+    from convsearch.retriever import open_retriever
+
+    with open_retriever(f"embedded:{toy_index}") as retriever:
+        retriever.health()
+        yield retriever.url
+
+
+@pytest.fixture(scope="session")
+def toy_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GRPO rows, one a passage."""
+    import helpers_trainers as helpers
+
+    return helpers.write_parquet(tmp_path_factory.mktemp("parquet") / "train.parquet", helpers.grpo_rows(list(helpers.GOLDS)))
