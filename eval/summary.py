@@ -43,15 +43,15 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="JSON file to write")
     args = parser.parse_args()
     from convsearch.files import atomic_write
-    from eval.metrics import evaluate
+    from eval.metrics import evaluate_files
 
     results: dict[str, dict[str, Any]] = {}
     for item in args.runs:
         name, _, path = item.partition("=")
         if not path:
             raise ValueError(f'{item!r}: expected NAME=RUN, as in "raw question=raw.trec"')
-        means, per_query = evaluate(path, args.qrels, MEASURES)
-        results[name] = {**means, "MRR_interval": interval(per_query["MRR"]), "queries": len(per_query["MRR"])}
+        evaluation = evaluate_files(path, args.qrels, " ".join(MEASURES))
+        results[name] = {**evaluation.means(), "MRR_interval": interval(evaluation.values["MRR"]), "queries": len(evaluation.qids)}
     print(table(results))
     with atomic_write(args.output) as file:
         json.dump(results, file, indent=1)
