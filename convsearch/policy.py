@@ -67,7 +67,6 @@ class Policy:
     ):
         if gradient_checkpointing:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        causal_lm.config.use_cache = False
         self.causal_lm, self.device, self.grad_clip = causal_lm, device, grad_clip
         self.module = distributed.shard(ResponseLogprobs(causal_lm, temperature), device)
         self.module.train()

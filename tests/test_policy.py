@@ -1,0 +1,220 @@
+"""What the policy promises.
+
+1. Its log-probs are the sampler's; its gradient and its steps are those of plain transformers with torch's AdamW.
+2. Sharing prompts, packing, micro-batches, chunks and gradient checkpointing change no gradient.
+3. A gradient that is not finite is not applied, and counted.
+4. Weights and optimizer state that are saved and restored continue to the last bit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from convsearch.batch import Branch, MicroBatch, Tree, collate, pack, unshared
+from convsearch.model import encode_chat, load_model, load_tokenizer
+from convsearch.policy import Policy, ResponseLogprobs
+from convsearch.sampler import HfSampler, SamplingConfig
+
+TEMPERATURE = 0.7
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(f"tiny_{request.param}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trees(folder: Path) -> list[Tree]:
+    """Three prompts with four samples each, of the model itself; lengths, advantages and weights differ."""
+    tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
+    prompts = [encode_chat(tokenizer, ({"role": "user", "content": text},)) for text in ("rome", "where is oslo? " * 5, "lima, its food?")]
+    sampler = HfSampler(model, tokenizer, SamplingConfig(TEMPERATURE, max_tokens=14), tuple(range(40)))
+    completions = sampler.generate(prompts, 4, seed=3)
+    assert len({len(completion.token_ids) for completion in completions}) > 3
+    branches = [
+        Branch(completion.token_ids, advantage=(number % 5 - 2) / 2, weight=1 / (10 + number), sampler_logprobs=completion.logprobs)
+        for number, completion in enumerate(completions)
+    ]
+    return [Tree(prompt, tuple(branches[4 * p : 4 * p + 4])) for p, prompt in enumerate(prompts)]
+
+
+def make(folder: Path, **options: Any) -> Policy:
+    return Policy(load_model(str(folder)), torch.device("cpu"), temperature=TEMPERATURE, lr=1e-3, **options)
+
+
+def toy_loss(micro: MicroBatch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Something of the policy loss, of a KL and of the entropy, so that all paths have a gradient."""
+    total = (micro.weights_R * (-micro.advantages_R * logprobs_R.exp() + 0.1 * logprobs_R.square() - 0.3 * entropy_R)).sum()
+    return total, {"loss": float(total.detach())}
+
+
+def gradients(policy: Policy, micros: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    policy.module.zero_grad(set_to_none=True)
+    for micro in micros:
+        policy.forward_backward(micro, toy_loss)
+    return {name: parameter.grad.clone() for name, parameter in policy.named_parameters().items() if parameter.grad is not None}
+
+
+def plain_loss(model: Any, trees: Sequence[Tree]) -> Tensor:
+    """The same loss, sequence by sequence, from a model as transformers gives it."""
+    total = torch.zeros(())
+    for tree in trees:
+        for branch in tree.branches:
+            logits_TV = model(torch.tensor([[*tree.prompt_ids, *branch.token_ids]])).logits[0, len(tree.prompt_ids) - 1 : -1]
+            logprobs_TV = (logits_TV.float() / TEMPERATURE).log_softmax(-1)
+            logprobs_T = logprobs_TV.gather(1, torch.tensor(branch.token_ids)[:, None])[:, 0]
+            entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
+            total = total + branch.weight * (-branch.advantage * logprobs_T.exp() + 0.1 * logprobs_T.square() - 0.3 * entropy_T).sum()
+    return total
+
+
+def plain_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+def assert_equal_gradients(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        distance = float((left[name] - right[name]).norm() / right[name].norm())
+        assert distance <= tolerance, (name, distance)
+
+
+def test_logprobs_are_the_samplers(folder: Path, trees: list[Tree]) -> None:
+    policy = make(folder)
+    for micro in [collate(trees), *pack(trees, 80), *pack(unshared(trees), 100)]:
+        assert micro.sampler_logprobs_R is not None
+        torch.testing.assert_close(policy.logprobs(micro), micro.sampler_logprobs_R, atol=1e-4, rtol=0)
+
+
+def test_gradients_are_those_of_plain_transformers(folder: Path, trees: list[Tree]) -> None:
+    model = plain_model(folder)
+    loss = plain_loss(model, trees)
+    torch.autograd.backward(loss)
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    policy = make(folder)
+    report = policy.forward_backward(collate(trees), toy_loss)
+    assert report["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert_equal_gradients(gradients(policy, [collate(trees)]), expected)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        pytest.param(lambda trees: [collate(unshared(trees))], id="unshared"),
+        pytest.param(lambda trees: [collate([tree]) for tree in trees], id="a tree at a time"),
+        pytest.param(lambda trees: [collate([tree]) for tree in unshared(trees)], id="a sequence at a time"),
+        pytest.param(lambda trees: list(pack(trees, 10_000)), id="packed, one"),
+        pytest.param(lambda trees: list(pack(trees, 1)), id="packed, least"),
+        pytest.param(lambda trees: list(pack(unshared(trees), 90)), id="packed, unshared"),
+        pytest.param(lambda trees: [collate(trees, pad_id=5)], id="other padding"),
+        pytest.param(lambda trees: [collate(trees[::-1])], id="other order"),
+    ],
+)
+def test_the_split_changes_no_gradient(folder: Path, trees: list[Tree], split: Callable[[list[Tree]], list[MicroBatch]]) -> None:
+    policy = make(folder)
+    assert_equal_gradients(gradients(policy, split(trees)), gradients(policy, [collate(trees)]))
+
+
+def test_packing_keeps_to_its_limit(trees: list[Tree]) -> None:
+    rows = unshared(trees)
+    for limit in (1, 60, 100, 400):
+        micros = list(pack(rows, limit))
+        assert sum(len(micro.token_ids_BT) for micro in micros) == len(rows)
+        assert all(micro.num_tokens <= limit or len(micro.token_ids_BT) == 1 for micro in micros)
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder: Path, trees: list[Tree]) -> None:
+    plain, checkpointed = make(folder), make(folder, gradient_checkpointing=True)
+    layers_seen = []
+    layer = checkpointed.causal_lm.model.layers[0]
+    layer.register_forward_pre_hook(lambda *_: layers_seen.append(1))
+    assert_equal_gradients(gradients(checkpointed, [collate(trees)]), gradients(plain, [collate(trees)]), 1e-6)
+    assert len(layers_seen) == 2  # once forward, once again in the backward pass
+
+
+def test_chunks_of_the_scores_change_no_gradient(folder: Path, trees: list[Tree]) -> None:
+    whole, pieces = make(folder), make(folder)
+    assert isinstance(pieces.module, ResponseLogprobs)
+    pieces.module.chunk = 7
+    torch.testing.assert_close(pieces.logprobs(collate(trees)), whole.logprobs(collate(trees)), atol=1e-6, rtol=0)
+    assert_equal_gradients(gradients(pieces, [collate(trees)]), gradients(whole, [collate(trees)]))
+
+
+def test_steps_are_those_of_torch(folder: Path, trees: list[Tree]) -> None:
+    """Clipping before AdamW, the learning rate of each step, and weight decay on every parameter."""
+    model = plain_model(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.9), weight_decay=0.1)
+    policy = make(folder, betas=(0.8, 0.9), weight_decay=0.1, grad_clip=0.05)
+    for lr in (1e-3, 3e-3, 2e-3):
+        torch.autograd.backward(plain_loss(model, trees))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        policy.forward_backward(collate(trees), toy_loss)
+        report = policy.optim_step(lr)
+        assert report == {"grad_norm": pytest.approx(float(norm), rel=1e-4), "lr": lr, "skipped": 0.0}
+        assert report["grad_norm"] > 0.05
+    ours = policy.weights()
+    for name, parameter in model.named_parameters():
+        assert float((ours[name] - parameter.detach()).norm() / parameter.detach().norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_applied(folder: Path, trees: list[Tree], bad: float) -> None:
+    policy, undisturbed = make(folder), make(folder)
+    micro = collate(trees)
+    poisoned = replace(micro, weights_R=micro.weights_R.clone().index_fill_(0, torch.tensor([3]), bad))
+    for policy_, micros in ((policy, (micro, poisoned, micro)), (undisturbed, (micro, micro))):
+        reports = []
+        for each in micros:
+            policy_.forward_backward(each, toy_loss)
+            reports.append(policy_.optim_step(1e-3))
+        assert [report["skipped"] for report in reports] == [float(each is poisoned) for each in micros]
+    expected = undisturbed.weights()
+    assert all(torch.equal(value, expected[name]) for name, value in policy.weights().items())
+
+
+def test_weights_and_optimizer_state_go_round(folder: Path, trees: list[Tree]) -> None:
+    def step(policy: Policy) -> None:
+        policy.forward_backward(collate(trees), toy_loss)
+        policy.optim_step(1e-3)
+
+    first = make(folder)
+    assert first.optimizer_state() == {}
+    step(first)
+    step(first)
+    weights, state = first.weights(), first.optimizer_state()
+    assert {name.split("/")[0] for name in state} == {"step", "exp_avg", "exp_avg_sq"}
+    assert float(next(value for name, value in state.items() if name.startswith("step/"))) == 2
+    second = make(folder)
+    second.causal_lm.load_state_dict(weights, strict=False)
+    second.load_optimizer_state(state)
+    step(first)  # the state is a copy: this must not reach into it
+    step(second)
+    assert all(torch.equal(value, second.weights()[name]) for name, value in first.weights().items())
+    assert all(torch.equal(value, second.optimizer_state()[name]) for name, value in first.optimizer_state().items())
+
+
+def test_a_frozen_model_scores_and_takes_no_step(folder: Path, trees: list[Tree]) -> None:
+    frozen = Policy(load_model(str(folder)).requires_grad_(False), torch.device("cpu"), temperature=TEMPERATURE)
+    assert torch.equal(frozen.logprobs(collate(trees)), make(folder).logprobs(collate(trees)))
+    with pytest.raises(AssertionError, match="takes no step"):
+        frozen.optim_step(1e-3)
+
+
+def test_bfloat16_arithmetic_is_near_and_keeps_float32_weights(folder: Path, trees: list[Tree]) -> None:
+    policy = make(folder, bf16=True)
+    exact, rough = make(folder).logprobs(collate(trees)), policy.logprobs(collate(trees))
+    assert 0 < float((exact - rough).abs().mean()) < 0.1
+    policy.forward_backward(collate(trees), toy_loss)
+    policy.optim_step(1e-3)
+    assert {value.dtype for value in [*policy.weights().values(), *policy.optimizer_state().values()]} == {torch.float32}
