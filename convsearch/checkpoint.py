@@ -4,6 +4,7 @@ A folder is written under another name, its files' sizes are recorded in ``train
 checkpoint before it. All randomness of the trainers derives from (seed, step), so that the step number is all the state besides tensors.
 """
 
+import errno
 import json
 import os
 import re
@@ -97,9 +98,13 @@ def export(folder: Path, causal_lm: Any, tokenizer: Any, weights: dict[str, Any]
 def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
     from safetensors.torch import save_file
 
+    temporary = path.with_name(f"{path.name}.tmp")  # a name that is there means a file that is whole
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        os.replace(temporary, path)
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise OSError(28, f"could not write the checkpoint ({error})", str(path)) from error
+        raise OSError(errno.ENOSPC, f"could not write the checkpoint ({error})", str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convsearch.files import read_jsonl
@@ -32,7 +33,7 @@ def read_parquet(path: str | Path, columns: Sequence[str]) -> Iterator[dict[str,
         raise ValueError(f"{path}: no such file; write it with data_preprocess (GRPO) or convsearch.distill (SFT)")
     try:
         table = pq.ParquetFile(path)
-    except OSError as error:
+    except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path}: not a parquet file ({error})") from error
     names = table.schema_arrow.names
     for column in columns:

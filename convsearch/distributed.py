@@ -60,6 +60,13 @@ def shard(module: Any, device: torch.device) -> Any:
     return fully_shard(module, mesh=mesh)
 
 
+def reshard(module: Any) -> None:
+    """Gives back what a forward pass without a backward pass has gathered: FSDP2 keeps the outermost unit whole until then, and what is
+    whole is not the parameter that the optimizer knows."""
+    if hasattr(module, "reshard"):
+        module.reshard()
+
+
 def full(tensor: Tensor | nn.Parameter) -> Tensor:
     """The whole tensor on the CPU, gathered where it is sharded (a collective call)."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -80,6 +80,7 @@ class Policy:
         """[R], on the CPU."""
         with self.autocast:
             logprobs_R, _ = self.module(micro.to(self.device))
+        distributed.reshard(self.module)
         return logprobs_R.float().cpu()  # type: ignore[no-any-return]
 
     def forward_backward(self, micro: MicroBatch, loss: Loss) -> dict[str, float]:

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from convsearch import distributed
+from convsearch import checkpoint, distributed
+from convsearch.config import GrpoConfig, SftConfig
 from convsearch.files import atomic_write
 
 # What may differ when a run goes on: where it talks to, how fast it works, how much of it is kept and shown.
@@ -23,14 +22,21 @@ _FREE = (
 )
 
 
-def claim(run_dir: Path, cfg: BaseModel) -> None:
-    """Writes ``config.json`` into a new run folder; in an old one, checks that the configuration is the one it was made with.
+def claim(run_dir: Path, cfg: SftConfig | GrpoConfig) -> None:
+    """Writes ``config.json`` into a new run folder; in one with checkpoints, checks that the configuration is the one it was made with.
 
     Raises:
-        ValueError: a key that the results depend on has another value now; names it and both values.
+        ValueError: a key that the results depend on has another value now; names it and both values. Or there are checkpoints and
+            ``trainer.resume_mode=disable`` asks for a new start: it would mix two runs.
     """
     path, now = run_dir / "config.json", _flat(json.loads(cfg.model_dump_json()))
-    if path.is_file():
+    saved = checkpoint.checkpoints(run_dir)
+    if saved and cfg.trainer.resume_mode == "disable":
+        raise ValueError(
+            f"{run_dir} has checkpoints up to {saved[-1][1].name} and trainer.resume_mode=disable asks for a new start: delete the folder, "
+            "or choose another trainer.default_local_dir"
+        )
+    if saved and path.is_file():
         before = _flat(json.loads(path.read_text()))
         for key in sorted(now.keys() | before.keys()):
             if now.get(key) != before.get(key) and key not in _FREE:

@@ -97,18 +97,20 @@ def _cut(cfg: SftConfig, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...
 
 
 def validation_loss(policy: "Policy", trees: list["Tree"], rank: int, world: int, micro_batch_size: int) -> float:
-    """Mean negative log-likelihood a response token; every rank computes as many micro-batches as the others."""
+    """Mean negative log-likelihood a response token; rows of weight 0 give every rank as many micro-batches as the others."""
+    from dataclasses import replace
+
     from convsearch import distributed
     from convsearch.batch import collate
 
-    padded = trees + trees[: -len(trees) % (world * micro_batch_size)] if len(trees) >= world * micro_batch_size else trees
-    if len(padded) % (world * micro_batch_size):  # fewer rows than one pass takes: repeat them
-        padded = (trees * (world * micro_batch_size))[: world * micro_batch_size]
-    mine = padded[rank::world]
+    missing = -len(trees) % (world * micro_batch_size) if world > 1 else 0
+    filler = replace(trees[0], branches=tuple(replace(branch, weight=0.0) for branch in trees[0].branches))
+    mine = [*trees, *[filler] * missing][rank::world]
     sums = {"nll": 0.0, "tokens": 0.0}
     for start in range(0, len(mine), micro_batch_size):
-        logprobs_R = policy.logprobs(collate(mine[start : start + micro_batch_size]))
-        sums = {"nll": sums["nll"] - float(logprobs_R.sum()), "tokens": sums["tokens"] + len(logprobs_R)}
+        micro = collate(mine[start : start + micro_batch_size])
+        nll = -float((micro.weights_R * policy.logprobs(micro)).sum())
+        sums = {"nll": sums["nll"] + nll, "tokens": sums["tokens"] + float(micro.weights_R.sum())}
     sums = distributed.sum_over_ranks(sums)
     return sums["nll"] / sums["tokens"]
 

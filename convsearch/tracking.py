@@ -77,7 +77,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def _forget(path: Path, first_step: int) -> None:
     if not path.is_file():
         return
-    kept = [record for record in read_metrics(path.parent) if record["step"] < first_step]
+    kept = [record for record in read_metrics(path.parent) if 0 < first_step > record["step"]]
     write_jsonl(path, kept)
     assert sum(1 for _ in read_jsonl(path)) == len(kept)
 

@@ -4,11 +4,13 @@ Every question asks for an aspect ("its food?") of the town that the turn before
 a rewrite earns most by bringing the town back, less by the town or the aspect alone, nothing by another word.
 """
 
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,21 @@ def finish(module: str, arguments: Sequence[object], **options: Any) -> tuple[in
     process = start(module, arguments, **options)
     output, _ = process.communicate(timeout=240)
     return process.returncode, output
+
+
+def call(main: Callable[[], None], arguments: Sequence[object]) -> tuple[int, str]:
+    """The command inside this process: (exit status, all it has printed); a traceback stays an exception."""
+    from unittest.mock import patch
+
+    from convsearch.cli import run
+
+    output = io.StringIO()
+    with patch.object(sys, "argv", ["command", *map(str, arguments)]), redirect_stdout(output), redirect_stderr(output):
+        try:
+            run(main)
+        except SystemExit as end:
+            return int(end.code or 0), output.getvalue()
+    return 0, output.getvalue()
 
 
 def one_sentence(status: int, output: str) -> str:
