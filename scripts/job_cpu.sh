@@ -56,18 +56,16 @@ stage "index"
 index=data/indexes/bm25_$(basename $data)
 $py -m retriever_server.index bm25 --collection $data/collection.jsonl --output "$index"
 
-rewrite() { # NAME MODEL: rewrites of the test questions, then their run
+rewrite() { # NAME MODEL: rewrites of the test questions
   $py -m convsearch.infer --model_name_or_path "$2" --model_name ConvSearch-R1 --temperature 0.7 --max_tokens 64 --seed "$SEED" --prompt_style compact \
     "${history[@]}" "${infer[@]}" --input_path "$out/test.json" --output_path "$out/$1.jsonl"
-  search "$1" "$out/$1.jsonl" rewrite
 }
-search() { # NAME FILE WHICH_TEXT
-  $py -m eval.bm25 --index_dir_path "$index" --test_file_path "$2" --test_type "$3" --trec_gold_qrel_file_path "$out/test.trec" --output_trec_file "$out/$1.trec"
+search() { # NAME FILE WHICH_TEXT: the run of a file of questions
+  $py -m eval.bm25 --index_dir_path "$index" --query_file "$2" --query_type "$3" --gold_qrel_file_path "$out/test.trec" \
+    --retrieval_output_path "$out" --output_file_name "$1.trec"
 }
 
-stage "baselines"
-search raw "$out/test.json" question
-search history "$out/test.json" all_history
+stage "base model on the test questions"
 rewrite zero_shot $model
 
 stage "self-distillation"
@@ -83,6 +81,11 @@ $py -m convsearch.grpo experiment=$experiment actor_rollout_ref.model.path="$out
   data.train_files=$data/train.parquet data.val_files=$data/validation.parquet trainer.default_local_dir="$out/grpo" trainer.seed="$SEED" "${grpo[@]}"
 $py -m convsearch.plots "$out/grpo" --output "$out/curves.png"
 rewrite grpo "$out/grpo/model"
+
+stage "searching"
+search raw "$out/test.json" question
+search history "$out/test.json" all_history
+for name in zero_shot sft grpo; do search $name "$out/$name.jsonl" rewrite; done
 
 stage "results of $experiment, seed $SEED: $(wc -l < "$out/test.json") test questions"
 $py -m eval.summary --qrels "$out/test.trec" --output "$out/results.json" "raw question=$out/raw.trec" "all history=$out/history.trec" \
