@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from convsearch.types import Example
 
 def train(cfg: GrpoConfig) -> None:
     """Runs or resumes the whole training; leaves checkpoints, ``metrics.jsonl``, ``rollouts/`` and the exported ``model/`` in the run folder."""
-    run_dir = Path(cfg.trainer.default_local_dir)
-    url = cfg.retriever.resolved_url()
+    run_dir, replay_from = Path(cfg.trainer.default_local_dir), cfg.actor_rollout_ref.rollout.replay_from
+    url = "" if replay_from else cfg.retriever.resolved_url()
     if cfg.trainer.world_size > 1 or cfg.actor_rollout_ref.rollout.name == "vllm":
         raise ValueError(
             f"{cfg.trainer.world_size} ranks with rollout.name={cfg.actor_rollout_ref.rollout.name}: this version trains GRPO in one process; "
@@ -34,22 +35,27 @@ def train(cfg: GrpoConfig) -> None:
         torch.set_num_threads(cfg.trainer.num_threads)
     device = pick_device(cfg.trainer.device)
     examples = data.read_examples(cfg.data.train_files, cfg.data.prompt_key)
-    held_out = data.read_examples(cfg.data.val_files, cfg.data.prompt_key) if cfg.data.val_files else []
+    held_out = data.read_examples(cfg.data.val_files, cfg.data.prompt_key) if cfg.data.val_files and not replay_from else []
     tokenizer = load_tokenizer(cfg.actor_rollout_ref.model.path, trust_remote_code=cfg.actor_rollout_ref.model.trust_remote_code)
     examples, prompt_ids = encode(cfg, tokenizer, examples)
     held_out, held_out_ids = encode(cfg, tokenizer, held_out) if held_out else ([], {})
+    if clashes := [qid for qid, ids in held_out_ids.items() if prompt_ids.get(qid, ids) != ids]:
+        raise ValueError(f"query id {clashes[0]!r} names one prompt in data.train_files and another in data.val_files; rename one of them")
     data.batch_indices(len(examples), cfg.data.train_batch_size, 0, cfg.data.seed)  # an error now rather than after loading a model
     total_steps = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * (len(examples) // cfg.data.train_batch_size)
     runs.claim(run_dir, cfg)
     if runs.trained(run_dir, total_steps):
         return
     r = cfg.retriever
-    with open_retriever(url, depth=r.topk, timeout_s=r.timeout_s, max_wait_s=r.max_wait_s, index=r.index) as retriever:
+    wait = {"timeout_s": r.timeout_s, "max_wait_s": r.max_wait_s}
+    replay = nullcontext(rollouts.Replay(Path(replay_from), 0)) if replay_from else None
+    with replay or open_retriever(url, depth=r.topk, index=r.index, **wait) as retriever:
         first_step, policy, ref = build_policy(cfg, run_dir, device)
-        sampler = build_sampler(cfg, policy.causal_lm, tokenizer)
+        if isinstance(retriever, rollouts.Replay):
+            retriever.step = first_step
+        sampler = retriever if isinstance(retriever, rollouts.Replay) else build_sampler(cfg, policy.causal_lm, tokenizer)
+        sampler.load_weights({}, version=first_step)  # it samples from the policy's own tensors
         trainer = Trainer(cfg, run_dir, prompt_ids | held_out_ids, sampler, retriever, policy, ref, total_steps)
-        if cfg.actor_rollout_ref.rollout.replay_from:
-            trainer.sampler = trainer.retriever = rollouts.Replay(Path(cfg.actor_rollout_ref.rollout.replay_from), first_step)
         learn(trainer, tokenizer, examples, held_out, first_step)
     checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, policy.weights())
     print(f"trained {total_steps} steps; the model is in {run_dir / 'model'}")
