@@ -84,9 +84,11 @@ rewrite grpo "$out/grpo/model"
 
 stage "searching"
 search raw "$out/test.json" question
+search previous "$out/test.json" previous
 search history "$out/test.json" all_history
 for name in zero_shot sft grpo; do search $name "$out/$name.jsonl" rewrite; done
 
 stage "results of $experiment, seed $SEED: $(wc -l < "$out/test.json") test questions"
-$py -m eval.summary --qrels "$out/test.trec" --output "$out/results.json" "raw question=$out/raw.trec" "all history=$out/history.trec" \
+$py -m eval.summary --qrels "$out/test.trec" --output "$out/results.json" "raw question=$out/raw.trec" \
+  "previous turn + question=$out/previous.trec" "all history=$out/history.trec" \
   "base model, zero-shot=$out/zero_shot.trec" "after SFT=$out/sft.trec" "after GRPO=$out/grpo.trec"
