@@ -13,11 +13,14 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convsearch.cli import run
-from convsearch.infer import finished
+from convsearch.infer import finished, read_input
 from convsearch.prompts import STYLES
+
+if TYPE_CHECKING:
+    from convsearch.types import Conversation
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,27 +75,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def sample(args: argparse.Namespace, records: list[dict[str, Any]], samples_path: Path) -> None:
-    """Appends k samples with their gold ranks for every conversation that ``samples.jsonl`` does not have yet."""
+def sample(args: argparse.Namespace, conversations: list["Conversation"], samples_path: Path, qids: set[str]) -> None:
+    """Appends k samples with their gold ranks for every conversation that ``samples.jsonl`` does not have yet.
+
+    Raises:
+        ValueError: a conversation has no gold passage, or ``samples.jsonl`` is of another input (``qids``) or of another k.
+    """
     from tqdm import tqdm
 
     from convsearch.infer import build
     from convsearch.parsing import parse_rewrite
     from convsearch.retriever import open_retriever
-    from convsearch.types import Conversation
 
-    conversations = [Conversation.from_record(record) for record in records]
-    done = finished(samples_path, {c.qid for c in conversations})
+    done = finished(samples_path, qids, "samples")
+    for conversation in conversations:
+        if not conversation.gold_docids:
+            raise ValueError(
+                f"{args.input_path}: {conversation.qid} has no gold passage (gold_docids), without which no rewrite can be judged"
+            )
+        there = len(done[conversation.qid]["samples"]) if conversation.qid in done else args.k
+        if there != args.k:
+            raise ValueError(
+                f"{samples_path} has {there} samples a conversation, not --k {args.k}: set it back or name another --output_dir"
+            )
     rest = [c for c in conversations if c.qid not in done]
-    if done:
-        print(f"{samples_path}: {len(done)} of {len(conversations)} conversations are there already and are kept")
+    if len(rest) < len(conversations):
+        kept = len(conversations) - len(rest)
+        print(f"{samples_path}: {kept} of {len(conversations)} conversations are there already and are kept")
     if not rest:
         return
     with open_retriever(args.retriever_url, depth=max(100, args.rank_limit), index=args.retriever_index) as retriever:
         rewriter, n_slice = build(args), max(1, args.batch_size // args.k)
         with (
             samples_path.open("a", encoding="utf-8") as file,
-            tqdm(total=len(conversations), initial=len(done), desc="distilling", unit="question") as bar,
+            tqdm(total=len(conversations), initial=len(conversations) - len(rest), desc="distilling", unit="question") as bar,
         ):
             for part, completions in rewriter.slices(rest, args.k, args.seed, n_slice):
                 rewrites = [parse_rewrite(completion.text, completion.finish_reason) for completion in completions]
@@ -192,8 +208,9 @@ def print_yield(summary: dict[str, Any]) -> None:
 def main() -> None:
     args = parse_args()
     from convsearch.files import atomic_write, read_jsonl
+    from convsearch.types import Conversation
 
-    records = [record for _, record in read_jsonl(args.input_path)]
+    records, everything = read_input(args.input_path)
     if args.drop_first_turns:
         records = [record for record in records if record.get("context")]
     if args.shuffle_seed is not None:
@@ -201,7 +218,8 @@ def main() -> None:
     records = records[: args.limit]
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    sample(args, records, output / "samples.jsonl")
+    conversations = [Conversation.from_record(record) for record in records]
+    sample(args, conversations, output / "samples.jsonl", {conversation.qid for conversation in everything})
     samples = {record["qid"]: record["samples"] for _, record in read_jsonl(output / "samples.jsonl")}
     rows, summary = select(args, records, samples)
     print_yield(summary)

@@ -10,10 +10,13 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convsearch.cli import run
 from convsearch.prompts import STYLES
+
+if TYPE_CHECKING:
+    from convsearch.types import Conversation
 
 # The reference's names of output forms; ours has one parser, so a name says only which prompt is used.
 MODEL_NAMES = ("ConvSearch-R1", "Get_SFT")
@@ -60,13 +63,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def finished(path: Path, qids: set[str]) -> Counter[str]:
-    """Counts the lines that an earlier run has written, by outcome, keyed ``qid``-wise; a half-written last line is cut off.
+def read_input(path: str) -> tuple[list[dict[str, Any]], list["Conversation"]]:
+    """The lines of a conversations file, as they are and as conversations.
 
     Raises:
-        ValueError: the file holds a query that the input does not have: it belongs to other data.
+        ValueError: a line is no conversation, or a query id occurs twice; names file and line.
     """
-    done: Counter[str] = Counter()
+    from convsearch.files import read_jsonl
+    from convsearch.types import Conversation
+
+    records, conversations = [], []
+    lines: dict[str, int] = {}
+    for number, record in read_jsonl(path):
+        try:
+            conversation = Conversation.from_record(record)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        if conversation.qid in lines:
+            raise ValueError(f"{path}:{number}: query {conversation.qid!r} stands in line {lines[conversation.qid]} already")
+        lines[conversation.qid] = number
+        records.append(record)
+        conversations.append(conversation)
+    return records, conversations
+
+
+def finished(path: Path, qids: set[str], written: str) -> dict[str, dict[str, Any]]:
+    """The lines that an earlier run has written, by query id; a half-written last line is cut off.
+
+    Args:
+        written: a field that every line of this command has.
+
+    Raises:
+        ValueError: the file holds a query that the input does not have, or lines that this command does not write.
+    """
+    done: dict[str, dict[str, Any]] = {}
     if not path.is_file():
         return done
     content = path.read_bytes()
@@ -74,12 +104,17 @@ def finished(path: Path, qids: set[str]) -> Counter[str]:
     if len(whole) < len(content):
         os.truncate(path, len(whole))
     for number, line in enumerate(whole.splitlines(), start=1):
-        qid = json.loads(line)["qid"]
-        if qid not in qids:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a line of JSON ({error}); delete the line, or name another output") from error
+        if not isinstance(record, dict) or "qid" not in record or written not in record:
+            raise ValueError(f"{path}:{number}: not a line that this command writes; name another output")
+        if record["qid"] not in qids:
             raise ValueError(
-                f"{path}:{number}: query {qid!r} is not in the input; the file belongs to other data: name another --output_path"
+                f"{path}:{number}: query {record['qid']!r} is not in the input; the file belongs to other data: name another output"
             )
-        done[qid] += 1
+        done[record["qid"]] = record
     return done
 
 
@@ -102,17 +137,15 @@ def main() -> None:
     args = parse_args()
     from tqdm import tqdm
 
-    from convsearch.files import read_jsonl
-    from convsearch.types import Conversation
-
-    records = [record for _, record in read_jsonl(args.input_path)][: args.limit]
-    conversations = [Conversation.from_record(record) for record in records]
-    by_qid = dict(zip([c.qid for c in conversations], records, strict=True))
+    records, conversations = read_input(args.input_path)
+    by_qid = {record["qid"]: record for record in records}
     output = Path(args.output_path)
-    done = finished(output, set(by_qid))
+    done = finished(output, set(by_qid), "rewrite_error")
+    conversations = conversations[: args.limit]
     rest = [c for c in conversations if c.qid not in done]
     if done:
-        print(f"{output}: {len(done)} of {len(conversations)} lines are there already and are kept")
+        kept = len(conversations) - len(rest)
+        print(f"{output}: {kept} of {len(conversations)} lines are there already and are kept")
     if rest:
         if args.dp_size > 1:
             print(f"note: --dp_size {args.dp_size}: this version samples in one process")
@@ -120,7 +153,7 @@ def main() -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with (
             output.open("a", encoding="utf-8") as file,
-            tqdm(total=len(conversations), initial=len(done), desc="rewriting", unit="question") as bar,
+            tqdm(total=len(conversations), initial=len(conversations) - len(rest), desc="rewriting", unit="question") as bar,
         ):
             for part, completions in rewriter.slices(rest, 1, args.seed, n_slice):
                 for conversation, completion in zip(part, completions, strict=True):

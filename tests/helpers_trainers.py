@@ -254,7 +254,10 @@ def one_sentence(status: int, output: str) -> str:
 
 
 def teach_form(source: Path, folder: Path, steps: int = 60) -> None:
-    """Fine-tunes the random model until most samples keep the form, with a town and an aspect that have nothing to do with the question."""
+    """Fine-tunes the random model until most samples keep the form, with a town and an aspect that have nothing to do with the question.
+
+    One row in eight has the prompt of inference, of which fewer samples keep the form in the end.
+    """
     import random
 
     import torch
@@ -263,16 +266,24 @@ def teach_form(source: Path, folder: Path, steps: int = 60) -> None:
     from convsearch.batch import Branch, Tree
     from convsearch.model import encode_chat, load_model, load_tokenizer
     from convsearch.policy import Policy
+    from convsearch.prompts import render
     from convsearch.sft import sft_step
+    from convsearch.types import Conversation, Message
 
     tokenizer, draw = load_tokenizer(str(source)), random.Random(3)
     policy = Policy(load_model(str(source)), torch.device("cpu"))
 
-    def row() -> Tree:
-        messages = ({"role": "user", "content": question(draw.choice(TOWNS), draw.choice(ASPECTS))},)
+    def toy() -> tuple[Message, ...]:
+        return ({"role": "user", "content": question(draw.choice(TOWNS), draw.choice(ASPECTS))},)
+
+    def real() -> tuple[Message, ...]:
+        return render(Conversation.from_record(draw.choice(conversation_rows(list(GOLDS)))), "compact")
+
+    def row(messages: tuple[Message, ...]) -> Tree:
         answer_ids = tokenizer.encode(answer(draw.choice(TOWNS), draw.choice(ASPECTS)), add_special_tokens=False)
         return Tree(encode_chat(tokenizer, messages), (Branch((*answer_ids, tokenizer.eos_token_id)),))
 
     for step in range(steps):
-        sft_step(policy, [row() for _ in range(32)], 0, 1, 32, 1e-2 * min(1, (step + 1) / 10) * (1 - step / steps))
+        rows = [row(toy()) for _ in range(28)] + [row(real()) for _ in range(4)]
+        sft_step(policy, rows, 0, 1, 28, 1e-2 * min(1, (step + 1) / 10) * (1 - step / steps))
     checkpoint.export(folder, policy.causal_lm, tokenizer, policy.weights())

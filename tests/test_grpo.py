@@ -288,16 +288,17 @@ def test_groups_without_advantage_can_be_left_out(form_llama: Path, toy_parquet:
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_reward_rises(seed: int, form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
-    """The model names any town at first; thirty steps raise its reward by half or more (measured: factors 1.4 to 1.7 over three seeds)."""
-    options = {"train_batch_size": 16, "ppo_mini_batch_size": 16, "n": 16, "total_training_steps": 30, "trainer__save_freq": -1}
-    metrics = trained(form_llama, toy_parquet, tmp_path, toy_server, trainer__seed=seed, **options)
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_reward_rises(seed: int, form_llama: Path, toy_server: str, tmp_path: Path) -> None:
+    """All gold passages are about one town of six: 24 steps find that out (measured: reward 0.5 -> 1.3 and more on each of three seeds)."""
+    rows = helpers.grpo_rows([("rome", aspect) for aspect in helpers.ASPECTS for _ in range(6)])
+    parquet = helpers.write_parquet(tmp_path / "rome.parquet", rows)
+    options = {"train_batch_size": 8, "ppo_mini_batch_size": 8, "n": 8, "total_training_steps": 24, "trainer__save_freq": -1}
+    metrics = trained(form_llama, parquet, tmp_path, toy_server, trainer__seed=seed, **options)
     rewards = [record["reward"] for record in metrics]
-    assert sum(rewards[-5:]) > 1.25 * sum(rewards[:5]), rewards
+    assert sum(rewards[-5:]) > 1.8 * sum(rewards[:5]), rewards
     assert metrics[-1]["kl"] > metrics[1]["kl"] > 0
-    assert metrics[-1]["found_rate"] > metrics[0]["found_rate"]
+    assert metrics[-1]["mrr"] > metrics[0]["mrr"]
 
 
 def failed(model: Path, parquet: Path, run_dir: Path, url: str, **changed: Any) -> str:

@@ -1,0 +1,175 @@
+"""What inference promises.
+
+1. Every input line comes out once, in order, with its own fields; what does not parse falls back to the raw question and is counted.
+2. A line depends on seed and query alone: not on batches, --limit, or how often the command was broken off.
+3. Finished lines are kept as they are; a half-written one is made again; a file of other data is left alone.
+"""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import helpers_trainers as helpers
+import pytest
+
+from convsearch import infer
+from convsearch.parsing import parse_rewrite, thinking
+
+ROWS = helpers.conversation_rows(list(helpers.GOLDS))
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [row | {"topic": f"Größe {number}"} for number, row in enumerate(ROWS)]
+    return helpers.write_jsonl(tmp_path_factory.mktemp("infer") / "dev.json", rows)
+
+
+def command(model: Path, source: Path, output: Path, *flags: object) -> list[object]:
+    fixed = ["--prompt_style", "compact", "--max_tokens", 40, "--device", "cpu", "--threads", 1, "--batch_size", 16]
+    return ["--model_name_or_path", model, "--input_path", source, "--output_path", output, *fixed, *flags]
+
+
+def rewritten(model: Path, source: Path, output: Path, *flags: object) -> tuple[list[dict[str, Any]], str]:
+    status, printed = helpers.call(infer.main, command(model, source, output, *flags))
+    assert status == 0, printed
+    return helpers.read_jsonl(output), printed
+
+
+def failed(model: Path, source: Path, output: Path, *flags: object) -> str:
+    return helpers.one_sentence(*helpers.call(infer.main, command(model, source, output, *flags)))
+
+
+def test_every_line_comes_out_once_with_its_fields(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    inputs = helpers.read_jsonl(conversations)
+    lines, printed = rewritten(form_llama, conversations, tmp_path / "out.jsonl", "--temperature", 1)
+    assert [{key: line[key] for key in row} for line, row in zip(lines, inputs, strict=True)] == inputs
+    for line in lines:
+        parsed = parse_rewrite(line["output"])  # none of these is truncated and parses
+        assert line["rewrite_error"] is not None or parsed.text == line["rewrite"]
+        assert line["fallback"] is (line["rewrite_error"] is not None)
+        assert line["rewrite"] == (line["question"] if line["fallback"] else parsed.text)
+        assert line["reasoning_content"] == thinking(line["output"])
+    errors = Counter(line["rewrite_error"] for line in lines)
+    assert 0 < errors[None] < 18  # both outcomes occur
+    assert f"18 rewrites, {18 - errors[None]} fell back to the raw question ({(18 - errors[None]) / 18:.1%})" in printed
+    for name, count in errors.items():
+        assert name is None or f"{name} {count}" in printed
+
+
+def test_a_model_without_the_form_falls_back_on_every_line(tiny_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    lines, printed = rewritten(tiny_llama, conversations, tmp_path / "out.jsonl", "--limit", 5)
+    assert [line["rewrite"] for line in lines] == [row["question"] for row in ROWS[:5]]
+    assert all(line["fallback"] and line["rewrite_error"] for line in lines)
+    assert "5 rewrites, 5 fell back to the raw question (100.0%)" in printed
+    scaffolded, printed = rewritten(
+        tiny_llama, conversations, tmp_path / "s.jsonl", "--scaffold", "--think_tokens", 6, "--rewrite_tokens", 6
+    )
+    assert not any(line["fallback"] for line in scaffolded)
+    assert "18 rewrites, 0 fell back to the raw question\n" in printed
+
+
+def test_a_line_depends_on_seed_and_query_alone(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    first, _ = rewritten(form_llama, conversations, tmp_path / "1.jsonl", "--temperature", 1, "--seed", 3)
+    again, _ = rewritten(form_llama, conversations, tmp_path / "2.jsonl", "--temperature", 1, "--seed", 3)
+    small, _ = rewritten(form_llama, conversations, tmp_path / "3.jsonl", "--temperature", 1, "--seed", 3, "--batch_size", 1)
+    backwards = helpers.write_jsonl(tmp_path / "back.json", helpers.read_jsonl(conversations)[::-1])
+    turned, _ = rewritten(form_llama, backwards, tmp_path / "4.jsonl", "--temperature", 1, "--seed", 3)
+    assert first == again == small == turned[::-1]
+    other, _ = rewritten(form_llama, conversations, tmp_path / "5.jsonl", "--temperature", 1, "--seed", 4)
+    assert sum(left["output"] != right["output"] for left, right in zip(first, other, strict=True)) > 5
+    greedy = [rewritten(form_llama, conversations, tmp_path / f"g{seed}.jsonl", "--temperature", 0, "--seed", seed)[0] for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+
+
+def test_finished_lines_are_kept_and_a_half_written_one_is_made_again(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    flags = ("--temperature", 1)
+    whole = tmp_path / "whole.jsonl"
+    rewritten(form_llama, conversations, whole, *flags)
+    content = whole.read_bytes()
+    lines = content.splitlines(keepends=True)
+    broken = tmp_path / "broken.jsonl"
+    half = lines[7][: lines[7].index("ö".encode()) + 1]  # ends within a character
+    broken.write_bytes(b"".join(lines[:7]) + half)
+    _, printed = rewritten(form_llama, conversations, broken, *flags)
+    assert "7 of 18 lines are there already and are kept" in printed
+    assert broken.read_bytes() == content
+    marked = content.replace(b'"output": "', b'"output": "kept ', 1)
+    broken.write_bytes(marked)
+    _, printed = rewritten(form_llama, conversations, broken, *flags)
+    assert "18 of 18 lines are there already" in printed
+    assert broken.read_bytes() == marked
+
+
+def test_a_limit_is_a_prefix_that_grows(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    whole, grown = tmp_path / "whole.jsonl", tmp_path / "grown.jsonl"
+    rewritten(form_llama, conversations, whole)
+    assert len(rewritten(form_llama, conversations, grown, "--limit", 4)[0]) == 4
+    assert len(rewritten(form_llama, conversations, grown, "--limit", 9)[0]) == 9
+    rewritten(form_llama, conversations, grown)
+    assert grown.read_bytes() == whole.read_bytes()
+    assert len(rewritten(form_llama, conversations, grown, "--limit", 4)[0]) == 18  # nothing is taken away
+
+
+def test_the_model_name_chooses_the_prompt(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    from convsearch.types import Conversation
+
+    for name, expected in (("ConvSearch-R1", False), ("Get_SFT", True)):
+        args = infer.parse_args([str(part) for part in command(form_llama, conversations, tmp_path / "o", "--model_name", name)])
+        rewriter = infer.build(args)
+        text = rewriter.tokenizer.decode(rewriter.prompt_ids(Conversation.from_record(ROWS[1])))
+        assert ("Sagrada" in text) is expected
+        assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_mistakes_are_one_sentence(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    rewritten(form_llama, conversations, output, "--limit", 2)
+    before = output.read_bytes()
+    other = helpers.write_jsonl(tmp_path / "other.json", [row | {"qid": f"x{row['qid']}"} for row in ROWS])
+    assert f"{output}:1: query 'c0_1' is not in the input; the file belongs to other data" in failed(form_llama, other, output)
+    assert output.read_bytes() == before
+    assert f"{conversations}:1: not a line that this command writes" in failed(form_llama, conversations, conversations)
+    output.write_bytes(before + b"{damaged\n")
+    assert f"{output}:3: not a line of JSON" in failed(form_llama, conversations, output)
+    fresh = tmp_path / "fresh.jsonl"
+    twice = helpers.write_jsonl(tmp_path / "twice.json", [*ROWS, ROWS[4]])
+    assert f"{twice}:19: query 'c4_2' stands in line 5 already" in failed(form_llama, twice, fresh)
+    odd = helpers.write_jsonl(tmp_path / "odd.json", [ROWS[0], ROWS[1] | {"context": ["only a question"]}])
+    assert f"{odd}:2: c1_2: field 'context' must be" in failed(form_llama, odd, fresh)
+    nameless = helpers.write_jsonl(tmp_path / "nameless.json", [{key: value for key, value in ROWS[0].items() if key != "qid"}])
+    assert f"{nameless}:1: field 'qid'" in failed(form_llama, nameless, fresh)
+    assert str(tmp_path / "none.json") in failed(form_llama, tmp_path / "none.json", fresh)
+    assert "is no model folder" in failed(tmp_path, conversations, fresh)
+    assert "leaves no room for a prompt" in failed(form_llama, conversations, fresh, "--max_tokens", 2000)
+    assert "temperature = -1.0" in failed(form_llama, conversations, fresh, "--temperature", -1)
+    assert "each must be at least 1" in failed(form_llama, conversations, fresh, "--scaffold", "--think_tokens", 0)
+    assert not fresh.exists()
+
+
+@pytest.mark.slow
+def test_kill_dash_nine_loses_nothing(form_llama: Path, tmp_path: Path) -> None:
+    """Killed three times as soon as some more lines are there; the file ends as that of an undisturbed run, byte for byte."""
+    rows = [row | {"qid": f"{row['qid']}_{copy}"} for copy in range(150) for row in ROWS]
+    source = helpers.write_jsonl(tmp_path / "many.json", rows)
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    rewritten(form_llama, source, whole, "--temperature", 1)
+    for _ in range(3):
+        before = killed.stat().st_size if killed.exists() else 0
+        process = helpers.start("convsearch.infer", command(form_llama, source, killed, "--temperature", 1))
+        deadline = time.monotonic() + 90
+        while not (killed.exists() and killed.stat().st_size > before) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.communicate()
+        assert process.stdout is not None
+        process.stdout.close()
+        assert before < killed.stat().st_size < whole.stat().st_size
+    status, printed = helpers.finish("convsearch.infer", command(form_llama, source, killed, "--temperature", 1))
+    assert status == 0, printed
+    assert "lines are there already and are kept" in printed
+    assert killed.read_bytes() == whole.read_bytes()
+    assert len({json.loads(line)["qid"] for line in killed.read_bytes().splitlines()}) == len(rows)
