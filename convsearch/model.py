@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from convsearch import attention
 from convsearch.types import Message
+
+transformers_logging.disable_progress_bar()  # a model loads in a second or two; the bars would only break up those of the job
 
 
 def pick_device(name: str) -> torch.device:
