@@ -1,0 +1,193 @@
+"""What self-distillation promises.
+
+1. k samples a conversation, each with the rank that the server gives it; the same whatever the batches and breaks.
+2. Kept is what parses and has its gold passage within the rank limit; the best first, no output twice, at most --max_kept.
+3. The SFT parquet has the zero-shot prompt and trains; the yield adds up by reason and by turn.
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import helpers_trainers as helpers
+import pyarrow.parquet as pq
+import pytest
+
+from convsearch import distill, sft
+from convsearch.parsing import parse_rewrite
+from convsearch.prompts import render
+from convsearch.tracking import read_metrics
+from convsearch.types import Conversation
+
+ROWS = helpers.conversation_rows(list(helpers.GOLDS))
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return helpers.write_jsonl(tmp_path_factory.mktemp("distill") / "train.json", ROWS)
+
+
+def command(model: Path, source: Path, output: Path, url: str, *flags: object) -> list[object]:
+    fixed = ["--prompt_style", "compact", "--max_tokens", 64, "--device", "cpu", "--threads", 1, "--batch_size", 32, "--k", 6]
+    form = ["--scaffold", "--think_tokens", 6, "--rewrite_tokens", 6, "--temperature", 1]
+    return ["--model_name_or_path", model, "--input_path", source, "--output_dir", output, "--retriever_url", url, *fixed, *form, *flags]
+
+
+def distilled(model: Path, source: Path, output: Path, url: str, *flags: object) -> str:
+    status, printed = helpers.call(distill.main, command(model, source, output, url, *flags))
+    assert status == 0, printed
+    return printed
+
+
+def failed(model: Path, source: Path, output: Path, url: str, *flags: object) -> str:
+    return helpers.one_sentence(*helpers.call(distill.main, command(model, source, output, url, *flags)))
+
+
+def test_samples_ranks_filter_and_parquet(form_llama: Path, conversations: Path, toy_server: str, toy_index: Path, tmp_path: Path) -> None:
+    from retriever_server.bm25 import Bm25Index
+
+    output = tmp_path / "out"
+    printed = distilled(form_llama, conversations, output, toy_server, "--max_kept", 2, "--rank_limit", 4)
+    samples = {line["qid"]: line["samples"] for line in helpers.read_jsonl(output / "samples.jsonl")}
+    assert list(samples) == [row["qid"] for row in ROWS]
+    assert {len(rows) for rows in samples.values()} == {6}
+    index = Bm25Index.load(toy_index)
+    for row in ROWS:
+        for sample in samples[row["qid"]]:
+            parsed = parse_rewrite(sample["output"])
+            assert (sample["rewrite"], sample["error"]) == (parsed.text, None)
+            assert [sample["rank"]] == index.gold_ranks([sample["rewrite"]], [row["gold_docids"]], 100)
+
+    kept = {qid: {sample["output"].strip() for sample in rows if (sample["rank"] or 99) <= 4} for qid, rows in samples.items()}
+    table = pq.read_table(output / "sft.parquet").to_pylist()
+    assert len(table) == sum(min(2, len(outputs)) for outputs in kept.values())
+    assert len(table) > 5
+    for number, line in enumerate(table):
+        extra = line["extra_info"]
+        conversation = Conversation.from_record(next(row for row in ROWS if row["qid"] == extra["query_id"]))
+        assert extra["answer"] in kept[extra["query_id"]]
+        assert extra["index"] == number
+        assert extra["prompt"] == render(conversation, "compact")[0]["content"]
+        assert "Sagrada" not in extra["prompt"]  # the worked example was for sampling alone
+        assert line["prompt"] == [{"role": "user", "content": extra["prompt"]}]
+        assert line["reward_model"] == {"style": "rule", "ground_truth": list(conversation.gold_docids)}
+    assert len({(line["extra_info"]["query_id"], line["extra_info"]["answer"]) for line in table}) == len(table)
+
+    summary = json.loads((output / "yield.json").read_text())
+    good = sum((sample["rank"] or 99) <= 4 for rows in samples.values() for sample in rows)
+    assert (summary["rows"], summary["samples"], summary["by_reason"]["kept"]) == (len(table), 108, good)
+    assert sum(summary["by_reason"].values()) == 108
+    assert {turn: counts["samples"] for turn, counts in summary["by_turn"].items()} == {"1": 36, "2": 72}
+    assert sum(counts.get("samples_kept", 0) for counts in summary["by_turn"].values()) == good
+    assert f"{output / 'sft.parquet'}: {len(table)} rows to learn from" in printed
+    assert "gold not found" in printed
+
+    overrides = helpers.sft_overrides(form_llama, output / "sft.parquet", tmp_path / "sft", max_length=512, train_batch_size=4)
+    assert helpers.call(sft.main, [*overrides, "trainer.total_training_steps=1"])[0] == 0
+    assert read_metrics(tmp_path / "sft")[0]["loss"] > 0
+
+
+def sample(output: str, rank: int | None, error: str | None = None) -> dict[str, Any]:
+    return {"output": output, "rewrite": None if error else output, "error": error, "rank": rank}
+
+
+RECORDS = [{"qid": "a", "question": "its food?", "context": ["q", "a"]}, {"qid": "b", "question": "rome food", "context": []}]
+SAMPLES = {
+    "a": [sample("rome", 3), sample("rome food", 1), sample("x", None, "no_tag"), sample("rome food", 1), sample("Its FOOD", 1)],
+    "b": [
+        sample("far", None),
+        sample("rome food", 2),
+        sample("rome food!", 2),
+        sample("y", None, "truncated"),
+        sample("z", None, "no_tag"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept", "reasons"),
+    [
+        (
+            {},
+            ["rome food"],
+            {"kept": 3, "form: no_tag": 2, "form: truncated": 1, "gold not found": 1, "gold below rank 1": 3},
+        ),
+        (
+            {"rank_limit": 2},
+            ["rome food", "rome food"],
+            {"kept": 5, "form: no_tag": 2, "form: truncated": 1, "gold not found": 1, "gold below rank 2": 1},
+        ),
+        (
+            {"rank_limit": 3, "max_kept": 3},
+            ["rome food", "Its FOOD", "rome", "rome food", "rome food!"],
+            {"kept": 6, "form: no_tag": 2, "form: truncated": 1, "gold not found": 1},
+        ),
+        (
+            {"rank_limit": 3, "max_kept": 3, "drop_copies": True},  # a first turn may repeat its question
+            ["rome food", "rome", "rome food", "rome food!"],
+            {"kept": 5, "copy of the question": 1, "form: no_tag": 2, "form: truncated": 1, "gold not found": 1},
+        ),
+    ],
+)
+def test_the_filter_by_hand(flags: dict[str, Any], kept: list[str], reasons: dict[str, int]) -> None:
+    args = Namespace(**({"rank_limit": 1, "max_kept": 1, "drop_copies": False} | flags))
+    rows, summary = distill.select(args, RECORDS, SAMPLES)
+    assert [row["output"] for row in rows] == kept
+    assert summary["by_reason"] == reasons
+    assert {turn: counts["samples"] for turn, counts in summary["by_turn"].items()} == {"1": 5, "2": 5}
+
+
+def test_a_broken_run_goes_on(form_llama: Path, conversations: Path, toy_server: str, toy_index: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    distilled(form_llama, conversations, whole, toy_server)
+    lines = (whole / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    broken.mkdir()
+    (broken / "samples.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    printed = distilled(form_llama, conversations, broken, f"embedded:{toy_index}", "--batch_size", 12)  # another server, other batches
+    assert "5 of 18 conversations are there already and are kept" in printed
+    assert (broken / "samples.jsonl").read_bytes() == b"".join(lines)
+    for name in ("sft.parquet", "yield.json"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    printed = distilled(form_llama, conversations, broken, "", "--rank_limit", 3)  # all is there: no server is needed to filter anew
+    assert "18 of 18 conversations are there already" in printed
+    strict, loose = (json.loads((folder / "yield.json").read_text())["rows"] for folder in (whole, broken))
+    assert loose > strict
+
+
+def test_limits_and_first_turns(form_llama: Path, conversations: Path, toy_server: str, tmp_path: Path) -> None:
+    distilled(form_llama, conversations, tmp_path, toy_server, "--drop_first_turns", "--limit", 5, "--rank_limit", 20)
+    asked = [line["qid"] for line in helpers.read_jsonl(tmp_path / "samples.jsonl")]
+    assert asked == [row["qid"] for row in ROWS if row["context"]][:5]
+    distilled(form_llama, conversations, tmp_path, toy_server, "--limit", 3, "--rank_limit", 20)  # fewer than are there
+    summary = json.loads((tmp_path / "yield.json").read_text())
+    assert summary["samples"] == 18
+
+
+def test_nothing_kept_says_what_to_try_and_keeps_the_samples(
+    tiny_llama: Path, conversations: Path, toy_server: str, tmp_path: Path
+) -> None:
+    arguments = [part for part in command(tiny_llama, conversations, tmp_path, toy_server, "--limit", 4) if part != "--scaffold"]
+    status, printed = helpers.call(distill.main, arguments)
+    error = helpers.one_sentence(status, printed)
+    assert "no sample of 24 was kept; raise --k or --rank_limit, or let --scaffold write the tags" in error
+    assert "form: " in printed
+    assert len(helpers.read_jsonl(tmp_path / "samples.jsonl")) == 4
+    assert not (tmp_path / "sft.parquet").exists()
+
+
+def test_mistakes_are_one_sentence(form_llama: Path, conversations: Path, toy_server: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    distilled(form_llama, conversations, output, toy_server)
+    error = failed(form_llama, conversations, output, toy_server, "--k", 3)
+    assert "samples.jsonl has 6 samples a conversation, not --k 3" in error
+    other = helpers.write_jsonl(tmp_path / "other.json", [row | {"qid": f"x{row['qid']}"} for row in ROWS])
+    assert "samples.jsonl:1: query 'c0_1' is not in the input" in failed(form_llama, other, output, toy_server)
+    fresh = tmp_path / "fresh"
+    bare = helpers.write_jsonl(tmp_path / "bare.json", [ROWS[0], ROWS[1] | {"gold_docids": []}])
+    assert f"{bare}: c1_2 has no gold passage" in failed(form_llama, bare, fresh, toy_server)
+    unknown = helpers.write_jsonl(tmp_path / "unknown.json", [ROWS[0] | {"gold_docids": ["atlantis"]}])
+    assert "atlantis" in failed(form_llama, unknown, fresh, toy_server)
+    assert "no retriever: set retriever.url (or RETRIEVER_URL)" in failed(form_llama, conversations, fresh, "")
+    assert "max_tokens = 20 is below" in failed(form_llama, conversations, fresh, toy_server, "--max_tokens", 20)
+    assert not (fresh / "samples.jsonl").exists() or (fresh / "samples.jsonl").stat().st_size == 0
