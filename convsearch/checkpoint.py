@@ -9,11 +9,13 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from convsearch import distributed
-from convsearch.files import atomic_write
+from convsearch.files import atomic_write, named_errors
 
 _NAME = re.compile(r"global_step_(\d+)")
 
@@ -86,12 +88,13 @@ def restore_optimizer(path: Path, policy: Any) -> None:
 
 
 def export(folder: Path, causal_lm: Any, tokenizer: Any, weights: dict[str, Any]) -> None:
-    """A folder that ``AutoModelForCausalLM.from_pretrained`` and vLLM load."""
+    """A folder that ``AutoModelForCausalLM.from_pretrained`` and vLLM load; the weights come last, so that a folder with weights is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    causal_lm.config.save_pretrained(folder)
-    if getattr(causal_lm, "generation_config", None) is not None:
-        causal_lm.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with _writing(folder):
+        causal_lm.config.save_pretrained(folder)
+        if getattr(causal_lm, "generation_config", None) is not None:
+            causal_lm.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     _save_tensors(weights, folder / "model.safetensors")
 
 
@@ -100,11 +103,20 @@ def _save_tensors(tensors: dict[str, Any], path: Path) -> None:
 
     temporary = path.with_name(f"{path.name}.tmp")  # a name that is there means a file that is whole
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        with _writing(path):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
         os.replace(temporary, path)
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise OSError(errno.ENOSPC, f"could not write the checkpoint ({error})", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A write that fails is an OSError that names ``path``: safetensors has an error of its own for it, tokenizers the bare Exception."""
+    try:
+        with named_errors(path):
+            yield
+    except Exception as error:
+        if type(error) is not Exception and type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(errno.ENOSPC, f"could not write the checkpoint ({error})", str(path)) from error

@@ -1,5 +1,6 @@
 """What every command line of the project does with errors: a user's mistake is one sentence, a bug is a traceback."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -9,18 +10,25 @@ class Unavailable(RuntimeError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls ``main``; ValueError and Unavailable end in ``error: <sentence>`` and exit status 2, as does a full or missing disk."""
+    """Calls ``main``; ValueError and Unavailable end in ``error: <sentence>`` and exit status 2, as does a full or missing disk.
+
+    Ctrl-C ends with the shell's status 130 and a word instead of a traceback.
+    """
     try:
         main()
     except (ValueError, Unavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend it"
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"error: {error.strerror or error}{where}: nothing that was complete is lost; mend it and run the same command again",
+            f"error: {error.strerror or error}{where}: nothing that was complete is lost; {remedy} and run the same command again",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -83,6 +83,7 @@ def sample(args: argparse.Namespace, conversations: list["Conversation"], sample
     """
     from tqdm import tqdm
 
+    from convsearch.files import named_errors
     from convsearch.infer import build
     from convsearch.parsing import parse_rewrite
     from convsearch.retriever import open_retriever
@@ -107,6 +108,7 @@ def sample(args: argparse.Namespace, conversations: list["Conversation"], sample
     with open_retriever(args.retriever_url, depth=max(100, args.rank_limit), index=args.retriever_index) as retriever:
         rewriter, n_slice = build(args), max(1, args.batch_size // args.k)
         with (
+            named_errors(samples_path),
             samples_path.open("a", encoding="utf-8") as file,
             tqdm(total=len(conversations), initial=len(conversations) - len(rest), desc="distilling", unit="question") as bar,
         ):

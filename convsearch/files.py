@@ -10,13 +10,23 @@ from typing import IO, Any
 
 
 @contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Gives an OSError of the block (a failed write does not say where) the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens ``<path>.tmp-<pid>`` for writing and renames it to ``path`` when the block ends well; removes it when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with named_errors(path), open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -137,6 +137,8 @@ def main() -> None:
     args = parse_args()
     from tqdm import tqdm
 
+    from convsearch.files import named_errors
+
     records, conversations = read_input(args.input_path)
     by_qid = {record["qid"]: record for record in records}
     output = Path(args.output_path)
@@ -152,6 +154,7 @@ def main() -> None:
         rewriter, n_slice = build(args), max(args.batch_size, 16)
         output.parent.mkdir(parents=True, exist_ok=True)
         with (
+            named_errors(output),
             output.open("a", encoding="utf-8") as file,
             tqdm(total=len(conversations), initial=len(conversations) - len(rest), desc="rewriting", unit="question") as bar,
         ):

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from convsearch import distributed
-from convsearch.files import read_jsonl, write_jsonl
+from convsearch.files import named_errors, read_jsonl, write_jsonl
 
 Metrics = dict[str, float]
 
@@ -32,9 +32,10 @@ class Tracker:
     def log(self, step: int, metrics: Metrics) -> None:
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with named_errors(self.path):
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
         if self.console:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name in _SHOWN)
             tqdm.write(f"step {step}: {shown}")
