@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convsearch.cli import run
-from convsearch.infer import finished, read_input
-from convsearch.prompts import STYLES
+from convsearch.infer import add_sampling_flags, finished, read_input
 
 if TYPE_CHECKING:
     from convsearch.types import Conversation
@@ -42,33 +41,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="leave out rewrites that only repeat the question where it has a history (not in the paper)",
     )
-    add("--temperature", type=float, default=0.7, help="sampling temperature")
-    add("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
-    add("--max_tokens", type=int, default=1024, help="tokens of an output at most")
-    add("--seed", type=int, default=1, help="seed of the samples")
-    add("--limit", type=int, default=None, help="only the first so many conversations")
     add(
         "--shuffle_seed",
         type=int,
         default=None,
         help="shuffle the conversations' questions by this seed before --limit; file order by default",
     )
-    add("--prompt_style", default="paper", choices=STYLES, help="the published prompt, or its short form")
-    add("--max_history_turns", type=int, default=None, help="newest turns that stay in the prompt; all by default")
-    add("--batch_size", type=int, default=64, help="sequences decoded at once")
-    add(
-        "--scaffold",
-        action="store_true",
-        help="write the tags for the model, each part up to a budget (not in the paper; for small models)",
-    )
-    add("--think_tokens", type=int, default=24, help="budget of the thinking under --scaffold, in tokens")
-    add("--rewrite_tokens", type=int, default=32, help="budget of the rewrite under --scaffold, in tokens")
-    add("--dtype", default="fp32", choices=("fp32", "bf16"), help="type of the arithmetic")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
-    add("--threads", type=int, default=None, help="CPU threads; torch decides by default")
+    add_sampling_flags(parser, max_tokens=1024)
     args = parser.parse_args(argv)
     args.model_name = "Get_SFT"
-    args.top_k = 0
     for name in ("k", "rank_limit", "max_kept"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")

@@ -22,6 +22,30 @@ if TYPE_CHECKING:
 MODEL_NAMES = ("ConvSearch-R1", "Get_SFT")
 
 
+def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+    """What inference and distillation are told alike: how to sample, which prompt, where the model runs."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=0.7, help="0 is greedy")
+    add("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
+    add("--top_k", type=int, default=0, help="tokens that are sampled from; 0: all")
+    add("--max_tokens", type=int, default=max_tokens, help="tokens of an output at most")
+    add("--seed", type=int, default=1, help="seed of the samples")
+    add("--limit", type=int, default=None, help="only the first so many lines")
+    add("--prompt_style", default="paper", choices=STYLES, help="the published prompt, or its short form")
+    add("--max_history_turns", type=int, default=None, help="newest turns that stay in the prompt; all by default")
+    add("--batch_size", type=int, default=64, help="sequences decoded at once")
+    add(
+        "--scaffold",
+        action="store_true",
+        help="write the tags for the model, each part up to a budget (not in the paper; for small models)",
+    )
+    add("--think_tokens", type=int, default=24, help="budget of the thinking under --scaffold, in tokens")
+    add("--rewrite_tokens", type=int, default=32, help="budget of the rewrite under --scaffold, in tokens")
+    add("--dtype", default="fp32", choices=("fp32", "bf16"), help="type of the arithmetic")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+    add("--threads", type=int, default=None, help="CPU threads; torch decides by default")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of the reference's infer.py, and ours."""
     parser = argparse.ArgumentParser(
@@ -37,21 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--input_path", required=True, help="conversations, one JSON object a line")
     add("--output_path", required=True, help="rewrites, one JSON object a line")
-    add("--temperature", type=float, default=0.7, help="0 is greedy")
-    add("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
-    add("--top_k", type=int, default=0, help="tokens that are sampled from; 0: all")
-    add("--max_tokens", type=int, default=4096, help="tokens of an output at most")
-    add("--seed", type=int, default=1, help="seed of the samples")
-    add("--limit", type=int, default=None, help="only the first so many lines")
-    add("--prompt_style", default="paper", choices=STYLES, help="the published prompt, or its short form")
-    add("--max_history_turns", type=int, default=None, help="newest turns that stay in the prompt; all by default")
-    add("--batch_size", type=int, default=64, help="sequences decoded at once")
-    add("--scaffold", action="store_true", help="write the tags for the model, each part up to a budget (not in the paper)")
-    add("--think_tokens", type=int, default=24, help="budget of the thinking under --scaffold, in tokens")
-    add("--rewrite_tokens", type=int, default=32, help="budget of the rewrite under --scaffold, in tokens")
-    add("--dtype", default="fp32", choices=("fp32", "bf16"), help="type of the arithmetic")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
-    add("--threads", type=int, default=None, help="CPU threads; torch decides by default")
+    add_sampling_flags(parser, max_tokens=4096)
     add(
         "--dp_size",
         type=int,
