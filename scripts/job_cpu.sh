@@ -43,7 +43,7 @@ limit=1000000
 head -n $limit $data/$test > "$out/test.json"
 awk 'NR == FNR { if (match($0, /"qid": *"[^"]*"/)) { q = substr($0, RSTART, RLENGTH); gsub(/"qid": *"|"$/, "", q); keep[q] } next } $1 in keep' \
   "$out/test.json" $data/$qrels > "$out/test.trec"
-[ $experiment = demo_smollm2 ] || distill=(--k 3 --limit 180)
+[ $experiment = demo_smollm2 ] || distill=(--k 3 --limit 150)
 if [ "$QUICK" = 1 ]; then
   distill=(--k 2 --limit 24)
   sft=(trainer.total_training_steps=2 data.train_batch_size=4 data.micro_batch_size_per_gpu=4)
