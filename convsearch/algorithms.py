@@ -39,8 +39,12 @@ def group_advantages(rewards_N: Sequence[float], group_size: int, *, by_std: boo
 def clipped_loss(
     logprobs_R: Tensor, old_logprobs_R: Tensor, advantages_R: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """The clipped policy loss of each token (PPO, equation 7; GRPO, equation 3), and where the clip was active [R] bool."""
-    ratio_R = (logprobs_R - old_logprobs_R).exp()
+    """The clipped policy loss of each token (PPO, equation 7; GRPO, equation 3), and where the clip was active [R] bool.
+
+    The log of the ratio is held to +-20, as in verl: beyond exp(88) float32 is infinite, and its gradient is not a number even where the clip
+    is active.
+    """
+    ratio_R = (logprobs_R - old_logprobs_R).clamp(-20, 20).exp()
     unclipped_R = -advantages_R * ratio_R
     clipped_R = -advantages_R * ratio_R.clamp(1 - clip_low, 1 + clip_high)
     return torch.maximum(unclipped_R, clipped_R), clipped_R > unclipped_R

@@ -51,19 +51,32 @@ def read_examples(paths: Sequence[str], prompt_key: str = "prompt") -> list[Exam
             try:
                 examples.append(_example(row, prompt_key))
             except (KeyError, TypeError) as error:
-                raise ValueError(f"{path}: row {number} is not of the GRPO form: field {error} is missing or of the wrong type") from error
+                raise ValueError(
+                    f"{path}: row {number} is not of the GRPO form: field {error} is missing, empty or of the wrong type"
+                ) from error
     if not examples:
         raise ValueError(f"{', '.join(map(str, paths))}: no rows")
     return examples
 
 
 def _example(row: dict[str, Any], prompt_key: str) -> Example:
-    truth = row["reward_model"]["ground_truth"]
+    truth = _field(row["reward_model"], "ground_truth")
     golds = (truth,) if isinstance(truth, str) else tuple(str(docid) for docid in truth)
-    messages: tuple[Message, ...] = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in row[prompt_key])
-    if not messages:
-        raise KeyError(prompt_key)
-    return Example(str(row["extra_info"]["query_id"]), messages, str(row["extra_info"]["question"]), golds)
+    chat = _field(row, prompt_key)
+    if isinstance(chat, str):
+        raise TypeError(repr(prompt_key))
+    if not golds or not chat:
+        raise KeyError(prompt_key if golds else "ground_truth")
+    messages: tuple[Message, ...] = tuple({"role": str(_field(m, "role")), "content": str(_field(m, "content"))} for m in chat)
+    return Example(str(_field(row["extra_info"], "query_id")), messages, str(_field(row["extra_info"], "question")), golds)
+
+
+def _field(record: Any, key: str) -> Any:
+    """The value under ``key``; KeyError where it is missing or null, or ``record`` is no object."""
+    value = record.get(key) if isinstance(record, dict) else None
+    if value is None:
+        raise KeyError(key)
+    return value
 
 
 def fit_length(lengths: Sequence[int], limit: int, filter_overlong: bool, truncation: str) -> list[int]:
@@ -89,7 +102,7 @@ def fit_length(lengths: Sequence[int], limit: int, filter_overlong: bool, trunca
 
 def truncate(ids: tuple[int, ...], limit: int, side: str) -> tuple[int, ...]:
     """Cuts at the named end: ``left`` keeps the last ``limit`` tokens, ``right`` the first."""
-    return ids if len(ids) <= limit else ids[-limit:] if side == "left" else ids[:limit]
+    return ids if len(ids) <= limit else ids[len(ids) - limit :] if side == "left" else ids[:limit]
 
 
 def batch_indices(num_items: int, batch_size: int, step: int, seed: int, shuffle: bool = True) -> list[int]:

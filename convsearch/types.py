@@ -47,11 +47,20 @@ class Conversation:
             raise ValueError(f"{qid}: field 'question' must be a non-empty string, got {question!r}")
         if not isinstance(context, list) or len(context) % 2 or not all(isinstance(text, str) for text in context):
             raise ValueError(f"{qid}: field 'context' must be a list of strings [question 1, answer 1, ...] of even length")
-        golds = record.get("gold_docids")
-        if golds is None:
-            golds = [passage["passage_id"] for passage in record.get("positive_ctxs", [])]
         turns = tuple(Turn(context[i], context[i + 1]) for i in range(0, len(context), 2))
-        return cls(qid, turns, question, tuple(str(docid) for docid in golds))
+        return cls(qid, turns, question, _gold_docids(qid, record))
+
+
+def _gold_docids(qid: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+    golds = record.get("gold_docids")
+    if golds is None:
+        passages = record.get("positive_ctxs") or []
+        if not isinstance(passages, list) or not all(isinstance(passage, dict) and "passage_id" in passage for passage in passages):
+            raise ValueError(f"{qid}: field 'positive_ctxs' must be a list of objects with a 'passage_id'")
+        golds = [passage["passage_id"] for passage in passages]
+    if not isinstance(golds, list) or not all(isinstance(docid, str | int) for docid in golds):
+        raise ValueError(f"{qid}: field 'gold_docids' must be a list of passage ids, got {golds!r}")
+    return tuple(str(docid) for docid in golds)
 
 
 @dataclass(frozen=True, slots=True)
