@@ -65,8 +65,8 @@ def _example(row: dict[str, Any], prompt_key: str) -> Example:
     chat = _field(row, prompt_key)
     if isinstance(chat, str):
         raise TypeError(repr(prompt_key))
-    if not golds or not chat:
-        raise KeyError(prompt_key if golds else "ground_truth")
+    if not truth or not chat:
+        raise KeyError(prompt_key if truth else "ground_truth")
     messages: tuple[Message, ...] = tuple({"role": str(_field(m, "role")), "content": str(_field(m, "content"))} for m in chat)
     return Example(str(_field(row["extra_info"], "query_id")), messages, str(_field(row["extra_info"], "question")), golds)
 

@@ -88,8 +88,7 @@ class Replay:
 
     def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]:
         self.rollouts_N = load(self.run_dir, self.step)
-        recorded = [rollout.prompt_ids for rollout in self.rollouts_N[::n]]
-        if recorded != [tuple(prompt) for prompt in prompts]:
+        if [rollout.prompt_ids for rollout in self.rollouts_N] != [tuple(prompt) for prompt in prompts for _ in range(n)]:
             raise ValueError(
                 f"{path_of(self.run_dir, self.step)} holds other prompts than this run draws: same data, seed and batch sizes are needed"
             )
