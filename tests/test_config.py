@@ -272,7 +272,7 @@ def test_a_misspelt_key_is_answered_with_the_right_one(kind):
     ("argv", "parts"),
     [
         (["data.train_batch_size=9"], ["data.train_batch_size=9", "ppo_mini_batch_size=8"]),
-        (["data.max_response_length=9000"], ["=4608", "=9512"]),
+        (["data.max_response_length=9000"], ["=896", "=9768"]),
         (["trainer.n_gpus_per_node=3"], ["=64", "=3"]),
         (["algorithm.loss_agg=micro-batch-mean", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=7"], ["=64", "=7"]),
         (["actor_rollout_ref.rollout.tensor_model_parallel_size=2"], ["n_gpus_per_node=1", "tensor_model_parallel_size=2"]),
@@ -316,7 +316,7 @@ def test_what_is_required_is_named():
 def test_sft_batches_have_to_divide():
     text = message("sft", *CPU, "data.train_batch_size=18")
     assert "data.train_batch_size=18" in text
-    assert "micro_batch_size_per_gpu=4" in text
+    assert "micro_batch_size_per_gpu=8" in text
     config = load_sft_config(CPU)
     config.check_world(2)
     with pytest.raises(ValueError, match=r"=16 .*=3"):
@@ -328,7 +328,7 @@ def test_sft_batches_have_to_divide():
 def test_lengths_above_the_models_positions_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
     text = message("grpo", *CPU, f"actor_rollout_ref.model.path={tmp_path}")
-    assert "max_response_length=576" in text
+    assert "max_response_length=832" in text
     assert "512" in text
     text = message("sft", *CPU, f"model.partial_pretrain={tmp_path}")
     assert "data.max_length=640" in text
