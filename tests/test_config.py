@@ -317,7 +317,7 @@ def test_sft_batches_have_to_divide():
     text = message("sft", *CPU, "data.train_batch_size=18")
     assert "data.train_batch_size=18" in text
     assert "micro_batch_size_per_gpu=8" in text
-    config = load_sft_config(CPU)
+    config = load_sft_config([*CPU, "data.train_batch_size=16", "data.micro_batch_size_per_gpu=4"])
     config.check_world(2)
     with pytest.raises(ValueError, match=r"=16 .*=3"):
         config.check_world(3)
@@ -331,7 +331,7 @@ def test_lengths_above_the_models_positions_are_refused(tmp_path):
     assert "max_response_length=832" in text
     assert "512" in text
     text = message("sft", *CPU, f"model.partial_pretrain={tmp_path}")
-    assert "data.max_length=640" in text
+    assert "data.max_length=896" in text
     load_sft_config([*CPU, f"model.partial_pretrain={tmp_path}", "data.max_length=512"])
     (tmp_path / "config.json").write_text('{"max_position')
     assert "is not JSON" in message("sft", *CPU, f"model.partial_pretrain={tmp_path}")
