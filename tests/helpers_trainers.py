@@ -225,7 +225,7 @@ def start(module: str, arguments: Sequence[object], **options: Any) -> "subproce
 def finish(module: str, arguments: Sequence[object], **options: Any) -> tuple[int, str]:
     """Runs the command to its end; returns (exit status, all it has printed)."""
     process = start(module, arguments, **options)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=600)
     return process.returncode, output
 
 

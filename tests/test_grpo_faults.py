@@ -22,7 +22,7 @@ from typing import Any
 import helpers_trainers as helpers
 import pytest
 
-from convsearch import grpo, infer, rollouts, sft
+from convsearch import checkpoint, grpo, infer, rollouts, sft
 from convsearch.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -56,6 +56,11 @@ class Job:
     def steps_logged(self) -> int:
         return len(read_metrics(self.run_dir))
 
+    def saving(self) -> bool:
+        """Whether the weights of a checkpoint are being written."""
+        folders = [self.run_dir / f".tmp-global_step_{step}" for step in range(3, STEPS + 1, 3)]
+        return any((folder / name).exists() for folder in folders for name in ("model.safetensors.tmp", "model.safetensors"))
+
     def updating(self, since_s: float = 0) -> bool:
         """Whether the step that comes next in the metrics has its samples on disk, written after ``since_s`` (time.time)."""
         samples = rollouts.path_of(self.run_dir, self.steps_logged())
@@ -82,7 +87,7 @@ def unbroken(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path_fact
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", what: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, f"ended while waiting for {what}: {process.communicate()[0]}"
         assert time.monotonic() < deadline, f"waited in vain for {what}"
@@ -94,6 +99,17 @@ def end(process: "subprocess.Popen[str]", number: signal.Signals) -> str:
     os.kill(process.pid, number)
     output, _ = process.communicate(timeout=60)
     return output
+
+
+def stop_in_an_update(job: Job, process: "subprocess.Popen[str]", since_s: float) -> None:
+    """Leaves the process stopped between the samples of a step and its line in the metrics."""
+    while True:
+        wait_for(partial(job.updating, since_s), process, "an update")
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.02)
+        if job.updating(since_s):
+            return
+        os.kill(process.pid, signal.SIGCONT)
 
 
 def servers_of(index: Path) -> list[int]:
@@ -123,10 +139,12 @@ def test_kill_dash_nine_five_times_in_a_row(form_llama: Path, toy_parquet: Path,
         else:
             wait_for(partial(sampled_since, start_s), process, "the first step")
             if attempt == 2:
-                wait_for(partial(job.updating, start_s), process, "an update")
+                stop_in_an_update(job, process, start_s)
             elif attempt == 3:
-                wait_for(lambda: bool(list(job.run_dir.glob(".tmp-global_step_*/model.safetensors*"))), process, "a checkpoint")
+                wait_for(job.saving, process, "a checkpoint")
             else:
+                if attempt == 4:
+                    wait_for(lambda: bool(checkpoint.checkpoints(job.run_dir)), process, "a checkpoint that is whole")
                 time.sleep(draw.uniform(0, 0.4))
         end(process, signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
