@@ -46,6 +46,15 @@ def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
+    path = written(tmp_path / "out.txt", "old and long")
+    with open(path) as reader:
+        with atomic_write(path) as file:
+            file.write("new")
+        assert reader.read() == "old and long"
+    assert path.read_text() == "new"
+
+
 @pytest.mark.parametrize("fault", [RuntimeError("no"), KeyboardInterrupt(), SystemExit(3), OSError(28, "No space left on device")])
 def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path, fault: BaseException) -> None:
     path = written(tmp_path / "out.bin", "old")
