@@ -3,6 +3,7 @@
 import gzip
 import re
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 LINE_LIMIT, ID_LIMIT = 1 << 20, 4096  # bytes
-_BLOCK = 1 << 18
+_BLOCK, _ROWS = 1 << 18, 1 << 14
+_KEEP = np.array([(1 << (8 * bytes_)) - 1 for bytes_ in range(9)], np.uint64)  # masks of the first 0 to 8 bytes of a word
 GRADE_LIMIT = 1 << 31
 _LINE = re.compile(rb"[^\r\n]+")  # carriage returns end lines too, as they do for pyarrow
 _TEXT = re.compile(rb"\S")
+_WHOLE = re.compile(rb"-?\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +44,33 @@ class Columns:
     """
 
     qids: Any  # pyarrow.LargeStringArray, [queries], in order of first appearance
-    query_of_row: npt.NDArray[np.int64]  # [rows]
+    query_of_row: npt.NDArray[np.int32]  # [rows]
     docids: Any  # pyarrow.LargeStringArray, [rows]
+    docid_hashes: npt.NDArray[np.uint64]  # [rows]; equal docids have equal hashes, others hardly ever
     values: npt.NDArray[Any]  # [rows], float64 scores or int64 grades
+
+    @classmethod
+    def of(cls, qids: Any, query_of_row: npt.ArrayLike, docids: Any, values: npt.NDArray[Any]) -> "Columns":
+        return cls(qids, np.asarray(query_of_row, np.int32), docids, _hashes(docids), values)
+
+
+def _hashes(texts: Any) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of each string of a pyarrow.LargeStringArray, eight bytes of all of them at a time."""
+    offsets = np.frombuffer(texts.buffers()[1], np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    text = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
+    padded = np.zeros(len(text) + 8, np.uint8)
+    padded[: len(text)] = text
+    words = np.ndarray((len(text) + 1,), "<u8", padded, strides=(1,))  # the eight bytes from each byte on
+    hashes = np.diff(offsets).view(np.uint64)
+    for first in range(0, len(texts), _ROWS):  # few enough rows at a time to stay in the cache
+        block, starts = hashes[first : first + _ROWS], offsets[:-1][first : first + _ROWS]
+        lengths = block.astype(np.int64)
+        for done in range(0, int(lengths.max()), 8):
+            live = np.flatnonzero(lengths > done) if done else slice(None)
+            mixed = block[live] ^ (words[starts[live] + done] & _KEEP[np.minimum(lengths[live] - done, 8)])
+            mixed *= np.uint64(0xFF51_AFD7_ED55_8CCD)
+            block[live] = mixed ^ (mixed >> np.uint64(32))
+    return hashes
 
 
 def load(path: str | Path) -> Any:
@@ -89,65 +116,75 @@ def line_of_row(raw: Any, row: int) -> int:
 
 def _fast(raw: Any, form: Format) -> Columns | None:
     """The columns by pyarrow, or None where something is wrong or unusual, which the slow reader then names or reads."""
+    columns = _by_arrow(raw, form)
+    return columns if columns is not None else _by_arrow(_normalised(raw), form)
+
+
+def _by_arrow(raw: Any, form: Format) -> Columns | None:
+    """The columns where single spaces part them; None where not all is well."""
     import pyarrow as pa
     from pyarrow import csv
 
-    if not _is_plain(np.frombuffer(raw, np.uint8)):
-        raw = pa.py_buffer(_normalised(raw))
     first = _LINE.search(raw)
-    width = len(first[0].split(b" ")) if first else 0
-    if width not in form.columns:
+    fields = first[0].split(b" ") if first else []
+    if len(fields) not in form.columns or fields != first[0].split() or _double_space(np.frombuffer(raw, np.uint8)):  # type: ignore[index]
         return None
-    names = [str(number) for number in range(width)]
+    names = [str(number) for number in range(len(fields))]
     value = names[form.value_column]
-    try:
-        table = csv.read_csv(
-            pa.BufferReader(raw),
-            read_options=csv.ReadOptions(column_names=names),
-            parse_options=csv.ParseOptions(delimiter=" ", quote_char=False, double_quote=False, escape_char=False),
-            convert_options=csv.ConvertOptions(
-                include_columns=["0", "2", value],
-                column_types={
-                    "0": pa.dictionary(pa.int32(), pa.string()),
-                    "2": pa.large_string(),
-                    value: pa.int64() if form.integer else pa.float64(),
-                },
-                null_values=[],
-            ),
-        )
-    except pa.ArrowInvalid:
+    kinds = [pa.int64()] if form.integer else [pa.int64(), pa.float64()] if _WHOLE.fullmatch(fields[form.value_column]) else [pa.float64()]
+    table = None
+    for kind in kinds:  # the reference's seven columns have whole numbers, which are read faster
+        types = {"0": pa.dictionary(pa.int32(), pa.string()), "2": pa.large_string(), value: kind}
+        with suppress(pa.ArrowInvalid):
+            table = csv.read_csv(
+                pa.BufferReader(raw),
+                read_options=csv.ReadOptions(column_names=names),
+                parse_options=csv.ParseOptions(delimiter=" ", quote_char=False, double_quote=False, escape_char=False),
+                convert_options=csv.ConvertOptions(include_columns=list(types), column_types=types, null_values=[], check_utf8=False),
+            )
+            break
+    if table is None:
         return None
     queries = table["0"].unify_dictionaries().combine_chunks()
-    qids = queries.dictionary.cast(pa.large_string())
-    docids, values = table["2"].combine_chunks(), table[value].combine_chunks()
-    if not _ids_are_sane(qids) or not _ids_are_sane(docids) or values.null_count or not _in_range(values.to_numpy()):
+    qids, docids = queries.dictionary.cast(pa.large_string()), table["2"].combine_chunks()
+    values = table[value].combine_chunks().to_numpy().astype(np.int64 if form.integer else np.float64, copy=False)
+    if not _are_words(qids) or not _are_words(docids) or not _in_range(values):
         return None
-    return Columns(qids, queries.indices.to_numpy().astype(np.int64), docids, values.to_numpy())
+    return Columns.of(qids, queries.indices.to_numpy(), docids, values)
 
 
-def _is_plain(data: npt.NDArray[np.uint8]) -> bool:
-    """Whether single spaces part the columns and single newlines the lines, with no other control characters."""
-    if data[0] <= 32:
-        return False
+def _double_space(data: npt.NDArray[np.uint8]) -> bool:
+    """Whether two spaces stand together, which would shift the columns behind them."""
     for start in range(0, len(data), _BLOCK):
-        block = data[start : start + _BLOCK + 1]
-        blank = block <= 32
-        if (blank[1:] & blank[:-1]).any() or ((block < 32) & (block != 10)).any():
-            return False
-    return True
+        block = data[start : start + _BLOCK + 1]  # one byte of the next block
+        for pairs in (block[: len(block) // 2 * 2], block[1 : 1 + (len(block) - 1) // 2 * 2]):
+            if (pairs.view(np.uint16) == 0x2020).any():
+                return True
+    return False
 
 
 def _normalised(raw: Any) -> bytes:
-    """The same rows in plain form. Line numbers are lost: errors are told from the original."""
+    """The same rows parted by single spaces and newlines. Line numbers are lost: errors are told from the original."""
     data = re.sub(rb"[ \t\v\f]+", b" ", raw)
     return re.sub(rb" ?[\r\n][ \r\n]*", b"\n", data).strip(b" \n") + b"\n"
 
 
-def _ids_are_sane(ids: Any) -> bool:
+def _are_words(ids: Any) -> bool:
+    """Whether no string is empty, too long, not UTF-8, or holds white space or control characters."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    longest, shortest = pc.max(pc.binary_length(ids)).as_py(), pc.min(pc.binary_length(ids)).as_py()
-    return bool(longest <= ID_LIMIT and shortest > 0)
+    lengths = pc.min_max(pc.binary_length(ids)).as_py()
+    if lengths["min"] == 0 or lengths["max"] > ID_LIMIT:
+        return False
+    text = np.frombuffer(ids.buffers()[2], np.int8)
+    if text.min() > 32:  # bytes beyond ASCII are negative here
+        return True
+    try:
+        ids.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return bool(text.view(np.uint8).min() > 32)
 
 
 def _in_range(values: npt.NDArray[Any]) -> bool:
@@ -155,7 +192,7 @@ def _in_range(values: npt.NDArray[Any]) -> bool:
     if values.dtype.kind == "i":
         return bool(((values > -GRADE_LIMIT) & (values < GRADE_LIMIT)).all())
     with np.errstate(over="ignore"):
-        return bool(np.isfinite(values.astype(np.float32)).all())
+        return bool(np.isfinite(np.array([values.min(), values.max()], np.float32)).all())  # a NaN is both
 
 
 def _slow(path: str | Path, raw: Any, form: Format) -> Columns:
@@ -183,9 +220,9 @@ def _slow(path: str | Path, raw: Any, form: Format) -> Columns:
         rows.append(queries.setdefault(fields[0], len(queries)))
         docids.append(fields[2])
         values.append(_value(where, fields[form.value_column], form))
-    return Columns(
+    return Columns.of(
         pa.array(queries, pa.large_string()),
-        np.array(rows, np.int64),
+        rows,
         pa.array(docids, pa.large_string()),
         np.array(values, np.int64 if form.integer else np.float64),
     )

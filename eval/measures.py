@@ -75,24 +75,29 @@ class Judged:
 
 
 def judge(run: Columns, qrels: Columns) -> Judged:
-    """Looks the run's passages up in the qrels: one hash lookup a row, one binary search a row whose docid is known there."""
-    import pyarrow.compute as pc
-
+    """Looks the run's passages up in the qrels: a table of the qrels' hashes drops most rows, pyarrow and a search find the rest."""
     docids = qrels.docids.unique()
-    qrel_docs = pc.index_in(qrels.docids, value_set=docids).to_numpy().astype(np.int64)
-    keys = qrels.query_of_row * len(docids) + qrel_docs
+    keys = qrels.query_of_row.astype(np.int64) * len(docids) + _lookup(qrels.docids, docids)
     by_key = np.argsort(keys)
     keys, grades = keys[by_key], qrels.values[by_key]
-    query_map = _lookup(run.qids, qrels.qids)
-    docs = _lookup(run.docids, docids)
-    rows = np.flatnonzero((docs >= 0) & (query_map[run.query_of_row] >= 0))
-    wanted = query_map[run.query_of_row[rows]] * len(docids) + docs[rows]
+    rows = _candidates(run, qrels)
+    docs, query = _lookup(run.docids.take(rows), docids), _lookup(run.qids, qrels.qids)[run.query_of_row[rows]]
+    wanted = query * len(docids) + docs
     found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    known = keys[found] == wanted
-    rows, found = rows[known], found[known]
-    query, rank = query_map[run.query_of_row[rows]], ranks(run)[rows]
+    known = (query >= 0) & (docs >= 0) & (keys[found] == wanted)
+    rows, query, found = rows[known], query[known], found[known]
+    rank = ranks(run, rows)
     order = np.lexsort((rank, query))
-    return Judged(len(qrels.qids), query[order], rank[order], grades[found][order], qrels.query_of_row, qrels.values)
+    return Judged(len(qrels.qids), query[order], rank[order], grades[found][order], qrels.query_of_row.astype(np.int64), qrels.values)
+
+
+def _candidates(run: Columns, qrels: Columns) -> Ints:
+    """The rows whose docid may be in the qrels, by the low bits of its hash: all that are, and one in 32 of the others at most."""
+    size = 1 << max(10, (32 * len(qrels.docids) - 1).bit_length())
+    table = np.zeros(size, np.bool_)
+    table[(qrels.docid_hashes & np.uint64(size - 1)).view(np.int64)] = True
+    rows: Ints = np.flatnonzero(table[(run.docid_hashes & np.uint64(size - 1)).view(np.int64)])
+    return rows
 
 
 def _lookup(items: Any, values: Any) -> Ints:
@@ -103,20 +108,23 @@ def _lookup(items: Any, values: Any) -> Ints:
     return places
 
 
-def ranks(run: Columns) -> Ints:
-    """Each row's rank within its query, from 1, in trec_eval's order: score in float32 descending, then docid descending."""
+def ranks(run: Columns, rows: Ints) -> Ints:
+    """The ranks of ``rows`` within their queries, from 1, in trec_eval's order: score in float32 and then docid, both descending."""
     query, score = run.query_of_row, run.values.astype(np.float32)
-    same = query[1:] == query[:-1]
-    in_order = bool((~same | (score[1:] < score[:-1])).all()) and len(query) - np.count_nonzero(same) == len(run.qids)
-    if in_order:
-        return _place_in_group(query)
+    firsts = np.flatnonzero(np.concatenate([[True], query[1:] != query[:-1]])[: len(query)])  # where a stretch of equal queries begins
+    descends = score[1:] < score[:-1]
+    descends[firsts[1:] - 1] = True
+    if len(firsts) == len(run.qids) and descends.all():
+        start = np.empty(len(run.qids), np.int64)
+        start[query[firsts]] = firsts
+        return rows - start[query[rows]] + 1
     order = _trec_order(run, query, score)
     result = np.empty(len(query), np.int64)
     result[order] = _place_in_group(query[order])
-    return result
+    return result[rows]
 
 
-def _trec_order(run: Columns, query: Ints, score: npt.NDArray[np.float32]) -> Ints:
+def _trec_order(run: Columns, query: npt.NDArray[np.int32], score: npt.NDArray[np.float32]) -> Ints:
     """The permutation that sorts the rows; docids are compared for those rows alone whose score is not their own."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -177,7 +185,7 @@ def _ndcg(judged: Judged, cutoff: int) -> Floats:
     return fractions
 
 
-def _place_in_group(query: Ints) -> Ints:
+def _place_in_group(query: npt.NDArray[np.integer[Any]]) -> Ints:
     """1, 2, 3, ... within each stretch of equal queries."""
     rows = np.arange(len(query))
     starts = np.concatenate([[True], query[1:] != query[:-1]])[: len(query)]

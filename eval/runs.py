@@ -58,9 +58,9 @@ def from_mapping(mapping: Mapping[str, Mapping[str, float]], form: Format = RUN,
             values.append(checked_value(where, value, form))
         query_of_row += [number] * len(scored)
         docids += scored
-    return Columns(
+    return Columns.of(
         pa.array(mapping, pa.large_string()),
-        np.array(query_of_row, np.int64),
+        query_of_row,
         pa.array(docids, pa.large_string()),
         np.array(values, np.int64 if form.integer else np.float64),
     )
@@ -102,13 +102,13 @@ def _from_json(path: str | Path, raw: Any, form: Format) -> Columns:
 
 def _first_duplicate(columns: Columns) -> tuple[int, int] | None:
     """The first two rows of the same query and passage; None where every row is another."""
-    hashes = _row_hashes(columns)
-    ordered = np.sort(hashes)
+    ordered = _row_hashes(columns)
+    ordered.sort()
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     if not len(repeated):
         return None
     seen: dict[tuple[int, str], int] = {}
-    for row in np.flatnonzero(np.isin(hashes, repeated)).tolist():  # equal hashes need not be equal rows
+    for row in np.flatnonzero(np.isin(_row_hashes(columns), repeated)).tolist():  # equal hashes need not be equal rows
         first = seen.setdefault((int(columns.query_of_row[row]), columns.docids[row].as_py()), row)
         if first != row:
             return first, row
@@ -116,21 +116,9 @@ def _first_duplicate(columns: Columns) -> tuple[int, int] | None:
 
 
 def _row_hashes(columns: Columns) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each row's (query, docid), eight bytes of all the docids at a time."""
-    docids = columns.docids
-    offsets = np.frombuffer(docids.buffers()[1], np.int64)[docids.offset : docids.offset + len(docids) + 1]
-    starts, lengths = offsets[:-1], np.diff(offsets)
-    text = np.frombuffer(docids.buffers()[2], np.uint8)
-    padded = np.zeros(len(text) + 8, np.uint8)
-    padded[: len(text)] = text
-    words = np.ndarray((len(text) + 1,), "<u8", padded, strides=(1,))  # the eight bytes from each byte on
-    hashes = (columns.query_of_row.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) ^ lengths.astype(np.uint64)
-    for done in range(0, int(lengths.max()), 8):
-        live = np.flatnonzero(lengths > done) if done else slice(None)
-        spare_bits = (8 - np.minimum(lengths[live] - done, 8)).astype(np.uint64) * np.uint64(8)
-        word = words[starts[live] + done] & (np.uint64(0xFFFF_FFFF_FFFF_FFFF) >> spare_bits)
-        mixed = (hashes[live] ^ word) * np.uint64(0xFF51_AFD7_ED55_8CCD)
-        hashes[live] = mixed ^ (mixed >> np.uint64(32))
+    hashes = columns.query_of_row.astype(np.uint64)
+    hashes *= np.uint64(0x9E37_79B9_7F4A_7C15)
+    hashes ^= columns.docid_hashes
     return hashes
 
 

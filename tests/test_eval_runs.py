@@ -173,7 +173,7 @@ def test_duplicates_are_found_and_nothing_else(pairs: list[tuple[str, str]], tmp
 
 
 def test_equal_hashes_are_no_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.runs._row_hashes", lambda columns: np.zeros(len(columns.docids), np.uint64))
+    monkeypatch.setattr("eval.columns._hashes", lambda docids: np.zeros(len(docids), np.uint64))
     (tmp_path / "run").write_text(SIX)
     assert rows(read_run(tmp_path / "run")) == ROWS
 
