@@ -4,17 +4,11 @@ Searches the queries of one or several files, writes a TREC run and its measures
 """
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from convsearch.cli import run
-from convsearch.files import atomic_write
-from eval.metrics import evaluate_files, notes, table
-from eval.queries import QUERY_TYPES, read_queries
-
-Search = Callable[[Sequence[str], int], list[list[tuple[str, float]]]]
-BATCH = 256  # queries a call, so that the progress bar moves
+from eval.queries import QUERY_TYPES
+from eval.search import Job, Search, search_and_score, through_server
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,12 +32,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.index_dir_path is None) == (args.server is None):
         parser.error("give one of --index_dir_path and --server")
-    if len(args.query_file) != len(args.output_file_name):
-        parser.error(f"{len(args.query_file)} query files and {len(args.output_file_name)} output file names: give one name a file")
     if args.gold_qrel_file_path is None and not args.not_perform_evaluation:
         parser.error("give --gold_qrel_file_path, or --not_perform_evaluation")
-    if args.top_n < 1:
-        parser.error(f"--top_n is {args.top_n}; it must be at least 1")
     return args
 
 
@@ -54,10 +44,7 @@ def open_search(args: argparse.Namespace) -> Search:
         ValueError: the folder is no index, or was built with another k1 or b than the flags ask for.
     """
     if args.server:
-        from convsearch.retriever import RetrieverClient
-
-        client = RetrieverClient(args.server)
-        return lambda queries, k: [[(hit.docid, hit.score) for hit in hits] for hits in client.search(queries, k)]
+        return through_server(args.server)
     from retriever_server.bm25 import Bm25Index
 
     index = Bm25Index.load(args.index_dir_path)
@@ -69,33 +56,19 @@ def open_search(args: argparse.Namespace) -> Search:
     return index.search
 
 
-def search_file(search: Search, path: str, output: Path, args: argparse.Namespace) -> int:
-    """Writes the run of one query file; returns how many of its rewrites fell back to the raw question."""
-    from tqdm import tqdm
-
-    from eval.runs import write_run
-
-    queries, fallbacks = read_queries(path, args.query_type)
-    texts = [" ".join(text.split()[: args.max_seq_length]) for text in queries.values()]
-    hits: list[list[tuple[str, float]]] = []
-    for start in tqdm(range(0, len(texts), BATCH), desc=f"searching {Path(path).name}", unit="batch", leave=False):
-        hits += search(texts[start : start + BATCH], args.top_n)
-    write_run(output, zip(queries, hits, strict=True), "bm25")
-    return fallbacks
-
-
 def main() -> None:
     args = parse_args()
-    search = open_search(args)
-    for path, name in zip(args.query_file, args.output_file_name, strict=True):
-        output = Path(args.retrieval_output_path) / name
-        fallbacks = search_file(search, path, output, args)
-        print(f"{path} -> {output}" + (f"; {fallbacks} rewrites fell back to the raw question" if fallbacks else ""))
-        if not args.not_perform_evaluation:
-            evaluation = evaluate_files(output, args.gold_qrel_file_path, rel_threshold=args.rel_threshold)
-            print(f"{table(evaluation.means())}\n({notes(evaluation)})")
-            with atomic_write(output.with_suffix(".metrics.json")) as file:
-                json.dump(evaluation.means() | {"fallbacks": fallbacks}, file, indent=1)
+    job = Job(
+        query_files=args.query_file,
+        run_names=args.output_file_name,
+        output_dir=Path(args.retrieval_output_path),
+        query_type=args.query_type,
+        top_k=args.top_n,
+        qrels=None if args.not_perform_evaluation else args.gold_qrel_file_path,
+        rel_threshold=args.rel_threshold,
+        max_words=args.max_seq_length,
+    )
+    search_and_score(open_search(args), job)
 
 
 if __name__ == "__main__":

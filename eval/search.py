@@ -1,0 +1,70 @@
+"""Query files -> runs -> measures, whatever retriever answers: what eval.bm25 and eval.ance share."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from convsearch.files import atomic_write
+from eval.metrics import evaluate_files, notes, table
+from eval.queries import read_queries
+
+Search = Callable[[Sequence[str], int], list[list[tuple[str, float]]]]
+BATCH = 256  # queries a call, so that the progress bar moves
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to search for and where the results go; ``qrels`` None leaves out the measures."""
+
+    query_files: Sequence[str]
+    run_names: Sequence[str]
+    output_dir: Path
+    query_type: str
+    top_k: int
+    qrels: str | None
+    rel_threshold: int = 1
+    max_words: int | None = None
+    tag: str = "bm25"
+
+    def __post_init__(self) -> None:
+        if len(self.query_files) != len(self.run_names):
+            raise ValueError(f"{len(self.query_files)} query files and {len(self.run_names)} run names: give one name a file")
+        if self.top_k < 1:
+            raise ValueError(f"{self.top_k} passages a query were asked for; it must be at least 1")
+
+
+def through_server(url: str) -> Search:
+    """Searches a running retriever_server."""
+    from convsearch.retriever import RetrieverClient
+
+    client = RetrieverClient(url)
+    return lambda queries, k: [[(hit.docid, hit.score) for hit in hits] for hits in client.search(queries, k)]
+
+
+def search_and_score(search: Search, job: Job) -> None:
+    """Writes a run for each query file and, next to it, ``<run>.metrics.json``; prints both and how many rewrites fell back."""
+    for path, name in zip(job.query_files, job.run_names, strict=True):
+        output = job.output_dir / name
+        fallbacks = _search_file(search, path, output, job)
+        print(f"{path} -> {output}" + (f"; {fallbacks} rewrites fell back to the raw question" if fallbacks else ""))
+        if job.qrels is None:
+            continue
+        evaluation = evaluate_files(output, job.qrels, rel_threshold=job.rel_threshold)
+        print(f"{table(evaluation.means())}\n({notes(evaluation)})")
+        with atomic_write(output.with_suffix(".metrics.json")) as file:
+            json.dump(evaluation.means() | {"fallbacks": fallbacks}, file, indent=1)
+
+
+def _search_file(search: Search, path: str, output: Path, job: Job) -> int:
+    from tqdm import tqdm
+
+    from eval.runs import write_run
+
+    queries, fallbacks = read_queries(path, job.query_type)
+    texts = [" ".join(text.split()[: job.max_words]) for text in queries.values()]
+    hits: list[list[tuple[str, float]]] = []
+    for start in tqdm(range(0, len(texts), BATCH), desc=f"searching {Path(path).name}", unit="batch", leave=False):
+        hits += search(texts[start : start + BATCH], job.top_k)
+    write_run(output, zip(queries, hits, strict=True), job.tag)
+    return fallbacks
