@@ -16,6 +16,7 @@ _BLOCK, _ROWS = 1 << 18, 1 << 14
 _KEEP = np.array([(1 << (8 * bytes_)) - 1 for bytes_ in range(9)], np.uint64)  # masks of the first 0 to 8 bytes of a word
 GRADE_LIMIT = 1 << 31
 _LINE = re.compile(rb"[^\r\n]+")  # carriage returns end lines too, as they do for pyarrow
+_PLAIN = bytes.maketrans(b"\t\v\f\r", b"   \n")
 _TEXT = re.compile(rb"\S")
 _WHOLE = re.compile(rb"-?\d+")
 
@@ -116,8 +117,10 @@ def line_of_row(raw: Any, row: int) -> int:
 
 def _fast(raw: Any, form: Format) -> Columns | None:
     """The columns by pyarrow, or None where something is wrong or unusual, which the slow reader then names or reads."""
+    import pyarrow as pa
+
     columns = _by_arrow(raw, form)
-    return columns if columns is not None else _by_arrow(_normalised(raw), form)
+    return columns if columns is not None else _by_arrow(pa.py_buffer(_normalised(raw)), form)
 
 
 def _by_arrow(raw: Any, form: Format) -> Columns | None:
@@ -165,8 +168,10 @@ def _double_space(data: npt.NDArray[np.uint8]) -> bool:
 
 def _normalised(raw: Any) -> bytes:
     """The same rows parted by single spaces and newlines. Line numbers are lost: errors are told from the original."""
-    data = re.sub(rb"[ \t\v\f]+", b" ", raw)
-    return re.sub(rb" ?[\r\n][ \r\n]*", b"\n", data).strip(b" \n") + b"\n"
+    data: bytes = raw.to_pybytes().translate(_PLAIN)
+    while b"  " in data:
+        data = data.replace(b"  ", b" ")
+    return data.replace(b" \n", b"\n").replace(b"\n ", b"\n").strip(b" \n")  # pyarrow passes over empty lines
 
 
 def _are_words(ids: Any) -> bool:
