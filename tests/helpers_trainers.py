@@ -7,6 +7,7 @@ a rewrite earns most by bringing the town back, less by the town or the aspect a
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -219,7 +220,13 @@ def environment() -> dict[str, str]:
 def start(module: str, arguments: Sequence[object], **options: Any) -> "subprocess.Popen[str]":
     """``python -m module arguments`` as a process of its own, both outputs as text through one pipe."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
+    options = {"preexec_fn": listen_to_ctrl_c, **options}
     return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def listen_to_ctrl_c() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and their children inherit that; a person's terminal does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(module: str, arguments: Sequence[object], **options: Any) -> tuple[int, str]:
