@@ -3,6 +3,7 @@
 import gzip
 import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 LINE_LIMIT, ID_LIMIT = 1 << 20, 4096  # bytes
-_BLOCK, _ROWS = 1 << 18, 1 << 14
+_ROWS = 1 << 14
 _KEEP = np.array([(1 << (8 * bytes_)) - 1 for bytes_ in range(9)], np.uint64)  # masks of the first 0 to 8 bytes of a word
 GRADE_LIMIT = 1 << 31
 _LINE = re.compile(rb"[^\r\n]+")  # carriage returns end lines too, as they do for pyarrow
@@ -130,14 +131,18 @@ def _by_arrow(raw: Any, form: Format) -> Columns | None:
 
     first = _LINE.search(raw)
     fields = first[0].split(b" ") if first else []
-    if len(fields) not in form.columns or fields != first[0].split() or _double_space(np.frombuffer(raw, np.uint8)):  # type: ignore[index]
+    if len(fields) not in form.columns:
         return None
     names = [str(number) for number in range(len(fields))]
     value = names[form.value_column]
     kinds = [pa.int64()] if form.integer else [pa.int64(), pa.float64()] if _WHOLE.fullmatch(fields[form.value_column]) else [pa.float64()]
     table = None
     for kind in kinds:  # the reference's seven columns have whole numbers, which are read faster
-        types = {"0": pa.dictionary(pa.int32(), pa.string()), "2": pa.large_string(), value: kind}
+        types = dict.fromkeys(names[: form.value_column], pa.binary()) | {
+            "0": pa.dictionary(pa.int32(), pa.string()),
+            "2": pa.large_string(),
+            value: kind,
+        }
         with suppress(pa.ArrowInvalid):
             table = csv.read_csv(
                 pa.BufferReader(raw),
@@ -151,19 +156,19 @@ def _by_arrow(raw: Any, form: Format) -> Columns | None:
     queries = table["0"].unify_dictionaries().combine_chunks()
     qids, docids = queries.dictionary.cast(pa.large_string()), table["2"].combine_chunks()
     values = table[value].combine_chunks().to_numpy().astype(np.int64 if form.integer else np.float64, copy=False)
-    if not _are_words(qids) or not _are_words(docids) or not _in_range(values):
-        return None
-    return Columns.of(qids, queries.indices.to_numpy(), docids, values)
+    with ThreadPoolExecutor(1) as pool:  # beside the checks
+        hashes = pool.submit(_hashes, docids)
+        shifted = any(_shortest(table[name]) == 0 for name in ("1", "3") if name != value)  # by two spaces together
+        sound = not shifted and _are_words(qids) and _are_words(docids) and _in_range(values)
+    return Columns(qids, queries.indices.to_numpy(), docids, hashes.result(), values) if sound else None
 
 
-def _double_space(data: npt.NDArray[np.uint8]) -> bool:
-    """Whether two spaces stand together, which would shift the columns behind them."""
-    for start in range(0, len(data), _BLOCK):
-        block = data[start : start + _BLOCK + 1]  # one byte of the next block
-        for pairs in (block[: len(block) // 2 * 2], block[1 : 1 + (len(block) - 1) // 2 * 2]):
-            if (pairs.view(np.uint16) == 0x2020).any():
-                return True
-    return False
+def _shortest(texts: Any) -> int:
+    """The least length of a binary column, in bytes."""
+    import pyarrow.compute as pc
+
+    length: int = pc.min(pc.binary_length(texts)).as_py()
+    return length
 
 
 def _normalised(raw: Any) -> bytes:

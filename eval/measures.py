@@ -76,8 +76,9 @@ class Judged:
 
 def judge(run: Columns, qrels: Columns) -> Judged:
     """Looks the run's passages up in the qrels: a table of the qrels' hashes drops most rows, pyarrow and a search find the rest."""
-    docids = qrels.docids.unique()
-    keys = qrels.query_of_row.astype(np.int64) * len(docids) + _lookup(qrels.docids, docids)
+    coded = qrels.docids.dictionary_encode()
+    docids = coded.dictionary
+    keys = qrels.query_of_row.astype(np.int64) * len(docids) + coded.indices.to_numpy()
     by_key = np.argsort(keys)
     keys, grades = keys[by_key], qrels.values[by_key]
     rows = _candidates(run, qrels)

@@ -8,9 +8,10 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convsearch.cli import run as run_main
 from convsearch.files import atomic_write
@@ -45,16 +46,16 @@ def evaluate(
         ValueError: the run has none of the qrels' queries, no query has a relevant passage, or the threshold is below 1.
     """
     import numpy as np
+    import pyarrow.compute as pc
 
     from eval.measures import compute, judge
 
     if rel_threshold < 1:
         raise ValueError(f"the relevance threshold must be at least 1, got {rel_threshold}")
     qids = qrels.qids.to_pylist()
-    run_qids = set(run.qids.to_pylist())
-    missing = len(set(qids) - run_qids)
-    if run_qids and missing == len(qids):
-        raise ValueError(f"the run has none of the {len(qids)} queries of the qrels (run: {_some(run_qids)}; qrels: {_some(set(qids))})")
+    shared = pc.sum(pc.is_in(run.qids, value_set=qrels.qids)).as_py() or 0
+    if len(run.qids) and not shared:
+        raise ValueError(f"the run has none of the {len(qids)} queries of the qrels (run: {_some(run.qids)}; qrels: {_some(qrels.qids)})")
     answerable = np.bincount(qrels.query_of_row[qrels.values >= rel_threshold], minlength=len(qids)) > 0
     if not answerable.any():
         raise ValueError(f"no query of the qrels has a passage of grade {rel_threshold} or more: lower the relevance threshold")
@@ -63,14 +64,14 @@ def evaluate(
     return Evaluation(
         qids=tuple(qids[index] for index in kept),
         values={measure.name: compute(measure, judged, rel_threshold)[kept] for measure in measures},
-        missing=missing,
+        missing=len(qids) - shared,
         unanswerable=len(qids) - int(answerable.sum()),
-        unjudged=len(run_qids) - (len(qids) - missing),
+        unjudged=len(run.qids) - shared,
     )
 
 
-def _some(qids: set[str]) -> str:
-    return ", ".join(repr(qid) for qid in sorted(qids)[:2]) + (", ..." if len(qids) > 2 else "")
+def _some(qids: Any) -> str:
+    return ", ".join(map(repr, qids[:2].to_pylist())) + (", ..." if len(qids) > 2 else "")
 
 
 def evaluate_files(
@@ -82,10 +83,16 @@ def evaluate_files(
         ValueError: a file or a measure is wrong; one sentence that names file and line.
     """
     from eval.measures import parse_measures
-    from eval.runs import read_qrels, read_run
+    from eval.runs import read_qrels, read_unchecked_run
 
     parsed = parse_measures(measures)
-    return evaluate(read_run(run), read_qrels(qrels), parsed, rel_threshold, skip_unanswerable)
+    with ThreadPoolExecutor(1) as pool:
+        judgements = pool.submit(read_qrels, qrels)
+        columns, refuse_duplicates = read_unchecked_run(run)
+        checked = pool.submit(refuse_duplicates)
+        evaluation = evaluate(columns, judgements.result(), parsed, rel_threshold, skip_unanswerable)
+        checked.result()
+    return evaluation
 
 
 def write_per_query(path: str | Path, evaluation: Evaluation) -> None:

@@ -1,7 +1,7 @@
 """TREC runs and qrels: read into columns, checked; written so that trec_eval sees the order that was meant."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ def read_run(path: str | Path) -> Columns:
         ValueError: the file is empty, binary or malformed, a score is not finite, or a passage stands twice under one
             query; names file and line (JSON: the key).
     """
+    run, check = read_unchecked_run(path)
+    check()
+    return run
+
+
+def read_unchecked_run(path: str | Path) -> tuple[Columns, Callable[[], None]]:
+    """As ``read_run``; that no passage stands twice is left to the second value, for another thread to call."""
     return _read(path, RUN)
 
 
@@ -33,7 +40,9 @@ def read_qrels(path: str | Path) -> Columns:
     Raises:
         ValueError: as ``read_run``; a grade is no whole number.
     """
-    return _read(path, QRELS)
+    qrels, check = _read(path, QRELS)
+    check()
+    return qrels
 
 
 def from_mapping(mapping: Mapping[str, Mapping[str, float]], form: Format = RUN, name: str = "run") -> Columns:
@@ -66,17 +75,20 @@ def from_mapping(mapping: Mapping[str, Mapping[str, float]], form: Format = RUN,
     )
 
 
-def _read(path: str | Path, form: Format) -> Columns:
+def _read(path: str | Path, form: Format) -> tuple[Columns, Callable[[], None]]:
     raw = load(path)
     if raw[:1].to_pybytes() == b"{":
-        return _from_json(path, raw, form)
+        return _from_json(path, raw, form), lambda: None
     columns = parse(path, raw, form)
+    return columns, lambda: _refuse_duplicates(path, raw, columns)
+
+
+def _refuse_duplicates(path: str | Path, raw: Any, columns: Columns) -> None:
     twice = _first_duplicate(columns)
     if twice is not None:
         first, second = line_of_row(raw, twice[0]), line_of_row(raw, twice[1])
         qid, docid = columns.qids[columns.query_of_row[twice[0]]].as_py(), columns.docids[twice[0]].as_py()
         raise ValueError(f"{path}:{second}: passage {docid!r} of query {qid!r} stands on line {first} already: keep one of the two lines")
-    return columns
 
 
 def _from_json(path: str | Path, raw: Any, form: Format) -> Columns:
