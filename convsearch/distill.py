@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convsearch.cli import run
-from convsearch.infer import add_sampling_flags, finished, read_input
+from convsearch.infer import add_sampling_flags, claim, finished, read_input
 
 if TYPE_CHECKING:
     from convsearch.types import Conversation
@@ -70,6 +70,7 @@ def sample(args: argparse.Namespace, conversations: list["Conversation"], sample
     from convsearch.retriever import open_retriever
 
     done = finished(samples_path, qids, "samples")
+    claim(samples_path, args)
     for conversation in conversations:
         if not conversation.gold_docids:
             raise ValueError(

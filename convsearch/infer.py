@@ -128,6 +128,46 @@ def finished(path: Path, qids: set[str], written: str) -> dict[str, dict[str, An
     return done
 
 
+# What the lines of an output depend on; a file is never continued under other settings.
+SETTINGS = (
+    "model_name_or_path",
+    "model_name",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "seed",
+    "prompt_style",
+    "max_history_turns",
+    "scaffold",
+    "think_tokens",
+    "rewrite_tokens",
+    "dtype",
+)
+
+
+def claim(path: Path, args: argparse.Namespace) -> None:
+    """Writes ``<path>.settings.json`` beside a new output; beside lines that are there, checks that they were sampled under the same settings.
+
+    Raises:
+        ValueError: a setting has another value now; names it and both values.
+    """
+    from convsearch.files import atomic_write
+
+    beside = path.with_name(f"{path.name}.settings.json")
+    now = {name: getattr(args, name) for name in SETTINGS}
+    if path.is_file() and path.stat().st_size and beside.is_file():
+        before = json.loads(beside.read_text(encoding="utf-8"))
+        for name in SETTINGS:
+            if before.get(name) != now[name]:
+                raise ValueError(
+                    f"{path} was sampled with --{name} {before.get(name)}, now it is {now[name]}: set it back, delete the file, or name another output"
+                )
+        return
+    with atomic_write(beside) as file:
+        json.dump(now, file, indent=1)
+
+
 def outcome(record: dict[str, Any], completion: Any) -> dict[str, Any]:
     """The output line of one conversation."""
     from convsearch.parsing import parse_rewrite, thinking
@@ -153,6 +193,7 @@ def main() -> None:
     by_qid = {record["qid"]: record for record in records}
     output = Path(args.output_path)
     done = finished(output, set(by_qid), "rewrite_error")
+    claim(output, args)
     conversations = conversations[: args.limit]
     rest = [c for c in conversations if c.qid not in done]
     if done:

@@ -104,6 +104,18 @@ def test_finished_lines_are_kept_and_a_half_written_one_is_made_again(form_llama
     assert broken.read_bytes() == marked
 
 
+def test_lines_of_other_settings_are_never_continued(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    rewritten(form_llama, conversations, output, "--temperature", 1, "--limit", 4)
+    before = output.read_bytes()
+    sentence = failed(form_llama, conversations, output, "--temperature", 0.5)
+    assert f"{output} was sampled with --temperature 1.0, now it is 0.5" in sentence
+    assert "--seed 1, now it is 2" in failed(form_llama, conversations, output, "--temperature", 1, "--seed", 2)
+    assert output.read_bytes() == before
+    lines, _ = rewritten(form_llama, conversations, output, "--temperature", 1)
+    assert len(lines) == 18
+
+
 def test_a_limit_is_a_prefix_that_grows(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
     whole, grown = tmp_path / "whole.jsonl", tmp_path / "grown.jsonl"
     rewritten(form_llama, conversations, whole)
