@@ -45,13 +45,19 @@ def reference_loop(run: Path, qrels: Path, rel_threshold: int = 1) -> dict[str, 
     binary: dict[str, dict[str, int]] = {}
     graded: dict[str, dict[str, int]] = {}
     for line in qrel_lines:
-        qid, _, docid, grade = line.split()
-        graded.setdefault(qid, {})[docid] = int(grade)
-        binary.setdefault(qid, {})[docid] = 1 if int(grade) >= rel_threshold else 0
+        fields = line.strip().split()
+        qid, docid, grade = fields[0], fields[2], int(fields[3])
+        if qid not in graded:
+            graded[qid], binary[qid] = {}, {}
+        graded[qid][docid] = grade
+        binary[qid][docid] = 1 if grade >= rel_threshold else 0
     scores: dict[str, dict[str, int]] = {}
     for line in run_lines:
         fields = line.split()
-        scores.setdefault(fields[0], {})[fields[2]] = int(fields[4])
+        qid = fields[0]
+        if qid not in scores:
+            scores[qid] = {}
+        scores[qid][fields[2]] = int(fields[4])
     asked = {"map", "recip_rank", "recall.5", "recall.10", "recall.20", "recall.100"}
     by_query = pytrec_eval.RelevanceEvaluator(binary, asked).evaluate(scores).values()
     ndcg = pytrec_eval.RelevanceEvaluator(graded, {"ndcg_cut.3"}).evaluate(scores).values()
