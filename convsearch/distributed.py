@@ -1,6 +1,7 @@
 """The little that the trainers need of torch.distributed: start, shard, gather. On one process everything here is the identity."""
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -19,8 +20,17 @@ def start(device: torch.device) -> torch.device:
 
 
 def stop() -> None:
+    """The end of a rank's work: leaves the process group, and with several ranks the process too, with exit status 0.
+
+    The interpreter is not wound down: gloo's threads may still hold Python tensors, DTensor's caches keep those threads alive, and letting go
+    of a tensor then aborts the process ("terminate called without an active exception", pytorch/pytorch#179291).
+    """
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def world_size() -> int:

@@ -143,7 +143,6 @@ def train(cfg: SftConfig) -> None:
         if distributed.rank() == 0:
             checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, weights)
             print(f"trained {total} steps on {len(rows)} rows; the model is in {run_dir / 'model'}")
-    distributed.stop()
 
 
 def build_policy(cfg: SftConfig, run_dir: "Path", device: Any) -> tuple[int, "Policy"]:
@@ -207,6 +206,9 @@ def learn(
 def main() -> None:
     """Composes the configuration, then trains (torch is imported there)."""
     train(load_sft_config(sys.argv[1:]))
+    from convsearch import distributed
+
+    distributed.stop()
 
 
 if __name__ == "__main__":
