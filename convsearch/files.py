@@ -55,14 +55,39 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+    with _open_binary(path) as file:
         try:
             for number, line in enumerate(file, start=1):
                 yield number, line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        except _DAMAGED as error:
             raise ValueError(f"{path}:{number + 1}: the gzipped file is damaged or cut off ({error}); fetch it again") from error
+
+
+def line_blocks(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
+    """Yields (number of the first line, whole lines of about ``size`` bytes together) of a text file, gzipped or not.
+
+    Raises:
+        ValueError: a gzipped file is damaged or cut off; names the file and the first line that could not be read.
+    """
+    line = 1
+    with _open_binary(path) as file:
+        try:
+            while block := file.read(size):
+                if not block.endswith(b"\n"):
+                    block += file.readline()
+                yield line, block
+                line += block.count(b"\n")
+        except _DAMAGED as error:
+            raise ValueError(f"{path}:{line}: the gzipped file is damaged or cut off ({error}); fetch it again") from error
+
+
+def _open_binary(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict[str, Any]]) -> int:

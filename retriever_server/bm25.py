@@ -1,22 +1,27 @@
-"""BM25 over an index folder: full search, and exact gold ranks without one.
+"""BM25 over an index folder, to the last bit as Lucene scores: the best k passages, and exact gold ranks without a ranking.
 
-A passage's score is the float32 sum, over the query's distinct terms in byte order, of (times in the query) x (the term's
-score in the passage). Search and gold ranks use this one sum, so that they agree to the last bit, ties included.
+A passage's score is the float32 of the double sum of its terms' float32 scores (retriever_server/bm25_formula.py); doubles hold such sums
+without rounding but for wildly unlike terms, so that their order does not matter, and search and gold ranks agree, ties included.
 """
 
+import os
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from retriever_server import bm25_build
+from retriever_server import bm25_build, bm25_kernels
 from retriever_server.analyzer import analyze
-from retriever_server.storage import load_array, load_strings
+from retriever_server.bm25_formula import idf
+from retriever_server.storage import load_array, load_dictionary, load_strings
 
-Scores = npt.NDArray[np.float32]
+Query = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[Any]]
 
 
 class Bm25Index:
@@ -26,9 +31,10 @@ class Bm25Index:
     """
 
     name = "bm25"
+    window = bm25_kernels.WINDOW
 
-    def __init__(self, folder: str | Path) -> None:
-        """Opens the folder; the arrays stay on disk and are memory-mapped.
+    def __init__(self, folder: str | Path, threads: int | None = None) -> None:
+        """Opens the folder; the arrays stay on disk and are memory-mapped. A call spreads its queries over ``threads`` (one a core).
 
         Raises:
             ValueError: something is missing, damaged, of another version, or does not fit the manifest.
@@ -36,21 +42,30 @@ class Bm25Index:
         folder = Path(folder)
         manifest = bm25_build.Manifest.read(folder)
         self.k1, self.b = manifest.k1, manifest.b
-        self.index_id, self.num_passages = manifest.index_id, manifest.num_passages
-        order = load_array(folder / "docids_order.npy", "int32", manifest.num_passages)
-        self._docids = load_strings(folder, "docids", manifest.num_passages, order)
+        self.index_id, self.num_passages, self._num_nonempty = manifest.index_id, manifest.num_passages, manifest.num_nonempty
+        self._docids = load_strings(folder, "docids", manifest.num_passages)
+        self._index_by_docid = load_dictionary(folder, "docids", self._docids)
         self._contents = load_strings(folder, "contents", manifest.num_passages)
-        terms = load_strings(folder, "terms", manifest.num_terms)
-        self._postings = load_array(folder / "postings.npy", "int32", manifest.num_postings)
-        self._impacts = load_array(folder / "impacts.npy", "float32", manifest.num_postings)
-        self._offsets = load_array(folder / "postings_offsets.npy", "int64", manifest.num_terms + 1)
-        if self._offsets[-1] != manifest.num_postings:
-            raise ValueError(f"{folder / 'postings_offsets.npy'} is damaged: build the index again with --overwrite")
-        self._term: Callable[[str], int | None] = lru_cache(maxsize=1 << 18)(terms.find)
+        terms = load_dictionary(folder, "terms", load_strings(folder, "terms", manifest.num_terms))
+        self._starts = load_array(folder / "term_starts.npy", "int64", manifest.num_terms)
+        self._frequencies = load_array(folder / "term_frequencies.npy", "int32", manifest.num_terms)
+        self._max_codes = load_array(folder / "term_max_codes.npy", manifest.code_type, manifest.num_terms)
+        docs = load_array(folder / "postings_docs.npy", "int32", manifest.num_postings)
+        codes = load_array(folder / "postings_codes.npy", manifest.code_type, manifest.num_postings)
+        tf, inverse_norm, gain = (
+            load_array(folder / f"code_{name}.npy", "float32", manifest.num_codes) for name in ("tf", "inverse_norm", "gain")
+        )
+        if int(self._frequencies.sum(dtype=np.int64)) != manifest.num_postings:
+            raise ValueError(f"{folder / 'term_frequencies.npy'} is damaged: build the index again with --overwrite")
+        self._postings = docs, codes, tf, inverse_norm, gain
+        self._term = lru_cache(maxsize=1 << 18)(terms.find)
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="bm25")
+        self._scratch = threading.local()
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Bm25Index":
-        return cls(folder)
+    def load(cls, folder: str | Path, threads: int | None = None) -> "Bm25Index":
+        return cls(folder, threads)
 
     @classmethod
     def build(
@@ -61,24 +76,28 @@ class Bm25Index:
         b: float = 0.4,
         overwrite: bool = False,
         progress: bool = True,
+        processes: int | None = None,
     ) -> "Bm25Index":
         """Builds the folder unless it is there already (see bm25_build.build) and opens it."""
         paths = [collections] if isinstance(collections, str | Path) else collections
-        bm25_build.build(paths, output, k1, b, overwrite, progress)
+        bm25_build.build(paths, output, k1, b, overwrite, progress, processes)
         return cls(output)
 
-    def _scores(self, query: str) -> Scores | None:
-        """Every passage's score, float32[num_passages]; None where no term of the query is in the index."""
-        weights = Counter(number for term in analyze(query) if (number := self._term(term)) is not None)
-        if not weights:
+    def _query(self, text: str) -> Query | None:
+        """Where the postings of the query's terms start and end, the terms' weights and largest codes; None where no term is in the index."""
+        counts = Counter(number for term in analyze(text) if (number := self._term(term)) is not None)
+        if not counts:
             return None
-        scores = np.zeros(self.num_passages, np.float32)
-        for number, weight in sorted(weights.items()):
-            start, end = self._offsets[number], self._offsets[number + 1]
-            impacts = self._impacts[start:end]
-            # a term lists a passage once, so that plain indexed addition loses nothing
-            scores[self._postings[start:end]] += impacts if weight == 1 else np.float32(weight) * impacts
-        return scores
+        numbers = np.fromiter(counts, np.int64, len(counts))
+        starts, frequencies = self._starts[numbers], self._frequencies[numbers]
+        weights = np.array(
+            [
+                np.float32(times) * idf(self._num_nonempty, frequency)
+                for times, frequency in zip(counts.values(), frequencies.tolist(), strict=True)
+            ],
+            np.float32,
+        )
+        return starts, starts + frequencies, weights, self._max_codes[numbers]
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
         """The best ``k`` passages that score above 0, best first, ties by index order; fewer where there are no more.
@@ -88,12 +107,17 @@ class Bm25Index:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        results = []
-        for query in queries:
-            scores = self._scores(query)
-            best = [] if scores is None else _top(scores, k)
-            results.append([(self._docids[index], score) for index, score in best])
-        return results
+        return list(self._pool.map(lambda query: self._search(query, min(k, self.num_passages)), queries))
+
+    def _search(self, text: str, k: int) -> list[tuple[str, float]]:
+        query = self._query(text)
+        if query is None:
+            return []
+        docs, codes, tf, inverse_norm, _ = self._postings
+        found, scores = np.empty(k, np.int64), np.empty(k, np.float32)
+        sums = self._zeros("float64")
+        count = bm25_kernels.best(*query[:3], k, self.num_passages, docs, codes, tf, inverse_norm, sums, found, scores)
+        return [(self._docids[doc], score) for doc, score in zip(found[:count].tolist(), scores[:count].tolist(), strict=True)]
 
     def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
         """1 + the number of passages that beat the best gold: a higher score, or the same and an earlier place in the index.
@@ -107,18 +131,23 @@ class Bm25Index:
             raise ValueError(f"depth must be at least 1, got {depth}")
         if len(queries) != len(golds):
             raise ValueError(f"{len(queries)} queries but {len(golds)} lists of gold docids")
-        return [self._gold_rank(query, self._gold_indices(docids), depth) for query, docids in zip(queries, golds, strict=True)]
+        gold_indices = [self._gold_indices(docids) for docids in golds]
+        return list(self._pool.map(lambda query, golds: self._gold_rank(query, golds, depth), queries, gold_indices))
 
-    def _gold_rank(self, query: str, golds: npt.NDArray[np.int64], depth: int) -> int | None:
-        scores = self._scores(query)
-        if scores is None:
+    def _gold_rank(self, text: str, golds: npt.NDArray[np.int64], depth: int) -> int | None:
+        query = self._query(text)
+        if query is None:
             return None
-        best = golds[np.argmax(scores[golds])]  # golds ascend, and argmax takes the first of equals
-        threshold = scores[best]
-        if threshold <= 0:
-            return None
-        rank = 1 + int(np.count_nonzero(scores > threshold)) + int(np.count_nonzero(scores[:best] == threshold))
-        return rank if rank <= depth else None
+        scratch = self._zeros("float32"), self._zeros("int32")
+        rank = bm25_kernels.gold_rank(*query, golds, depth, self.num_passages, *self._postings, *scratch)
+        return rank or None
+
+    def _zeros(self, kind: str) -> npt.NDArray[Any]:
+        """This thread's accumulators; the kernels leave sums as they find them, at zero."""
+        if not hasattr(self._scratch, kind):
+            setattr(self._scratch, kind, np.zeros(self.window, kind))
+        found: npt.NDArray[Any] = getattr(self._scratch, kind)
+        return found
 
     def _gold_indices(self, docids: Sequence[str]) -> npt.NDArray[np.int64]:
         if isinstance(docids, str) or not docids:
@@ -126,7 +155,7 @@ class Bm25Index:
         return np.array(sorted(self._index_of(docid) for docid in docids), np.int64)
 
     def _index_of(self, docid: str) -> int:
-        index = self._docids.find(docid)
+        index = self._index_by_docid.find(docid)
         if index is None:
             raise ValueError(f"docid {docid!r} is not in the index ({self.num_passages} passages)")
         return index
@@ -137,17 +166,4 @@ class Bm25Index:
 
     def missing(self, docids: Sequence[str]) -> list[str]:
         """Those docids that are not in the index."""
-        return [docid for docid in docids if self._docids.find(docid) is None]
-
-
-def _top(scores: Scores, k: int) -> list[tuple[int, float]]:
-    """(index, score) of the ``k`` best scores above 0, best first, equal ones by index."""
-    candidates = np.flatnonzero(scores)
-    if len(candidates) > k:
-        values = scores[candidates]
-        least = np.partition(values, len(values) - k)[len(values) - k]
-        above, equal = candidates[values > least], candidates[values == least]
-        candidates = np.sort(np.concatenate([above, equal[: k - len(above)]]))
-    values = scores[candidates]
-    order = np.argsort(-values, kind="stable")
-    return [(int(candidates[i]), float(values[i])) for i in order]
+        return [docid for docid in docids if self._index_by_docid.find(docid) is None]

@@ -1,5 +1,6 @@
 """Arrays and strings on disk: .npy files that grow by appending, tables of strings, and loading that says what is wrong."""
 
+import hashlib
 import io
 import json
 import os
@@ -59,6 +60,11 @@ class StringTableWriter:
         self._bytes.append(value)
         self._offsets.append(self._offsets[-1] + len(value))
 
+    def extend(self, joined: bytes, lengths: Array) -> None:
+        """Many strings at once: their bytes one after the other, and each one's length."""
+        self._bytes.append(joined)
+        self._offsets.frombytes((self._offsets[-1] + np.cumsum(lengths, dtype=np.int64)).tobytes())
+
     def close(self) -> None:
         self._bytes.close()
         np.save(self._offsets_path, np.frombuffer(self._offsets, dtype=np.int64))
@@ -67,34 +73,55 @@ class StringTableWriter:
 class StringTable:
     """Strings in index order, read from memory-mapped bytes; nothing is loaded until it is asked for."""
 
-    def __init__(self, blob: Array, offsets: Array, order: Array | None = None) -> None:
-        """``order`` lists the indices in ascending byte order; None where the strings themselves stand in that order."""
-        self._blob, self._offsets, self._order = blob, offsets, order
+    def __init__(self, blob: Array, offsets: Array) -> None:
+        self._blob, self._offsets = blob, offsets
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def _bytes_at(self, index: int) -> bytes:
+    def bytes_at(self, index: int) -> bytes:
         return bytes(self._blob[self._offsets[index] : self._offsets[index + 1]].data)
 
     def __getitem__(self, index: int) -> str:
-        return self._bytes_at(index).decode("utf-8")
+        return self.bytes_at(index).decode("utf-8")
+
+
+class Dictionary:
+    """Finds a string's index by its hash: 12 bytes a string on disk and two or three page reads, however many there are."""
+
+    def __init__(self, strings: StringTable, hashes: Array, order: Array) -> None:
+        """``hashes``: the strings' uint64 hashes, ascending. ``order``: the index of the string behind each of them."""
+        self._strings, self._hashes, self._order = strings, hashes, order
 
     def find(self, value: str) -> int | None:
-        """The index of a string, None where it is absent: a binary search, so that no dictionary has to fit in memory."""
+        """The index of a string, None where it is absent."""
         key = value.encode("utf-8", "surrogatepass")
-        low, high = 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            index = middle if self._order is None else int(self._order[middle])
-            found = self._bytes_at(index)
-            if found == key:
+        wanted = string_hash(key)
+        at = int(np.searchsorted(self._hashes, np.uint64(wanted)))
+        while at < len(self._hashes) and self._hashes[at] == wanted:
+            index = int(self._order[at])
+            if self._strings.bytes_at(index) == key:
                 return index
-            if found < key:
-                low = middle + 1
-            else:
-                high = middle
+            at += 1
         return None
+
+
+def string_hash(value: bytes) -> int:
+    """64 bits of BLAKE2b, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(value, digest_size=8).digest(), "little")
+
+
+def write_dictionary(folder: Path, name: str, hashes: Array, strings: StringTable) -> tuple[int, int] | None:
+    """Writes ``<name>_hashes.npy`` and ``<name>_order.npy``; returns the indices of two equal strings where there are such."""
+    order = np.argsort(hashes, kind="stable").astype(np.int32)
+    ascending = hashes[order]
+    for at in np.flatnonzero(ascending[1:] == ascending[:-1]):
+        first, second = int(order[at]), int(order[at + 1])
+        if strings.bytes_at(first) == strings.bytes_at(second):
+            return first, second
+    np.save(folder / f"{name}_hashes.npy", ascending)
+    np.save(folder / f"{name}_order.npy", order)
+    return None
 
 
 @contextmanager
@@ -185,11 +212,17 @@ def load_array(path: Path, dtype: str, length: int | None) -> Array:
     return found
 
 
-def load_strings(folder: Path, name: str, count: int, order: Array | None = None) -> StringTable:
+def load_strings(folder: Path, name: str, count: int) -> StringTable:
     """The table of ``count`` strings that StringTableWriter wrote.
 
     Raises:
         ValueError: as load_array, or the offsets do not fit the bytes.
     """
     offsets = load_array(folder / f"{name}_offsets.npy", "int64", count + 1)
-    return StringTable(load_array(folder / f"{name}.npy", "uint8", int(offsets[-1])), offsets, order)
+    return StringTable(load_array(folder / f"{name}.npy", "uint8", int(offsets[-1])), offsets)
+
+
+def load_dictionary(folder: Path, name: str, strings: StringTable) -> Dictionary:
+    """What write_dictionary wrote for a table of strings; ValueError as load_array."""
+    hashes = load_array(folder / f"{name}_hashes.npy", "uint64", len(strings))
+    return Dictionary(strings, hashes, load_array(folder / f"{name}_order.npy", "int32", len(strings)))

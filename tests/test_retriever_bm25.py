@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retriever_server import bm25_build
 from retriever_server import index as index_command
 from retriever_server.analyzer import analyze, words
 from retriever_server.bm25 import Bm25Index
+from retriever_server.bm25_formula import LENGTHS, length_bytes
 from retriever_server.searcher import open_searcher
 
 PASSAGES = {"d1": "The cat and a dog", "d2": "cat, Cat: bird!", "d3": "", "d4": "dog's cat"}
@@ -57,17 +59,17 @@ def test_words_keep_stop_words_and_inner_apostrophes() -> None:
 
 
 def test_scores_by_hand(folder: Path) -> None:
-    # terms: d1 cat dog; d2 cat cat bird; d3 -; d4 dog cat. N = 4, mean length 7/4, k1 0.9, b 0.4
-    # idf(cat) = ln(1 + 1.5/3.5) = 0.3566749, idf(bird) = ln(1 + 3.5/1.5) = 1.2039728
-    # norm(2 terms) = 0.9 (0.6 + 0.4 x 2 / 1.75) = 0.9514286, norm(3 terms) = 0.9 (0.6 + 0.4 x 3 / 1.75) = 1.1571429
-    # cat in d1: 0.3566749 / 1.9514286 = 0.1827763; in d2: 0.3566749 x 2 / 3.1571429 = 0.2259479; bird in d2: 1.2039728 / 2.1571429
+    # terms: d1 cat dog; d2 cat cat bird; d3 -; d4 dog cat. N = 3 (Lucene leaves out passages without a term), mean length 7/3, k1 0.9, b 0.4
+    # idf(cat) = ln(1 + 0.5/3.5) = 0.1335314, idf(bird) = ln(1 + 2.5/1.5) = 0.9808293
+    # norm(2 terms) = 0.9 (0.6 + 0.4 x 2 / 2.3333333) = 0.8485714, norm(3 terms) = 0.9 (0.6 + 0.4 x 3 / 2.3333333) = 1.0028571
+    # cat in d1: 0.1335314 / 1.8485714 = 0.0722349; in d2: 0.1335314 x 2 / 3.0028571 = 0.0889362; bird in d2: 0.9808293 / 2.0028571
     index = open_searcher(folder)
     assert index.num_passages == 4
     (hits,) = index.search(["cat?"], 10)
     assert [docid for docid, _ in hits] == ["d2", "d1", "d4"]  # d1 and d4 tie: index order
-    assert [score for _, score in hits] == pytest.approx([0.2259479, 0.1827763, 0.1827763], abs=1e-6)
+    assert [score for _, score in hits] == pytest.approx([0.0889362, 0.0722349, 0.0722349], abs=1e-6)
     (hits,) = index.search(["birds, cats and cats"], 1)
-    assert hits == [("d2", pytest.approx(0.5581331 + 2 * 0.2259479, abs=1e-6))]
+    assert hits == [("d2", pytest.approx(0.4897151 + 2 * 0.0889362, abs=1e-6))]
     assert index.gold_ranks(["cat"] * 6, [["d2"], ["d1"], ["d4"], ["d3"], ["d4", "d1"], ["d3", "d4"]], 100) == [1, 2, 3, None, 2, 3]
     assert index.gold_ranks(["cat", "cat"], [["d1"], ["d4"]], 2) == [2, None]
 
@@ -99,14 +101,15 @@ def test_wrong_arguments(folder: Path) -> None:
 def brute_force(texts: list[str], query: str, k1: float, b: float) -> list[float]:
     """BM25 in float64, straight from the formula: idf = ln(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b len / mean))."""
     passages = [analyze(text) for text in texts]
-    mean = sum(map(len, passages)) / len(passages)
+    num = max(1, sum(map(bool, passages)))  # Lucene counts the passages that have a term
+    mean = sum(map(len, passages)) / num
     scores = []
     for passage in passages:
         score = 0.0
         for term in analyze(query):
             tf, df = passage.count(term), sum(term in other for other in passages)
             if tf:
-                score += math.log(1 + (len(passages) - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * len(passage) / mean))
+                score += math.log(1 + (num - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * len(passage) / mean))
         scores.append(score)
     return scores
 
@@ -144,6 +147,74 @@ def test_parity_with_brute_force(
         if best is not None:  # and against the formula, as far as float32 can tell scores apart
             gold = max(exact[int(gold[1:])] for gold in golds)
             assert 1 + sum(score > gold * (1 + 1e-5) for score in exact) <= best <= sum(score >= gold * (1 - 1e-5) for score in exact)
+
+
+def lucene_scores(passages: list[list[str]], query: list[str], k1: float, b: float) -> list[np.float32]:
+    """Lucene's float32 arithmetic, one passage and one term after the other; doubles are added in the query's order."""
+    f = np.float32
+    lengths = [LENGTHS[np.searchsorted(LENGTHS, len(passage), side="right") - 1] for passage in passages]
+    num = sum(map(bool, passages))
+    mean = f(sum(map(len, passages)) / num)
+    scores = []
+    for passage, length in zip(passages, lengths, strict=True):
+        norm_inverse = f(1) / (f(k1) * ((f(1) - f(b)) + f(b) * f(length) / mean))
+        total = 0.0
+        for term in dict.fromkeys(query):
+            df = sum(term in other for other in passages)
+            weight = f(query.count(term)) * f(math.log(1 + (num - df + 0.5) / (df + 0.5)))
+            if term in passage:
+                total += float(weight - weight / (f(1) + f(passage.count(term)) * norm_inverse))
+        scores.append(f(total))
+    return scores
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), window=st.sampled_from([1, 3, 16, 64]), seed=st.integers(0, 10**6))
+def test_ranks_and_searches_are_those_of_brute_force(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, window: int, seed: int
+) -> None:
+    """Many ties, repeated terms, long and short passages, windows far smaller than the collection: equal to the last bit."""
+    draw = np.random.default_rng(seed)
+    vocabulary = [f"w{number}" for number in range(draw.integers(2, 40))]
+    skew = draw.dirichlet(np.full(len(vocabulary), 0.3))
+    passages = [list(draw.choice(vocabulary, draw.choice([0, 1, 3, 8, 60]), p=skew)) for _ in range(draw.integers(1, 120))]
+    passages[0] = passages[0] or ["w0"]
+    root = tmp_path_factory.mktemp("brute")
+    collection = write(root / "c.jsonl", {f"p{number}": " ".join(passage) for number, passage in enumerate(passages)})
+    index = Bm25Index.build(collection, root / "index", progress=False)
+    index.window = window
+    queries = [list(draw.choice(vocabulary, size)) for size in (1, 2, 7, 40, 300)]
+    golds = [data.draw(st.lists(st.integers(0, len(passages) - 1), min_size=1, max_size=3)) for _ in queries]
+    depth = data.draw(st.sampled_from([1, 2, 10, 1000]))
+    ranks = index.gold_ranks([" ".join(query) for query in queries], [[f"p{gold}" for gold in chosen] for chosen in golds], depth)
+    for query, chosen, rank in zip(queries, golds, ranks, strict=True):
+        scores = lucene_scores(passages, query, 0.9, 0.4)
+        ranking = [number for number in np.argsort(-np.array(scores), kind="stable").tolist() if scores[number] > 0]
+        expected = min((ranking.index(gold) + 1 for gold in chosen if gold in ranking), default=None)
+        assert rank == (expected if expected is not None and expected <= depth else None)
+        assert index.search([" ".join(query)], depth) == [[(f"p{number}", float(scores[number])) for number in ranking[:depth]]]
+
+
+def test_processes_build_the_same_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(1)
+    words_ = np.array([f"word{number}" for number in range(3000)])
+    texts = {f"d{number}": " ".join(draw.choice(words_, 30)) for number in range(2000)}
+    collection = write(tmp_path / "c.jsonl", texts)
+    monkeypatch.setattr(bm25_build, "CHUNK_BYTES", 1 << 16)  # several chunks
+    Bm25Index.build(collection, tmp_path / "one", progress=False, processes=1)
+    Bm25Index.build(collection, tmp_path / "two", progress=False, processes=2)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert [path.name for path in sorted((tmp_path / "two").iterdir())] == files
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("length", "stands_for"), [(0, 0), (39, 39), (40, 40), (41, 40), (43, 42), (100, 96), (1000, 984), (10**6, 983064)]
+)
+def test_length_bytes_by_hand(length: int, stands_for: int) -> None:
+    # Lucene's SmallFloat: 24 exact values, then 24 + (8 + b) << s: 24 + 16 = 40, 24 + 18 = 42, 24 + 72 = 96, 24 + 960 = 984, 24 + (15 << 16) = 983064
+    assert LENGTHS[length_bytes(np.array([length]))[0]] == stands_for
 
 
 def test_equal_passages_rank_by_index_order(tmp_path: Path) -> None:
@@ -230,18 +301,24 @@ def cut(name: str):  # type: ignore[no-untyped-def]
         (lambda folder: (folder / "manifest.json").write_text('{"format"'), "manifest.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is damaged"),
         (damage_manifest(format="faiss"), "has format 'faiss', not 'convsearch-bm25'"),
-        (damage_manifest(version=99), "has version 99, this program reads 1"),
+        (damage_manifest(version=99), "has version 99, this program reads 2"),
         (damage_manifest(analyzer="german"), "has analyzer 'german'"),
         (damage_manifest(k1="0.9"), "field 'k1' must be float"),
-        (damage_manifest(num_passages=5), r"docids_order.npy holds int32\[4\] where the manifest counts int32\[5\]"),
+        (damage_manifest(num_passages=5), r"docids_offsets.npy holds int64\[5\] where the manifest counts int64\[6\]"),
         (lambda folder: np.save(folder / "docids_offsets.npy", np.zeros(4, np.int64)), r"docids_offsets.npy holds int64\[4\]"),
-        (lambda folder: np.save(folder / "impacts.npy", np.zeros(6, np.float64)), r"impacts.npy holds float64"),
-        (lambda folder: np.save(folder / "impacts.npy", np.array([{}], object), allow_pickle=True), "impacts.npy is cut short or damaged"),
-        (lambda folder: np.save(folder / "postings_offsets.npy", np.zeros(4, np.int64)), "postings_offsets.npy is damaged"),
-        (lambda folder: (folder / "postings.npy").unlink(), "postings.npy is missing"),
-        (lambda folder: (folder / "postings.npy").write_bytes(b""), "postings.npy is cut short or damaged"),
-        (lambda folder: (folder / "postings.npy").write_bytes(b"nonsense" * 40), "postings.npy is cut short or damaged"),
-        *((cut(f"{name}.npy"), f"{name}.npy is cut short") for name in ("impacts", "contents", "docids", "terms", "contents_offsets")),
+        (lambda folder: np.save(folder / "postings_codes.npy", np.zeros(6, np.float64)), r"postings_codes.npy holds float64"),
+        (
+            lambda folder: np.save(folder / "code_gain.npy", np.array([{}], object), allow_pickle=True),
+            "code_gain.npy is cut short or damaged",
+        ),
+        (lambda folder: np.save(folder / "term_frequencies.npy", np.zeros(3, np.int32)), "term_frequencies.npy is damaged"),
+        (lambda folder: (folder / "postings_docs.npy").unlink(), "postings_docs.npy is missing"),
+        (lambda folder: (folder / "postings_docs.npy").write_bytes(b""), "postings_docs.npy is cut short or damaged"),
+        (lambda folder: (folder / "postings_docs.npy").write_bytes(b"nonsense" * 40), "postings_docs.npy is cut short or damaged"),
+        *(
+            (cut(f"{name}.npy"), f"{name}.npy is cut short")
+            for name in ("postings_codes", "contents", "docids", "docids_hashes", "terms", "terms_order", "contents_offsets", "term_starts")
+        ),
     ],
 )
 def test_damaged_folders(folder: Path, tmp_path: Path, harm, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -283,8 +360,8 @@ def test_index_command_reuses_and_refuses(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_damaged_index_is_never_reused(tmp_path: Path, folder: Path) -> None:
     collection = write(tmp_path / "c.jsonl", PASSAGES)
     shutil.copytree(folder, tmp_path / "index")
-    cut("postings.npy")(tmp_path / "index")
-    with pytest.raises(ValueError, match=r"postings\.npy is cut short"):
+    cut("postings_docs.npy")(tmp_path / "index")
+    with pytest.raises(ValueError, match=r"postings_docs\.npy is cut short"):
         Bm25Index.build(collection, tmp_path / "index", progress=False)
     index = Bm25Index.build(collection, tmp_path / "index", overwrite=True, progress=False)
     assert index.gold_ranks(["cat"], [["d2"]], 1) == [1]

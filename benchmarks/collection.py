@@ -1,0 +1,85 @@
+"""Collections of any size from real sentences, with queries of about fifty terms that have a gold passage.
+
+``python -m benchmarks.collection --passages 1000000 --queries 2000 --output /tmp/million`` writes collection.jsonl and queries.jsonl. The
+sentences are those of --source (a collection.jsonl of {"id", "contents"}), or of the Wikipedia summaries of the embedded default. A passage is some
+sentences drawn at random, as long as passages of Wikipedia are; a query is one sentence of its gold passage among sentences of others.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convsearch.cli import run
+from convsearch.files import atomic_write, read_jsonl
+
+WORDS = (60, 130)  # a passage: TopiOCQA's are 100 words at most, and 70 terms on average
+QUERY_TERMS = 50
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.collection", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    top.add_argument("--passages", type=int, default=100_000, help="how many")
+    top.add_argument("--queries", type=int, default=1000, help="how many")
+    top.add_argument("--source", type=Path, help="collection.jsonl whose sentences are used; the embedded summaries by default")
+    top.add_argument("--output", type=Path, required=True, help="folder")
+    top.add_argument("--seed", type=int, default=1)
+    return top
+
+
+def sentences(source: Path | None) -> list[str]:
+    """Distinct sentences of 4 to 60 words, in order of appearance."""
+    if source is None:
+        from data_preprocess.demo import find_summaries, read_articles
+
+        texts: Iterator[str] = (article.contents for article in read_articles(find_summaries()).values())
+    else:
+        texts = (record["contents"] for _, record in read_jsonl(source))
+    found = dict.fromkeys(sentence for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text) if 4 <= sentence.count(" ") <= 60)
+    return list(found)
+
+
+def passages(pool: list[str], count: int, seed: int) -> Iterator[list[str]]:
+    """``count`` passages as lists of sentences."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        wanted, words = draw.randint(*WORDS), 0
+        passage = []
+        while words < wanted:
+            sentence = pool[int(draw.random() * len(pool))]
+            passage.append(sentence)
+            words += sentence.count(" ") + 1
+        yield passage
+
+
+def generate(output: Path, num_passages: int, num_queries: int, source: Path | None, seed: int) -> None:
+    """Writes ``collection.jsonl`` and ``queries.jsonl`` ({"query", "gold_docids"}) into the folder ``output``."""
+    from retriever_server.analyzer import analyze
+
+    pool, draw = sentences(source), random.Random(seed + 1)
+    golds = set(draw.sample(range(num_passages), min(num_queries, num_passages)))
+    with atomic_write(output / "collection.jsonl") as collection, atomic_write(output / "queries.jsonl") as queries:
+        for number, passage in enumerate(passages(pool, num_passages, seed)):
+            docid = f"p{number:08d}"
+            collection.write(json.dumps({"id": docid, "contents": " ".join(passage)}, ensure_ascii=False) + "\n")
+            if number in golds:
+                parts = [draw.choice(passage)]
+                while len(analyze(" ".join(parts))) < QUERY_TERMS:
+                    parts.append(draw.choice(pool))
+                record: dict[str, Any] = {"query": " ".join(parts), "gold_docids": [docid]}
+                queries.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    args = parser().parse_args()
+    generate(args.output, args.passages, args.queries, args.source, args.seed)
+    print(f"{args.output}: {args.passages} passages and {min(args.queries, args.passages)} queries")
+
+
+if __name__ == "__main__":
+    run(main)

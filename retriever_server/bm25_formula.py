@@ -1,0 +1,48 @@
+"""BM25 as Lucene computes it: one-byte passage lengths and float32 arithmetic (org.apache.lucene.search.similarities.BM25Similarity).
+
+score(term, passage) = w - w / (1 + tf x inverse norm), with w = (times in the query) x idf; a passage's score is the sum of its
+terms' scores in double precision, cut to float32 at the end.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+
+def _decoded_lengths() -> npt.NDArray[np.int64]:
+    """The 256 passage lengths that a byte can stand for (Lucene's SmallFloat.byte4ToInt): exact to 39, then 3 significant bits."""
+    lengths = list(range(24))
+    for code in range(256 - 24):
+        bits, shift = code & 7, (code >> 3) - 1
+        lengths.append(24 + (bits if shift < 0 else (bits | 8) << shift))
+    return np.array(lengths, np.int64)
+
+
+LENGTHS = _decoded_lengths()
+
+
+def length_bytes(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """The byte that stands for each length in terms: the largest whose decoded length is no longer (SmallFloat.intToByte4)."""
+    return (np.searchsorted(LENGTHS, lengths, side="right") - 1).astype(np.uint8)
+
+
+def inverse_norms(k1: float, b: float, num_tokens: int, num_nonempty: int) -> Floats:
+    """float32[256]: 1 / (k1 x (1 - b + b x length / mean length)) for each length byte; empty passages do not count in the mean."""
+    k1_, b_, one = np.float32(k1), np.float32(b), np.float32(1)
+    mean = np.float32(num_tokens / num_nonempty) if num_nonempty else one
+    with np.errstate(divide="ignore"):  # k1 = 0: tf does not matter, and infinity says so
+        return one / (k1_ * ((one - b_) + b_ * LENGTHS.astype(np.float32) / mean))
+
+
+def idf(num_nonempty: int, frequency: int) -> np.float32:
+    """ln(1 + (N - df + 0.5) / (df + 0.5)) over the N passages that hold a term at all."""
+    return np.float32(math.log(1 + (num_nonempty - frequency + 0.5) / (frequency + 0.5)))
+
+
+def gain(tf: Floats, inverse_norm: Floats) -> Floats:
+    """What a posting scores for a weight of 1, up to float32 rounding."""
+    one = np.float32(1)
+    return one - one / (one + tf * inverse_norm)

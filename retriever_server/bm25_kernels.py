@@ -1,0 +1,287 @@
+"""The compiled loops of BM25: exact gold ranks without a ranking, and the best k passages. Threads run them without the GIL.
+
+A posting is a passage number and a code; a code stands for a (tf, length byte) pair. ``gain[code]`` is 1 - 1 / (1 + tf x inverse norm), so that
+weight x gain is the term's score up to float32 rounding; codes are numbered by ascending gain. Sums of gains only decide what is clear without
+rounding; what is not is scored again exactly as Lucene does.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numba import njit
+
+WINDOW = 1 << 15  # passages whose sums are in use at a time: 128 KiB of float32 stay in the second-level cache; the kernels take len(sums)
+ESSENTIAL = np.float32(0.5)  # lists that cannot reach this part of the gold's score together are only probed
+
+Array = Any
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    """Compiled at the first call and kept beside this file; runs without the GIL."""
+    return cast(F, njit(nogil=True, cache=True)(function))
+
+
+@compiled
+def lower_bound(docs: Array, low: int, high: int, doc: int) -> int:
+    """The first position in docs[low:high], ascending, whose passage is ``doc`` or a later one; ``high`` where there is none."""
+    while low < high:
+        middle = (low + high) >> 1
+        if docs[middle] < doc:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@compiled
+def gallop(docs: Array, low: int, high: int, doc: int) -> int:
+    """lower_bound for a passage that stands near ``low``."""
+    step = 1
+    while low + step < high and docs[low + step] < doc:
+        low += step
+        step <<= 1
+    return lower_bound(docs, low, min(low + step + 1, high), doc)
+
+
+@compiled
+def exact_score(
+    doc: int, starts: Array, ends: Array, weights: Array, docs: Array, codes: Array, tf: Array, inverse_norm: Array
+) -> np.float32:
+    """Lucene's float32 score of one passage."""
+    total = 0.0
+    for t in range(len(starts)):
+        p = lower_bound(docs, starts[t], ends[t], doc)
+        if p < ends[t] and docs[p] == doc:
+            code = codes[p]
+            total += weights[t] - weights[t] / (np.float32(1) + tf[code] * inverse_norm[code])
+    return np.float32(total)
+
+
+@compiled
+def by_bound(starts: Array, ends: Array, weights: Array, max_codes: Array, gain: Array) -> Any:
+    """The query's terms by falling upper bound, and rest[j]: what terms j, j + 1, ... can add together at most."""
+    n = len(starts)
+    bounds = np.empty(n, np.float32)
+    for t in range(n):
+        bounds[t] = weights[t] * gain[max_codes[t]]
+    order = np.argsort(-bounds)
+    rest = np.zeros(n + 1, np.float32)
+    for j in range(n - 1, -1, -1):
+        rest[j] = rest[j + 1] + bounds[order[j]]
+    return order, rest
+
+
+@compiled
+def gold_rank(
+    starts: Array,
+    ends: Array,
+    weights: Array,
+    max_codes: Array,
+    golds: Array,
+    depth: int,
+    num_passages: int,
+    docs: Array,
+    codes: Array,
+    tf: Array,
+    inverse_norm: Array,
+    gain: Array,
+    sums: Array,
+    found: Array,
+) -> int:
+    """1 + the passages that beat the best gold; 0 where the gold scores nothing or more than ``depth`` - 1 passages beat it.
+
+    A threshold known before the first posting is read splits the query's terms: a passage that holds only terms of the tail cannot beat the gold.
+    So the head's postings are scanned, window by window; passages that the tail could still lift over the threshold are looked up in
+    the tail's lists, the strongest first, until they cannot make it.
+
+    Args:
+        starts, ends: int64[terms], where each query term's postings stand in ``docs`` and ``codes``.
+        weights: float32[terms], times in the query x idf.  max_codes: the largest code of each list.
+        golds: ascending passage numbers.  sums, found: float32 and int32 [window] of this thread, ``sums`` all zero (and left so).
+    """
+    gold, threshold = -1, np.float32(0)
+    for candidate in golds:
+        score = exact_score(candidate, starts, ends, weights, docs, codes, tf, inverse_norm)
+        if score > threshold:
+            gold, threshold = candidate, score
+    if gold < 0:
+        return 0
+    order, rest = by_bound(starts, ends, weights, max_codes, gain)
+    n = len(order)
+    error = np.sum(weights) * np.float32(n + 8) * np.float32(2.0**-23)  # twice what n additions and the gains' own rounding can amount to
+    surely, hardly = threshold + error, threshold - error
+    head = 0
+    while head < n and rest[head] >= min(ESSENTIAL * threshold, hardly):
+        head += 1
+    at = np.empty(n, np.int64)
+    for j in range(n):
+        at[j] = starts[order[j]]
+    enough = max(hardly - rest[head], np.float32(1e-30))  # above zero, so that a passage crosses it when it is first touched
+    beaten_by = 0
+    for base in range(0, num_passages, len(sums)):
+        top = min(base + len(sums), num_passages)
+        count, touched = 0, 0
+        for j in range(head):
+            weight, end, first = weights[order[j]], ends[order[j]], at[j]
+            p = first
+            while p < end and docs[p] < top:
+                i = docs[p] - base
+                before = sums[i]
+                after = before + weight * gain[codes[p]]
+                sums[i] = after
+                if after >= enough and before < enough:
+                    found[count] = i
+                    count += 1
+                p += 1
+            at[j] = p
+            touched += p - first
+        if count:
+            count = add_tail(head, count, base, top, order, rest, hardly, ends, weights, docs, codes, gain, at, sums, found)
+            for c in range(count):
+                doc, total = base + found[c], sums[found[c]]
+                if doc == gold or total < hardly:
+                    continue
+                if total <= surely:
+                    score = exact_score(doc, starts, ends, weights, docs, codes, tf, inverse_norm)
+                    if score < threshold or (score == threshold and doc > gold):
+                        continue
+                beaten_by += 1
+        if touched:
+            sums[: top - base] = 0
+        if beaten_by >= depth:
+            return 0
+    return beaten_by + 1
+
+
+@compiled
+def add_tail(
+    head: int,
+    count: int,
+    base: int,
+    top: int,
+    order: Array,
+    rest: Array,
+    hardly: float,
+    ends: Array,
+    weights: Array,
+    docs: Array,
+    codes: Array,
+    gain: Array,
+    at: Array,
+    sums: Array,
+    found: Array,
+) -> int:
+    """Adds the tail's scores of the ``count`` passages in ``found``, dropping those that cannot reach ``hardly``; returns how many are left."""
+    for j in range(head, len(order)):
+        kept = 0
+        for c in range(count):
+            if sums[found[c]] + rest[j] >= hardly:
+                found[kept] = found[c]
+                kept += 1
+        count = kept
+        if count == 0:
+            return 0
+        end, weight = ends[order[j]], weights[order[j]]
+        low = gallop(docs, at[j], end, base) if at[j] < end else end
+        high = gallop(docs, low, end, top) if low < end else end
+        at[j] = low
+        size, steps = high - low, 2
+        while (1 << steps) < size:
+            steps += 1
+        if size > 2 * count * steps:
+            for c in range(count):
+                p = lower_bound(docs, low, high, base + found[c])
+                if p < high and docs[p] == base + found[c]:
+                    sums[found[c]] += weight * gain[codes[p]]
+        else:
+            for p in range(low, high):
+                sums[docs[p] - base] += weight * gain[codes[p]]
+    return count
+
+
+@compiled
+def best(
+    starts: Array,
+    ends: Array,
+    weights: Array,
+    k: int,
+    num_passages: int,
+    docs: Array,
+    codes: Array,
+    tf: Array,
+    inverse_norm: Array,
+    sums: Array,
+    top_docs: Array,
+    top_scores: Array,
+) -> int:
+    """Fills ``top_docs`` and ``top_scores`` with the ``k`` best passages, best first, ties by number; returns how many score at all.
+
+    ``sums`` is float64[window], all zero, and left so.
+    """
+    at = starts.copy()
+    size = 0
+    for base in range(0, num_passages, len(sums)):
+        last = min(base + len(sums), num_passages)
+        touched = 0
+        for t in range(len(starts)):
+            p, end, weight = at[t], ends[t], weights[t]
+            while p < end and docs[p] < last:
+                code = codes[p]
+                sums[docs[p] - base] += weight - weight / (np.float32(1) + tf[code] * inverse_norm[code])
+                p += 1
+            touched += p - at[t]
+            at[t] = p
+        if touched == 0:
+            continue
+        for i in range(last - base):
+            if sums[i] > 0:
+                score = np.float32(sums[i])
+                if score > 0 and (size < k or score > top_scores[0]):
+                    size = push(top_docs, top_scores, size, k, base + i, score)
+        sums[: last - base] = 0
+    for end in range(size - 1, 0, -1):  # heap sort: the worst goes to the end
+        top_docs[0], top_docs[end] = top_docs[end], top_docs[0]
+        top_scores[0], top_scores[end] = top_scores[end], top_scores[0]
+        sift_down(top_docs, top_scores, end)
+    return size
+
+
+@compiled
+def worse(docs: Array, scores: Array, i: int, j: int) -> bool:
+    return bool(scores[i] < scores[j] or (scores[i] == scores[j] and docs[i] > docs[j]))
+
+
+@compiled
+def sift_down(docs: Array, scores: Array, size: int) -> None:
+    """Restores the heap whose root, the worst of all, has been replaced."""
+    i = 0
+    while True:
+        child = 2 * i + 1
+        if child >= size:
+            return
+        if child + 1 < size and worse(docs, scores, child + 1, child):
+            child += 1
+        if not worse(docs, scores, child, i):
+            return
+        docs[i], docs[child] = docs[child], docs[i]
+        scores[i], scores[child] = scores[child], scores[i]
+        i = child
+
+
+@compiled
+def push(docs: Array, scores: Array, size: int, k: int, doc: int, score: np.float32) -> int:
+    """Adds a passage to the heap of the best ``k``, in whose full state it is better than the root; returns the new size."""
+    if size == k:
+        docs[0], scores[0] = doc, score
+        sift_down(docs, scores, size)
+        return size
+    i = size
+    docs[i], scores[i] = doc, score
+    while i > 0 and worse(docs, scores, i, (i - 1) >> 1):
+        parent = (i - 1) >> 1
+        docs[i], docs[parent] = docs[parent], docs[i]
+        scores[i], scores[parent] = scores[parent], scores[i]
+        i = parent
+    return size + 1
