@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from retriever_server import bm25_build, bm25_kernels
 from retriever_server.analyzer import analyze
-from retriever_server.bm25_formula import idf
 from retriever_server.storage import load_array, load_dictionary, load_strings
 
 Query = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[Any]]
@@ -42,13 +41,14 @@ class Bm25Index:
         folder = Path(folder)
         manifest = bm25_build.Manifest.read(folder)
         self.k1, self.b = manifest.k1, manifest.b
-        self.index_id, self.num_passages, self._num_nonempty = manifest.index_id, manifest.num_passages, manifest.num_nonempty
+        self.index_id, self.num_passages = manifest.index_id, manifest.num_passages
         self._docids = load_strings(folder, "docids", manifest.num_passages)
         self._index_by_docid = load_dictionary(folder, "docids", self._docids)
         self._contents = load_strings(folder, "contents", manifest.num_passages)
         terms = load_dictionary(folder, "terms", load_strings(folder, "terms", manifest.num_terms))
         self._starts = load_array(folder / "term_starts.npy", "int64", manifest.num_terms)
         self._frequencies = load_array(folder / "term_frequencies.npy", "int32", manifest.num_terms)
+        self._idf = load_array(folder / "term_idf.npy", "float32", manifest.num_terms)
         self._max_codes = load_array(folder / "term_max_codes.npy", manifest.code_type, manifest.num_terms)
         docs = load_array(folder / "postings_docs.npy", "int32", manifest.num_postings)
         codes = load_array(folder / "postings_codes.npy", manifest.code_type, manifest.num_postings)
@@ -89,15 +89,9 @@ class Bm25Index:
         if not counts:
             return None
         numbers = np.fromiter(counts, np.int64, len(counts))
-        starts, frequencies = self._starts[numbers], self._frequencies[numbers]
-        weights = np.array(
-            [
-                np.float32(times) * idf(self._num_nonempty, frequency)
-                for times, frequency in zip(counts.values(), frequencies.tolist(), strict=True)
-            ],
-            np.float32,
-        )
-        return starts, starts + frequencies, weights, self._max_codes[numbers]
+        starts = self._starts[numbers]
+        weights = np.fromiter(counts.values(), np.float32, len(counts)) * self._idf[numbers]
+        return starts, starts + self._frequencies[numbers], weights, self._max_codes[numbers]
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
         """The best ``k`` passages that score above 0, best first, ties by index order; fewer where there are no more.

@@ -283,7 +283,9 @@ class _Writer:
         table: StringTable = load_strings(self.folder, "terms", len(terms))
         twice = write_dictionary(self.folder, "terms", np.fromiter(map(string_hash, terms), np.uint64, len(terms)), table)
         assert twice is None, twice
-        for name, values in (("starts", lists.starts), ("frequencies", lists.frequencies), ("max_codes", lists.max_codes)):
+        idf = bm25_formula.idf(self.num_nonempty, lists.frequencies)
+        columns: dict[str, Array] = {"starts": lists.starts, "frequencies": lists.frequencies, "max_codes": lists.max_codes, "idf": idf}
+        for name, values in columns.items():
             np.save(self.folder / f"term_{name}.npy", values)
 
 

@@ -37,9 +37,11 @@ def inverse_norms(k1: float, b: float, num_tokens: int, num_nonempty: int) -> Fl
         return one / (k1_ * ((one - b_) + b_ * LENGTHS.astype(np.float32) / mean))
 
 
-def idf(num_nonempty: int, frequency: int) -> np.float32:
-    """ln(1 + (N - df + 0.5) / (df + 0.5)) over the N passages that hold a term at all."""
-    return np.float32(math.log(1 + (num_nonempty - frequency + 0.5) / (frequency + 0.5)))
+def idf(num_nonempty: int, frequencies: npt.NDArray[np.int32]) -> Floats:
+    """ln(1 + (N - df + 0.5) / (df + 0.5)) of each term, over the N passages that hold a term at all."""
+    distinct, which = np.unique(frequencies, return_inverse=True)
+    values = [math.log(1 + (num_nonempty - frequency + 0.5) / (frequency + 0.5)) for frequency in distinct.tolist()]
+    return np.array(values, np.float32)[which]
 
 
 def gain(tf: Floats, inverse_norm: Floats) -> Floats:
