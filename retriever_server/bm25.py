@@ -20,7 +20,9 @@ from retriever_server import bm25_build, bm25_kernels
 from retriever_server.analyzer import analyze
 from retriever_server.storage import load_array, load_dictionary, load_strings
 
-Query = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[Any]]
+Bag = tuple[tuple[int, int], ...]  # a query's (term, times)
+Item = tuple[Bag, tuple[int, ...]]  # with its golds, ascending
+Lists = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[Any]]
 
 
 class Bm25Index:
@@ -83,15 +85,17 @@ class Bm25Index:
         bm25_build.build(paths, output, k1, b, overwrite, progress, processes)
         return cls(output)
 
-    def _query(self, text: str) -> Query | None:
-        """Where the postings of the query's terms start and end, the terms' weights and largest codes; None where no term is in the index."""
-        counts = Counter(number for term in analyze(text) if (number := self._term(term)) is not None)
-        if not counts:
-            return None
-        numbers = np.fromiter(counts, np.int64, len(counts))
+    def _bag(self, text: str) -> Bag:
+        """The query's terms that are in the index, as (number, times), in order of appearance."""
+        return tuple(Counter(number for term in analyze(text) if (number := self._term(term)) is not None).items())
+
+    def _lists(self, bags: Sequence[Bag]) -> tuple[Lists, npt.NDArray[np.int64]]:
+        """Where the postings of all bags' terms start and end, their weights and largest codes; and where each bag's terms end."""
+        pairs = np.array([pair for bag in bags for pair in bag], np.int64).reshape(-1, 2)
+        numbers, times = pairs[:, 0], pairs[:, 1].astype(np.float32)
         starts = self._starts[numbers]
-        weights = np.fromiter(counts.values(), np.float32, len(counts)) * self._idf[numbers]
-        return starts, starts + self._frequencies[numbers], weights, self._max_codes[numbers]
+        lists = starts, starts + self._frequencies[numbers], times * self._idf[numbers], self._max_codes[numbers]
+        return lists, np.cumsum([0, *map(len, bags)])
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
         """The best ``k`` passages that score above 0, best first, ties by index order; fewer where there are no more.
@@ -104,19 +108,18 @@ class Bm25Index:
         return list(self._pool.map(lambda query: self._search(query, min(k, self.num_passages)), queries))
 
     def _search(self, text: str, k: int) -> list[tuple[str, float]]:
-        query = self._query(text)
-        if query is None:
-            return []
+        (starts, ends, weights, _), _ = self._lists([self._bag(text)])
         docs, codes, tf, inverse_norm, _ = self._postings
         found, scores = np.empty(k, np.int64), np.empty(k, np.float32)
         sums = self._zeros("float64")
-        count = bm25_kernels.best(*query[:3], k, self.num_passages, docs, codes, tf, inverse_norm, sums, found, scores)
+        count = bm25_kernels.best(starts, ends, weights, k, self.num_passages, docs, codes, tf, inverse_norm, sums, found, scores)
         return [(self._docids[doc], score) for doc, score in zip(found[:count].tolist(), scores[:count].tolist(), strict=True)]
 
     def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
         """1 + the number of passages that beat the best gold: a higher score, or the same and an earlier place in the index.
 
-        None where the gold scores 0 or its rank is beyond ``depth``.
+        None where the gold scores 0 or its rank is beyond ``depth``. Queries of the same terms and golds, as the samples of one prompt often are,
+        are ranked once.
 
         Raises:
             ValueError: depth is below 1, the lengths differ, a query has no gold, or a gold docid is not in the index.
@@ -125,16 +128,27 @@ class Bm25Index:
             raise ValueError(f"depth must be at least 1, got {depth}")
         if len(queries) != len(golds):
             raise ValueError(f"{len(queries)} queries but {len(golds)} lists of gold docids")
-        gold_indices = [self._gold_indices(docids) for docids in golds]
-        return list(self._pool.map(lambda query, golds: self._gold_rank(query, golds, depth), queries, gold_indices))
+        numbers: dict[Item, int] = {}
+        items = [(self._bag(query), self._gold_indices(docids)) for query, docids in zip(queries, golds, strict=True)]
+        which = [numbers.setdefault(item, len(numbers)) for item in items]
+        ranks = self._ranks(list(numbers), depth)
+        return [int(ranks[number]) or None for number in which]
 
-    def _gold_rank(self, text: str, golds: npt.NDArray[np.int64], depth: int) -> int | None:
-        query = self._query(text)
-        if query is None:
-            return None
-        scratch = self._zeros("float32"), self._zeros("int32")
-        rank = bm25_kernels.gold_rank(*query, golds, depth, self.num_passages, *self._postings, *scratch)
-        return rank or None
+    def _ranks(self, items: Sequence[Item], depth: int) -> npt.NDArray[np.int64]:
+        """Each item's rank, 0 where there is none. The threads get about as many postings each."""
+        lists, ends = self._lists([bag for bag, _ in items])
+        golds = np.array([gold for _, golds in items for gold in golds], np.int64)
+        gold_ends = np.cumsum([0, *(len(golds) for _, golds in items)])
+        postings = np.r_[0, np.cumsum(lists[1] - lists[0])][ends]
+        longest_first = np.argsort(-np.diff(postings), kind="stable")
+        ranks = np.zeros(len(items), np.int64)
+
+        def work(part: npt.NDArray[np.int64]) -> None:
+            scratch = self._zeros("float32"), self._zeros("int32")
+            bm25_kernels.gold_ranks(part, ends, *lists, gold_ends, golds, depth, self.num_passages, *self._postings, *scratch, ranks)
+
+        list(self._pool.map(work, (longest_first[thread :: self._threads] for thread in range(min(self._threads, len(items))))))
+        return ranks
 
     def _zeros(self, kind: str) -> npt.NDArray[Any]:
         """This thread's accumulators; the kernels leave sums as they find them, at zero."""
@@ -143,10 +157,10 @@ class Bm25Index:
         found: npt.NDArray[Any] = getattr(self._scratch, kind)
         return found
 
-    def _gold_indices(self, docids: Sequence[str]) -> npt.NDArray[np.int64]:
+    def _gold_indices(self, docids: Sequence[str]) -> tuple[int, ...]:
         if isinstance(docids, str) or not docids:
             raise ValueError(f"each query needs a list of at least one gold docid, got {docids!r}")
-        return np.array(sorted(self._index_of(docid) for docid in docids), np.int64)
+        return tuple(sorted(self._index_of(docid) for docid in docids))
 
     def _index_of(self, docid: str) -> int:
         index = self._index_by_docid.find(docid)

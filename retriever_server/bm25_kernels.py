@@ -74,6 +74,35 @@ def by_bound(starts: Array, ends: Array, weights: Array, max_codes: Array, gain:
 
 
 @compiled
+def gold_ranks(
+    which: Array,
+    term_ends: Array,
+    starts: Array,
+    ends: Array,
+    weights: Array,
+    max_codes: Array,
+    gold_ends: Array,
+    golds: Array,
+    depth: int,
+    num_passages: int,
+    docs: Array,
+    codes: Array,
+    tf: Array,
+    inverse_norm: Array,
+    gain: Array,
+    sums: Array,
+    found: Array,
+    ranks: Array,
+) -> None:
+    """Fills ``ranks[query]`` for the queries in ``which``; query q's terms are term_ends[q] to term_ends[q + 1], its golds likewise."""
+    for query in which:
+        terms = slice(term_ends[query], term_ends[query + 1])
+        its_golds = golds[gold_ends[query] : gold_ends[query + 1]]
+        lists = starts[terms], ends[terms], weights[terms], max_codes[terms]
+        ranks[query] = gold_rank(*lists, its_golds, depth, num_passages, docs, codes, tf, inverse_norm, gain, sums, found)
+
+
+@compiled
 def gold_rank(
     starts: Array,
     ends: Array,
