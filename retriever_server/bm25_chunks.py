@@ -10,11 +10,12 @@ from retriever_server.bm25_formula import length_bytes
 from retriever_server.storage import Array, string_hash
 
 CHUNK_BYTES = 4 << 20  # of collection text: about 8,000 passages, 20 MB on the way
+MOST_TERMS = 1 << 20  # that a process remembers: 100 MB
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """N passages and their P postings, sorted by term, then passage; passages are numbered from 0 within the chunk.
+    """N passages and their P postings; passages are numbered from 0 within the chunk, and ascend among the postings of a term.
 
     Example: passages "cat dog cat" and "dog" -> terms ["cat", "dog"], postings_term [0, 1, 1], postings_doc [0, 0, 1], tf [2, 1, 1].
     """
@@ -32,14 +33,19 @@ class Chunk:
     postings_pair: Array  # uint32[P]: tf x 256 + length byte
 
 
+_term_ids = analyzer.TermIds()  # of this process: its memory of words already analysed outlasts a chunk
+
+
 def invert(path: str, first_line: int, lines: bytes) -> Chunk:
     """Parses and analyses whole lines of a collection file, the first of which has the number ``first_line``.
 
     Raises:
         ValueError: a line is malformed; names the file, the line and the field.
     """
+    global _term_ids
+    if len(_term_ids.vocabulary) > MOST_TERMS:
+        _term_ids = analyzer.TermIds()
     docids, contents, hashes = [], [], []
-    vocabulary: dict[str, int] = {}
     tokens: list[int] = []
     lengths: list[int] = []
     for number, line in enumerate(lines.split(b"\n"), start=first_line):
@@ -48,12 +54,11 @@ def invert(path: str, first_line: int, lines: bytes) -> Chunk:
         docid, text = passage(line, f"{path}:{number}")
         docids.append(docid)
         hashes.append(string_hash(docid))
-        contents.append(text.encode("utf-8", "replace"))
-        ids = [vocabulary.setdefault(term, len(vocabulary)) for term in analyzer.analyze(text)]
+        contents.append(text.encode("utf-8"))
+        ids = _term_ids(text)
         tokens += ids
         lengths.append(len(ids))
-    term, doc, tf = _count(np.array(tokens, np.int64), np.array(lengths, np.int64))
-    pairs = tf.astype(np.uint32) << 8 | length_bytes(np.array(lengths, np.int64))[doc]
+    terms, of_posting, doc, tf = _count(np.array(tokens, np.int64), np.array(lengths, np.int64))
     return Chunk(
         docids=b"".join(docids),
         docid_lengths=np.fromiter(map(len, docids), np.int64),
@@ -62,18 +67,24 @@ def invert(path: str, first_line: int, lines: bytes) -> Chunk:
         content_lengths=np.fromiter(map(len, contents), np.int64),
         num_tokens=len(tokens),
         num_nonempty=int(np.count_nonzero(lengths)),
-        terms=list(vocabulary),
-        postings_term=term.astype(np.int32),
+        terms=terms,
+        postings_term=of_posting,
         postings_doc=doc.astype(np.int32),
-        postings_pair=pairs,
+        postings_pair=tf.astype(np.uint32) << 8 | length_bytes(np.array(lengths, np.int64))[doc],
     )
 
 
-def _count(tokens: Array, lengths: Array) -> tuple[Array, Array, Array]:
-    """(term, passage, times) of each distinct (term, passage), sorted by term, then passage."""
+def _count(tokens: Array, lengths: Array) -> tuple[list[str], Array, Array, Array]:
+    """The chunk's terms in alphabetical order, whichever process does it; and (term, passage, times) of each distinct pair."""
     passages = max(len(lengths), 1)
-    keys, counts = np.unique(tokens * passages + np.repeat(np.arange(len(lengths)), lengths), return_counts=True)
-    return keys // passages, keys % passages, counts
+    keys, times = np.unique(tokens * passages + np.repeat(np.arange(len(lengths)), lengths), return_counts=True)
+    distinct, of_posting = np.unique(keys // passages, return_inverse=True)
+    vocabulary = list(_term_ids.vocabulary)
+    found = [vocabulary[number] for number in distinct.tolist()]
+    order = sorted(range(len(found)), key=found.__getitem__)
+    place = np.empty(len(found), np.int32)
+    place[order] = np.arange(len(found), dtype=np.int32)
+    return [found[number] for number in order], place[of_posting], keys % passages, times
 
 
 def passage(line: bytes, where: str) -> tuple[bytes, str]:
@@ -90,6 +101,7 @@ def passage(line: bytes, where: str) -> tuple[bytes, str]:
     if not isinstance(contents, str):
         raise ValueError(f"{where}: field 'contents' must be a string, got {contents!r}")
     try:
-        return docid.encode("utf-8"), contents
+        key = docid.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: field 'id' is not valid Unicode: {docid!r}") from error
+    return key, contents if contents.isascii() else contents.encode("utf-8", "replace").decode("utf-8")  # halves of pairs become "?"
