@@ -2,7 +2,8 @@
 
 A posting is a passage number and a code; a code stands for a (tf, length byte) pair. ``gain[code]`` is 1 - 1 / (1 + tf x inverse norm), so that
 weight x gain is the term's score up to float32 rounding; codes are numbered by ascending gain. Sums of gains only decide what is clear without
-rounding; what is not is scored again exactly as Lucene does.
+rounding; what is not is scored again exactly as Lucene does. The inner loops run over slices and index with unsigned numbers, because numba
+checks every signed index for being negative: 0.8 ns a posting instead of 1.5.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def lower_bound(docs: Array, low: int, high: int, doc: int) -> int:
 
 @compiled
 def gallop(docs: Array, low: int, high: int, doc: int) -> int:
-    """lower_bound for a passage that stands near ``low``."""
+    """lower_bound for a passage that stands near ``low``, which may be at the end already."""
     step = 1
     while low + step < high and docs[low + step] < doc:
         low += step
@@ -153,19 +154,18 @@ def gold_rank(
         top = min(base + len(sums), num_passages)
         count, touched = 0, 0
         for j in range(head):
-            weight, end, first = weights[order[j]], ends[order[j]], at[j]
-            p = first
-            while p < end and docs[p] < top:
-                i = docs[p] - base
+            weight, last = weights[order[j]], gallop(docs, at[j], ends[order[j]], top)
+            its_docs, its_codes = docs[at[j] : last], codes[at[j] : last]
+            for p in range(len(its_docs)):
+                i = np.uint32(its_docs[p]) - np.uint32(base)
                 before = sums[i]
-                after = before + weight * gain[codes[p]]
+                after = before + weight * gain[its_codes[p]]
                 sums[i] = after
                 if after >= enough and before < enough:
                     found[count] = i
                     count += 1
-                p += 1
-            at[j] = p
-            touched += p - first
+            touched += last - at[j]
+            at[j] = last
         if count:
             count = add_tail(head, count, base, top, order, rest, hardly, ends, weights, docs, codes, gain, at, sums, found)
             for c in range(count):
@@ -213,8 +213,8 @@ def add_tail(
         if count == 0:
             return 0
         end, weight = ends[order[j]], weights[order[j]]
-        low = gallop(docs, at[j], end, base) if at[j] < end else end
-        high = gallop(docs, low, end, top) if low < end else end
+        low = gallop(docs, at[j], end, base)
+        high = gallop(docs, low, end, top)
         at[j] = low
         size, steps = high - low, 2
         while (1 << steps) < size:
@@ -225,8 +225,9 @@ def add_tail(
                 if p < high and docs[p] == base + found[c]:
                     sums[found[c]] += weight * gain[codes[p]]
         else:
-            for p in range(low, high):
-                sums[docs[p] - base] += weight * gain[codes[p]]
+            its_docs, its_codes = docs[low:high], codes[low:high]
+            for p in range(size):
+                sums[np.uint32(its_docs[p]) - np.uint32(base)] += weight * gain[its_codes[p]]
     return count
 
 
@@ -255,13 +256,13 @@ def best(
         last = min(base + len(sums), num_passages)
         touched = 0
         for t in range(len(starts)):
-            p, end, weight = at[t], ends[t], weights[t]
-            while p < end and docs[p] < last:
-                code = codes[p]
-                sums[docs[p] - base] += weight - weight / (np.float32(1) + tf[code] * inverse_norm[code])
-                p += 1
-            touched += p - at[t]
-            at[t] = p
+            weight, stop = weights[t], gallop(docs, at[t], ends[t], last)
+            its_docs, its_codes = docs[at[t] : stop], codes[at[t] : stop]
+            for p in range(len(its_docs)):
+                code = its_codes[p]
+                sums[np.uint32(its_docs[p]) - np.uint32(base)] += weight - weight / (np.float32(1) + tf[code] * inverse_norm[code])
+            touched += stop - at[t]
+            at[t] = stop
         if touched == 0:
             continue
         for i in range(last - base):
