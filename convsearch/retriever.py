@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ class RetrieverClient:
         self.url, self.depth, self.timeout_s, self.max_wait_s, self.index = url.rstrip("/"), depth, timeout_s, max_wait_s, index
         loopback = parts.hostname in ("127.0.0.1", "localhost", "::1")
         self._http = httpx.Client(trust_env=not loopback)  # a proxy from the environment cannot reach this machine's own ports
+        self._id = uuid.uuid4().hex  # the server's line has one place a client, however many connections it has
         self._random = random.Random()  # the jitter must not move the global generator, which experiments seed
 
     def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:
@@ -153,7 +155,7 @@ class RetrieverClient:
         start, pause_s, attempts = time.monotonic(), FIRST_PAUSE_S, 0
         deadline = start + self.max_wait_s
         content = None if body is None else json.dumps(body).encode()
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", "x-client-id": self._id}
         while True:
             asked_s, attempts = 0.0, attempts + 1
             self._before_attempt(deadline)
@@ -165,7 +167,8 @@ class RetrieverClient:
                 problem, asked_s = f"HTTP status {response.status_code}", _retry_after_s(response)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            wait_s = max(pause_s * self._random.uniform(0.5, 1), asked_s)
+            # on top of what the server asks for: clients that were refused together must not come back together
+            wait_s = asked_s + pause_s * self._random.uniform(0.5, 1)
             if time.monotonic() + wait_s >= deadline:
                 raise RetrieverError(
                     f"the retriever at {self.url} did not answer {path} for {time.monotonic() - start:.0f} s ({attempts} attempts, limit "
@@ -241,6 +244,8 @@ class EmbeddedRetriever(RetrieverClient):
             self._folder,
             "--port",
             "0",
+            "--log_format",
+            "text",
             "--exit-with-parent",
             str(self._owner),
         ]

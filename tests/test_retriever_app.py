@@ -13,8 +13,10 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from retriever_server.app import Limits, create_app
+from retriever_server.app import create_app
+from retriever_server.batching import BatchSettings
 from retriever_server.bm25 import Bm25Index
+from retriever_server.schemas import Limits
 from retriever_server.server import listen, open_indexes, parser, read_qrels, warn_of_missing
 
 PASSAGES = {"p1": "red apple pie", "p2": "green apple", "p3": "blue sky", "p4": "sky diving from a blue plane"}
@@ -201,7 +203,7 @@ class Slow:
 
 def test_health_answers_while_every_search_thread_is_busy() -> None:
     slow = Slow()
-    with running(create_app({"slow": slow}, threads=1)) as client:
+    with running(create_app({"slow": slow}, settings=BatchSettings(threads=1))) as client:
         answers: list[Any] = []
         body = {"items": [{"id": "a", "query": "x", "gold_docids": ["d"]}]}
         threads = [threading.Thread(target=lambda: answers.append(post(client, "/rank", body))) for _ in range(3)]
@@ -233,13 +235,13 @@ def test_opening_indexes(folder: Path) -> None:
         open_indexes([main, main], None, None)
 
 
-def test_qrels(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_qrels(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.trec").write_text("q1 0 p1 1\nq1 0 p2 2\nq1\t0\tp3\t0\n\nq2 0 zz 1\n")
     (tmp_path / "b.trec").write_text("q3 0 p4 1")
     qrels = read_qrels([tmp_path / "a.trec", tmp_path / "b.trec"])
     assert qrels == {"q1": ["p1", "p2"], "q2": ["zz"], "q3": ["p4"]}
     warn_of_missing(qrels, Bm25Index.load(folder / "main"))
-    assert "1 gold docids of --trec_path, such as 'zz', are not in the index" in capsys.readouterr().err
+    assert "1 gold docids of --trec_path, such as 'zz', are not in the index" in caplog.text
     (tmp_path / "b.trec").write_text("q3 0 p4 1\nq3 p4 1")
     with pytest.raises(ValueError, match=r"b\.trec:2: expected 'qid 0 docid relevance', got 'q3 p4 1'"):
         read_qrels([tmp_path / "b.trec"])

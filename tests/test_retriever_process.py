@@ -129,14 +129,13 @@ serve(create_app({{"slow": Slow({str(folder)!r})}}), "127.0.0.1", 0, "slow")
         assert process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:  # until it takes no new requests
-            try:
-                httpx.get(f"{url}/health", trust_env=False)
-            except httpx.TransportError:
-                break
+        while (refused := httpx.post(f"{url}/rank", json={"items": []}, trust_env=False)).status_code == 200:  # until it takes no more
+            assert time.monotonic() < deadline
+        assert (refused.status_code, refused.headers["retry-after"], refused.headers["connection"]) == (503, "1", "close")
+        assert "stopping" in refused.json()["detail"]
+        assert httpx.get(f"{url}/health", trust_env=False).status_code == 503
         (tmp_path / "go").touch()
         thread.join()
-        assert time.monotonic() < deadline
         assert answers[0].json()["ranks"] == {"a": 1}
         assert process.wait(timeout=5) == 0
 
@@ -162,14 +161,18 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--index_path", "{}/none", "--port", "0"], "error: there is no index folder"),
-        (["--index_path", "{}", "--retriever_name", "ance"], "error: --retriever_name ance: dense retrieval is not in this version"),
+        (
+            ["--index_path", "{}", "--retriever_name", "ance"],
+            "error: --retriever_name ance, but {} is an index of bm25: leave the flag out",
+        ),
+        (["--index_path", "{}", "--max_queue", "100"], "error: --max_queue 100 is less than --max_items 10000: lower the latter"),
     ],
 )
 def test_command_line_faults(folder: Path, arguments: list[str], message: str) -> None:
     command = [sys.executable, "-m", "retriever_server", *(argument.format(folder) for argument in arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(message)
+    assert done.stderr.startswith(message.format(folder))
     assert done.stderr.count("\n") == 1
 
 
