@@ -3,7 +3,7 @@
 1. The SFT and GRPO command lines of the seed's README are accepted as they stand, each override with its meaning.
 2. A configuration holds plain, frozen values; a later override wins; ${...} refers to the command's own keys.
 3. A mistake is one sentence that names the key, and the known key nearest to it or the two numbers that clash.
-4. The help answers in under a second, without torch, and shows every key.
+4. The help needs no torch and shows every key (test_help.py holds it to a second).
 """
 
 import itertools
@@ -12,7 +12,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from string import Template
 
@@ -359,7 +358,7 @@ def test_a_faulty_file_is_named_by_its_fault(tmp_path, monkeypatch, text, part):
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
-def test_help_is_quick_and_leaves_heavy_modules_alone(kind):
+def test_help_leaves_heavy_modules_alone(kind):
     code = f"""
 import sys
 from convsearch.config import load_{kind}_config
@@ -370,12 +369,7 @@ except SystemExit as stop:
 heavy = {{"torch", "transformers", "pandas", "numpy", "pyarrow"}} & set(sys.modules)
 assert not heavy, heavy
 """
-    seconds = []
-    for _ in range(2):  # the quicker of two: the machine is shared
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "data.train_files=required  [list of str]" in done.stdout
 
 

@@ -1,8 +1,8 @@
 """What every section of a configuration shares: frozen, strict about types and keys; and the few value types of the key tree."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
@@ -39,6 +39,10 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
 """One string, a list of strings, or null for none."""
 Betas = Annotated[tuple[float, float], BeforeValidator(_pair)]
 """Adam's two decay rates."""
+Loggers = Annotated[tuple[Literal["console", "jsonl", "wandb"], ...], BeforeValidator(_as_tuple)]
+"""Where metrics go; one name, a list of them, or null for nowhere."""
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["fp32", "bf16"]
 CountOrMinusOne = Annotated[int, Field(ge=-1), AfterValidator(_not_zero)]
 """A positive number, or -1 with a meaning of its own."""
 
@@ -55,3 +59,22 @@ def require_fit(names: str, tokens: int, model_max: int) -> None:
         raise ValueError(
             f"{names}={tokens} tokens is above the model's limit of {model_max} positions: shorten the lengths or choose another model"
         )
+
+
+class TrainerSection(Section):
+    """What both trainers are told of a run."""
+
+    logger: Loggers = Field(default=("console", "jsonl"), description="where metrics go: list of console, jsonl, wandb")
+    experiment_name: Text = Field(default="run", description="run in wandb and in the logs")
+    default_hdfs_dir: Text | None = Field(default=None, description="null only: copies to HDFS are not offered")
+    resume_mode: Literal["auto", "disable"] = Field(default="auto", description="go on from the newest complete checkpoint, or start anew")
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest complete checkpoints that stay on disk")
+    device: Device = Field(default="auto", description="auto: cuda where there is one")
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads a rank; null: torch decides")
+
+    @field_validator("default_hdfs_dir")
+    @classmethod
+    def _no_hdfs(cls, value: str | None) -> str | None:
+        if value is not None:
+            raise ValueError(f"copies to HDFS ('{value}') are not offered: set it to null and copy the folder when the run is done")
+        return value

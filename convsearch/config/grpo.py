@@ -8,8 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from convsearch.config.base import Betas, CountOrMinusOne, Section, Text, Texts, require_fit, require_multiple
-from convsearch.config.sft import Device, Dtype, Logger, as_tuple, no_hdfs
+from convsearch.config.base import Betas, CountOrMinusOne, Dtype, Section, Text, Texts, TrainerSection, require_fit, require_multiple
 
 EMBEDDED = "embedded:"
 SEED_REWARD_FILE = "reward_score/rewrite_r1.py"
@@ -213,35 +212,18 @@ class RetrieverConfig(Section):
         return url.removeprefix(EMBEDDED) if url.startswith(EMBEDDED) else None
 
 
-class GrpoTrainerConfig(Section):
-    logger: tuple[Logger, ...] = Field(default=("console", "jsonl"), description="where metrics go: list of console, jsonl, wandb")
+class GrpoTrainerConfig(TrainerSection):
     project_name: Text = Field(default="convsearch-grpo", description="project in wandb")
-    experiment_name: Text = Field(default="run", description="run in wandb and in the logs")
     n_gpus_per_node: int = Field(default=8, ge=1, description="ranks a node (processes, on CPU)")
     nnodes: int = Field(default=1, ge=1, description="number of nodes")
     save_freq: CountOrMinusOne = Field(default=100, description="checkpoint every so many steps; -1: at the end alone")
     test_freq: CountOrMinusOne = Field(default=-1, description="validation every so many steps; -1: never")
     val_before_train: bool = Field(default=False, description="validation before the first step")
     default_local_dir: Text = Field(default="outputs/run/grpo", description="folder for checkpoints, logs, rollouts and the exported model")
-    default_hdfs_dir: Text | None = Field(default=None, description="null only: copies to HDFS are not offered")
     total_epochs: int = Field(default=6, ge=1, description="passes over the training prompts")
     total_training_steps: int | None = Field(default=None, ge=1, description="stop after so many steps; null: total_epochs decides")
     critic_warmup: Literal[0] = Field(default=0, description="0 only: GRPO has no critic")
-    resume_mode: Literal["auto", "disable"] = Field(default="auto", description="go on from the newest complete checkpoint, or start anew")
     seed: int = Field(default=1, ge=0, description="seed of everything random; data.seed and rollout.seed follow it unless set")
-    keep_checkpoints: int = Field(default=2, ge=1, description="newest complete checkpoints that stay on disk")
-    device: Device = Field(default="auto", description="auto: cuda where there is one")
-    num_threads: int | None = Field(default=None, ge=1, description="CPU threads a rank; null: torch decides")
-
-    @field_validator("logger", mode="before")
-    @classmethod
-    def _list(cls, value: object) -> object:
-        return as_tuple(value)
-
-    @field_validator("default_hdfs_dir")
-    @classmethod
-    def _no_hdfs(cls, value: str | None) -> str | None:
-        return no_hdfs(value)
 
     @property
     def world_size(self) -> int:

@@ -5,13 +5,9 @@ Defaults are the paper's (batch 64, 3072 tokens, 2 epochs, lr 1e-5, cosine with 
 
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from convsearch.config.base import Betas, CountOrMinusOne, Section, Text, Texts, require_fit, require_multiple
-
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["fp32", "bf16"]
-Logger = Literal["console", "jsonl", "wandb"]
+from convsearch.config.base import Betas, CountOrMinusOne, Dtype, Section, Text, Texts, TrainerSection, require_fit, require_multiple
 
 
 class SftDataConfig(Section):
@@ -52,33 +48,16 @@ class SftOptimConfig(Section):
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="where the cosine ends, as a share of lr")
 
 
-class SftTrainerConfig(Section):
+class SftTrainerConfig(TrainerSection):
     default_local_dir: Text = Field(default="outputs/run/sft", description="folder for checkpoints, logs and the exported model")
-    default_hdfs_dir: Text | None = Field(default=None, description="null only: copies to HDFS are not offered")
     project_name: Text = Field(default="convsearch-sft", description="project in wandb")
-    experiment_name: Text = Field(default="run", description="run in wandb and in the logs")
     total_epochs: int = Field(default=2, ge=1, description="passes over the training rows")
     total_training_steps: int | None = Field(
         default=None, ge=1, description="stop after so many optimiser steps; null: total_epochs decides"
     )
-    logger: tuple[Logger, ...] = Field(default=("console", "jsonl"), description="where metrics go: list of console, jsonl, wandb")
     seed: int = Field(default=1, ge=0, description="seed of everything random but the order of the rows")
     save_freq: CountOrMinusOne = Field(default=-1, description="checkpoint every so many steps; -1: at the end of each epoch")
     test_freq: CountOrMinusOne = Field(default=-1, description="validation loss every so many steps; -1: at the end of each epoch")
-    resume_mode: Literal["auto", "disable"] = Field(default="auto", description="go on from the newest complete checkpoint, or start anew")
-    keep_checkpoints: int = Field(default=2, ge=1, description="newest complete checkpoints that stay on disk")
-    device: Device = Field(default="auto", description="auto: cuda where there is one")
-    num_threads: int | None = Field(default=None, ge=1, description="CPU threads a rank; null: torch decides")
-
-    @field_validator("logger", mode="before")
-    @classmethod
-    def _list(cls, value: object) -> object:
-        return as_tuple(value)
-
-    @field_validator("default_hdfs_dir")
-    @classmethod
-    def _no_hdfs(cls, value: str | None) -> str | None:
-        return no_hdfs(value)
 
 
 class SftConfig(Section):
@@ -105,17 +84,3 @@ class SftConfig(Section):
     def check_context(self, model_max: int) -> None:
         """Raises ValueError when ``data.max_length`` is above the model's ``model_max`` positions."""
         require_fit("data.max_length", self.data.max_length, model_max)
-
-
-def as_tuple(value: object) -> object:
-    """A list, or one string, as a tuple; anything else as it is, for pydantic to refuse."""
-    if isinstance(value, list):
-        return tuple(value)
-    return (value,) if isinstance(value, str) else value
-
-
-def no_hdfs(value: str | None) -> str | None:
-    """Raises ValueError for a folder in HDFS, to which nothing here copies."""
-    if value is not None:
-        raise ValueError(f"copies to HDFS ('{value}') are not offered: set it to null and copy the folder when the run is done")
-    return value
