@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from retriever_server.storage import read_manifest
 
 
 class Searcher(Protocol):
@@ -33,12 +35,21 @@ class Searcher(Protocol):
         """Those docids that are not in the index."""
 
 
-def open_searcher(folder: str | Path) -> Searcher:
-    """Opens an index folder of any known kind.
+def open_searcher(folder: str | Path, **dense_options: Any) -> Searcher:
+    """Opens an index folder of any known kind: BM25 or dense of ours, or Lucene's own. ``dense_options``: see DenseIndex.load; others need none.
 
     Raises:
         ValueError: the folder is no index, is damaged, or of a kind or version that this program does not know.
     """
+    folder = Path(folder)
+    if any(folder.glob("segments_*")):
+        from retriever_server.lucene import LuceneIndex
+
+        return LuceneIndex.load(folder)
+    if read_manifest(folder).get("format") == "convsearch-dense":
+        from retriever_server.dense import DenseIndex
+
+        return DenseIndex.load(folder, **dense_options)
     from retriever_server.bm25 import Bm25Index
 
     return Bm25Index.load(folder)
