@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -52,7 +53,9 @@ def _jnius() -> Any:
         # Signals stay Python's (a server drains on SIGTERM); Lucene's and Anserini's log lines stay off the terminal.
         config.add_options("-Xrs", "-Dorg.slf4j.simpleLogger.defaultLogLevel=error", "-Dlog4j2.level=ERROR")
         config.add_classpath(str(jars[-1]))
-    return importlib.import_module("jnius")
+    jnius = importlib.import_module("jnius")
+    jnius.autoclass("java.util.logging.LogManager").getLogManager().reset()  # Lucene tells which way it reads files
+    return jnius
 
 
 def java(name: str) -> Any:
@@ -90,7 +93,7 @@ class LuceneIndex:
         self.index_id = f"lucene-{hashlib.sha256(key).hexdigest()[:12]}"
         searchers = java("org.apache.lucene.search.IndexSearcher")
         searchers.setMaxClauseCount(1 << 20)  # Lucene's own limit is 1,024 different words
-        self._searcher = searchers(self._reader)
+        self._searcher = searchers(self._reader.getContext())
         self._searcher.setSimilarity(java("org.apache.lucene.search.similarities.BM25Similarity")(k1, b))
         self._analyzer = java("io.anserini.analysis.DefaultEnglishAnalyzer").newDefaultInstance()
         self._generator = java("io.anserini.search.query.BagOfWordsQueryGenerator")()
@@ -113,11 +116,11 @@ class LuceneIndex:
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        fields = self._reader.storedFields()
-        results = []
-        for query in queries:
-            results.append([(fields.document(hit.doc).get("id"), float(hit.score)) for hit in self._top(query, k) if hit.score > 0])
-        return results
+        fields, only_id = self._reader.storedFields(), java("java.util.Collections").singleton("id")
+        return [
+            [(fields.document(hit.doc, only_id).get("id"), float(hit.score)) for hit in self._top(query, k) if hit.score > 0]
+            for query in queries
+        ]
 
     def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
         """The place of each query's first gold among Lucene's best ``depth``; None where none is there.
@@ -187,8 +190,11 @@ def java_string(text: str) -> Any:
         text.encode("utf-16-le")
     except UnicodeEncodeError:
         builder = java("java.lang.StringBuilder")()
-        for character in text:
-            builder.appendCodePoint(ord(character))
+        for piece in re.findall("[\ud800-\udfff]|[^\ud800-\udfff]+", text):
+            if len(piece) == 1:  # append would take it for a char of 16 bits
+                builder.appendCodePoint(ord(piece))
+            else:
+                builder.append(piece)
         return java("java.lang.String")(builder)
     return text
 
@@ -228,7 +234,8 @@ def passages(folder: str | Path) -> Iterator[dict[str, str]]:
 def build(collection: str | Path, output: str | Path, threads: int = 1) -> int:
     """Makes a Lucene index of a collection.jsonl(.gz) with Anserini's IndexCollection; returns the number of passages.
 
-    With one thread the passages keep their order as long as Lucene writes one segment (up to about 2 GB in memory).
+    Passages without any text are left out, as Anserini does. With one thread the others keep their order as long as Lucene
+    writes one segment (about 2 GB in memory).
 
     Raises:
         ValueError: the collection is absent, or the output exists.

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -95,6 +95,20 @@ def fuzzed(count: int, seed: int) -> Iterator[str]:
             unit = "".join(random.choice(random.choice(mix)) for _ in range(random.choice((1, 2, 5, 300))))
             text = unit * (random.randrange(250, 700) // max(1, len(unit)) + 1)
             yield text + random.choice(("", "", "\ud800", "\udc00", "😀", "a\udbff"))
+
+
+def lucene_index(passages: Iterable[tuple[str, str]], folder: Path, k1: float = 0.9, b: float = 0.4) -> lucene.LuceneIndex:
+    """A Lucene index, in ``folder``/lucene, of (docid, text) pairs; the passages keep their order."""
+    from convsearch.files import write_jsonl
+
+    write_jsonl(folder / "collection.jsonl", ({"id": docid, "contents": text} for docid, text in passages))
+    lucene.build(folder / "collection.jsonl", folder / "lucene")
+    return lucene.LuceneIndex(folder / "lucene", k1, b)
+
+
+def lucene_ranks(index: lucene.LuceneIndex, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
+    """The place of each query's first gold among Lucene's best ``depth``; None where none is there."""
+    return index.gold_ranks(queries, golds, depth)
 
 
 def automaton() -> dict[str, list[int]]:
