@@ -92,6 +92,8 @@ def refused(status: int, sentence: str, headers: Mapping[str, str] | None = None
 
 async def as_sentence(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
+    if error.status_code == 400:  # FastAPI's word for a body whose bytes are no text
+        return refused(422, "the body must be JSON in UTF-8")
     return refused(error.status_code, str(error.detail), error.headers)
 
 

@@ -7,6 +7,7 @@ job is the items of one request that may share a batch: those of one ``Key``.
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +99,7 @@ class Batcher:
         self.admitted = 0  # items of requests that have been let in and are not answered
         self.waiting = 0  # of these, items that stand in the queue
         self.running = 0  # searcher calls
+        self.inside: set[int] = set()  # threads that are within one, which the end of the loop does not end
         self._line: OrderedDict[str, OrderedDict[Key, deque[_Job]]] = OrderedDict()
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="search")
         self._timer: asyncio.TimerHandle | None = None
@@ -105,6 +107,7 @@ class Batcher:
         self._spent_s, self._done = 0.0, 0.0  # of the last batches, the older the less
 
     def close(self) -> None:
+        self._line.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
@@ -231,7 +234,7 @@ class Batcher:
         began = time.monotonic()
         try:
             outcomes = await asyncio.get_running_loop().run_in_executor(
-                self._pool, _outcomes, job.call, items, [end - start for _, start, end in parts]
+                self._pool, self._search, job.call, items, [end - start for _, start, end in parts]
             )
         finally:
             took_s = time.monotonic() - began
@@ -251,6 +254,14 @@ class Batcher:
                 job.answer.set_exception(failure)
             elif not job.open:
                 job.answer.set_result(job.results)
+
+    def _search(self, call: Call, items: Sequence[Item], sizes: Sequence[int]) -> list[Any]:
+        me = threading.get_ident()
+        self.inside.add(me)
+        try:
+            return _outcomes(call, items, sizes)
+        finally:
+            self.inside.discard(me)
 
 
 def _outcomes(call: Call, items: Sequence[Item], sizes: Sequence[int]) -> list[Any]:

@@ -24,7 +24,9 @@ class Strict(BaseModel):
 
 class IndexChoice(Strict):
     index: str | None = Field(None, description="name of an index, or several joined by '+' whose lists are fused; null: the first")
-    indexes: list[str] | None = Field(None, description="instead of index: the names one by one")
+    indexes: Annotated[list[str], Field(min_length=1, json_schema_extra={"uniqueItems": True})] | None = Field(
+        None, description="instead of index: the names one by one"
+    )
     rrf_k: Count = Field(60, description="of reciprocal rank fusion: a passage scores the sum of 1 / (rrf_k + its rank in each list)")
 
 

@@ -253,8 +253,8 @@ def serve(app: Any, host: str, port: int, about: str) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
     Server(config).run(sockets=[bound])
-    if service.active or service.batcher.running:
-        log.warning("stopped before all was answered", extra={"fields": {"requests": service.active, "searches": service.batcher.running}})
+    if service.batcher.inside:
+        log.warning("stopped before all was answered", extra={"fields": {"searches": len(service.batcher.inside)}})
         sys.stdout.flush()
         os._exit(0)  # a search that hangs would keep the interpreter from ending
 

@@ -68,11 +68,9 @@ class Service:
             raise HTTPException(422, "give index or indexes, not both")
         if choice.index is None and choice.indexes is None:
             return self.default
-        names = choice.indexes if choice.index is None else [choice.index]
+        names = choice.indexes or [choice.index or ""]
         if choice.index is not None and choice.index not in self.indexes:
             names = choice.index.split("+")
-        if not names:
-            raise HTTPException(422, "indexes is empty: name one or several, or leave it out for the first")
         for number, name in enumerate(names):
             if name not in self.indexes:
                 raise HTTPException(404, f"there is no index {name!r} here: this server has {', '.join(self.indexes)}")

@@ -1,5 +1,6 @@
 """What the server tells of itself: log lines, request ids and the numbers of /metrics."""
 
+import asyncio
 import json
 import logging
 import re
@@ -119,6 +120,11 @@ class Traffic:
 
         try:
             await self._app(scope, receive, sending)
+        except asyncio.CancelledError:  # the server's time to drain is over
+            if not begun:
+                gone = {"detail": "the server has stopped before it had an answer: ask again"}
+                await JSONResponse(gone, 503, {"retry-after": "1", "connection": "close"})(scope, receive, sending)
+            raise
         except Exception as error:  # a bug of ours or a broken disk: the trace goes to the log, where the same id stands
             trace = error
             if begun:

@@ -1,18 +1,14 @@
-"""The server under load and under nonsense, over real sockets: overload, clients that hang up, metrics, request ids, fuzzed requests."""
+"""The server under load, over real sockets: overload, clients that hang up, metrics, request ids, the cache, fused indexes."""
 
 import json
 import logging
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from fastapi import FastAPI
+from helpers_retriever import Lengths, body, running, until
 
 from convsearch import retriever
 from convsearch.retriever import RetrieverClient
@@ -20,67 +16,7 @@ from retriever_server.app import create_app
 from retriever_server.batching import BatchSettings
 from retriever_server.rank_cache import RankCache
 from retriever_server.schemas import Limits
-from retriever_server.server import listen
 from retriever_server.telemetry import JsonLines, TextLines
-
-
-class Lengths:
-    """A searcher whose ranks are the queries' lengths and whose hits are all its docids; it can be made to wait or to fail."""
-
-    def __init__(self, name: str = "lengths", docids: str = "ab") -> None:
-        self.name, self.index_id, self.num_passages = name, f"{name}-1", len(docids)
-        self.docids, self.seen = docids, list[str]()
-        self.begun, self.gate, self.pause_s = threading.Event(), threading.Event(), 0.0
-        self.gate.set()
-
-    def _work(self, queries: Sequence[str]) -> None:
-        self.seen += queries
-        self.begun.set()
-        assert self.gate.wait(20)
-        time.sleep(self.pause_s)
-        if "crash" in queries:
-            raise MemoryError("no memory")
-        if "refuse" in queries:
-            raise ValueError("this query is refused")
-
-    def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
-        self._work(queries)
-        return [len(query) if 0 < len(query) <= depth else None for query in queries]
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        self._work(queries)
-        return [[(docid, 1.0) for docid in self.docids[:k]] for _ in queries]
-
-    def contents(self, docids: Sequence[str]) -> list[str]:
-        return [f"text of {docid}" for docid in docids]
-
-    def missing(self, docids: Sequence[str]) -> list[str]:
-        return [docid for docid in docids if docid not in self.docids]
-
-
-@contextmanager
-def running(app: FastAPI) -> Iterator[httpx.Client]:
-    bound = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{bound.getsockname()[1]}", timeout=20, trust_env=False) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-def body(*queries: str, **more: Any) -> dict[str, Any]:
-    return {"items": [{"id": str(i), "query": query, "gold_docids": ["a"]} for i, query in enumerate(queries)]} | more
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def raw_post(client: httpx.Client, path: str, content: Any) -> socket.socket:
@@ -303,7 +239,7 @@ def test_fused_searches() -> None:
         for request, status, message in (
             ({"index": "bm25+none"}, 404, "there is no index 'none' here: this server has bm25, ance, a+b"),
             ({"index": "bm25+bm25"}, 422, "index 'bm25' is named twice"),
-            ({"indexes": []}, 422, "indexes is empty"),
+            ({"indexes": []}, 422, "indexes: List should have at least 1 item"),
             ({"indexes": ["bm25"], "index": "bm25"}, 422, "give index or indexes, not both"),
             ({"index": "\ud800"}, 404, "there is no index '\\ud800' here"),
         ):

@@ -140,6 +140,75 @@ serve(create_app({{"slow": Slow({str(folder)!r})}}), "127.0.0.1", 0, "slow")
         assert process.wait(timeout=5) == 0
 
 
+@pytest.mark.slow
+def test_a_search_that_hangs_does_not_keep_the_server_alive(folder: Path) -> None:
+    script = f"""
+import threading
+from retriever_server import server
+from retriever_server.app import create_app
+from retriever_server.bm25 import Bm25Index
+class Hanging(Bm25Index):
+    def gold_ranks(self, *arguments):
+        print("begun", flush=True)
+        threading.Event().wait()
+server.DRAIN_S = 2.5
+server.serve(create_app({{"hanging": Hanging({str(folder)!r})}}), "127.0.0.1", 0, "hanging")
+"""
+    with started("-c", script) as (process, line):
+        body = {"items": [{"id": "a", "query": "word0", "gold_docids": ["p0"]}]}
+        with httpx.Client(base_url=line.split()[1], trust_env=False, timeout=20) as client:
+            answers: list[httpx.Response] = []
+            thread = threading.Thread(target=lambda: answers.append(client.post("/rank", json=body)))
+            thread.start()
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=20) == 0
+            thread.join()
+            assert (answers[0].status_code, answers[0].headers["retry-after"]) == (503, "1")  # for a client: ask again
+
+
+@pytest.mark.slow
+def test_a_killed_server_that_is_started_again_only_delays(folder: Path) -> None:
+    expected = Bm25Index.load(folder).gold_ranks(QUERIES, GOLDS, 20)
+    command = ["-m", "retriever_server", "--index_path", str(folder), "--port"]
+    results: list[list[int | None]] = []
+    done = threading.Event()
+
+    def work(url: str) -> None:
+        with open_retriever(url, depth=20, timeout_s=20, max_wait_s=120) as client:
+            while not done.is_set():
+                results.append(client.gold_ranks(GOLDS, QUERIES))
+
+    def wait_for(count: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(results) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    thread: threading.Thread | None = None
+    port = "0"
+    try:
+        for _ in range(3):
+            with started(*command, port) as (_, line):  # killed at the end of the block
+                url = line.split()[1]
+                assert port in ("0", url.rpartition(":")[2])
+                port = url.rpartition(":")[2]
+                if thread is None:
+                    thread = threading.Thread(target=work, args=(url,))
+                    thread.start()
+                wait_for(len(results) + 5)
+        with started(*command, port):
+            wait_for(len(results) + 5)
+            done.set()
+            assert thread is not None
+            thread.join()
+    finally:
+        done.set()
+    assert len(results) >= 20
+    assert all(result == expected for result in results)
+
+
 def test_command_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "dev.trec").write_text("q1 0 p0 1\n")
     arguments = ["-m", "retriever_server", "--index_path", f"wiki={folder}", "--trec_path", str(tmp_path / "dev.trec"), "--port", "0"]
