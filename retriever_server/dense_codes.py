@@ -36,18 +36,21 @@ class Codes:
         """In memory."""
         mean = sample_mean(vectors)
         parts = [encode(vectors[start : start + BLOCK], mean) for start in range(0, len(vectors), BLOCK)]
-        return cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)), mean)
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        return cls(*columns, mean)  # type: ignore[call-arg]  # mypy cannot count them
 
     @classmethod
     def load(cls, folder: Path, count: int, dim: int) -> "Codes":
         """Memory-mapped, as ``write`` left them; ValueError as storage.load_array."""
         codes = load_array(folder / "codes.npy", "int8", count * dim).reshape(count, dim)
         rows = [load_array(folder / f"codes_{name}.npy", "float32", count) for name in ("scale", "offset", "error", "norm")]
-        return cls(codes, *rows, load_array(folder / "codes_mean.npy", "float32", dim))
+        mean = load_array(folder / "codes_mean.npy", "float32", dim)
+        return cls(codes, *rows, mean)  # type: ignore[call-arg]
 
     def rows(self, start: int, end: int) -> "Codes":
         """Those of a range of passages; views."""
-        return Codes(*(getattr(self, name)[start:end] for name in ("codes", "scale", "offset", "error", "norm")), self.mean)
+        part = slice(start, end)
+        return Codes(self.codes[part], self.scale[part], self.offset[part], self.error[part], self.norm[part], self.mean)
 
 
 def write(folder: Path, vectors: Array, progress: Callable[[int], Any]) -> None:

@@ -1,0 +1,254 @@
+"""Text -> vectors: ANCE checkpoints under their published parameter names, and sentence-transformers folders.
+
+ANCE (Xiong et al., arXiv 2007.00808): RoBERTa, the first token's last hidden state, Linear(hidden, 768), LayerNorm. A sentence-transformers folder
+is read from its modules.json: Transformer, Pooling (first token or mean), Dense, LayerNorm, Normalize; other modules are refused by name.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convsearch.cli import Unavailable
+from retriever_server.storage import Array
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+ACTIVATIONS = {"torch.nn.modules.linear.Identity": "Identity", "torch.nn.modules.activation.Tanh": "Tanh"}
+HASHED = ("*.safetensors", "*.bin", "*.json", "*.txt", "*/*.safetensors", "*/*.bin", "*/*.json")
+
+
+class Encoder:
+    """A model that is ready to encode; thread-safe (one call at a time).
+
+    Example: ``Encoder.load("castorini/ance-msmarco-passage").encode(["who wrote Hamlet?"], max_length=512)`` is float32 [1, 768].
+    """
+
+    def __init__(self, folder: Path, name: str, device: str, kind: str, model: Any, pooling: str, heads: Sequence[Any], limit: int) -> None:
+        from transformers import AutoTokenizer
+
+        self.name, self.kind, self.device, self.limit = name, kind, device, limit
+        self.sha256 = folder_sha256(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._model, self._pooling = model.eval().to(device), pooling
+        self._heads = [head.eval().to(device) for head in heads]
+        self._lock = threading.Lock()  # a fast tokenizer keeps its truncation as state, and must not be shared
+        self.dim = self.encode([""], 8).shape[1]
+
+    @classmethod
+    def load(cls, name_or_path: str, device: str = "auto") -> "Encoder":
+        """Opens a folder, or fetches a model of that name from the Hugging Face hub.
+
+        Raises:
+            ValueError: the folder holds no encoder that is known here, or weights are missing.
+            Unavailable: there is no such folder and the hub does not give the model.
+        """
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        folder, device = find(name_or_path), choose_device(device)
+        if (folder / "modules.json").is_file():
+            model, pooling, heads, limit = _sentence_transformer(folder)
+            return cls(folder, name_or_path, device, "dense", model, pooling, heads, limit)
+        model, heads, limit = _ance(folder)
+        return cls(folder, name_or_path, device, "ance", model, "cls", heads, limit)
+
+    def encode(self, texts: Sequence[str], max_length: int, batch_size: int = 64, progress: bool = False) -> Array:
+        """float32 [n, dim], in the order of the texts, each cut at ``max_length`` tokens (special ones included) or at the model's own limit.
+
+        Texts are sorted by length, so that a batch holds little padding.
+        """
+        import torch
+        from tqdm import tqdm
+
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        out = np.empty((len(texts), getattr(self, "dim", 0)), np.float32) if len(texts) and hasattr(self, "dim") else None
+        bar = tqdm(total=len(texts), desc="encode", unit=" texts", disable=not progress, leave=False, mininterval=0.5)
+        with self._lock, torch.inference_mode(), bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                vectors = self._forward([texts[i] for i in rows], min(max_length, self.limit)).float().cpu().numpy()
+                if out is None:
+                    out = np.empty((len(texts), vectors.shape[1]), np.float32)
+                out[rows] = vectors
+                bar.update(len(rows))
+        return out if out is not None else np.empty((0, self.dim), np.float32)
+
+    def _forward(self, texts: list[str], max_length: int) -> Any:
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]  # a lone surrogate would end the tokenizer
+        batch = self._tokenizer(clean, max_length=max_length, truncation=True, padding=True, return_tensors="pt").to(self.device)
+        hidden = self._model(**batch).last_hidden_state
+        if self._pooling == "cls":
+            vectors = hidden[:, 0]
+        else:
+            mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+            vectors = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+        for head in self._heads:
+            vectors = head(vectors)
+        return vectors
+
+
+def find(name_or_path: str) -> Path:
+    """The folder of a model, fetched from the Hugging Face hub where it is not a folder (weights in other formats are left there)."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+        raise ValueError(
+            f"there is no folder {name_or_path}: give an encoder's folder, or a name on the Hugging Face hub such as owner/model"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name_or_path, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.onnx"]))
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"{name_or_path} is no folder, and the Hugging Face hub does not give it ({type(error).__name__})") from error
+
+
+def choose_device(device: str) -> str:
+    """ "auto": the first CUDA device where there is one."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device here: use cpu or auto")
+    return device
+
+
+def folder_sha256(folder: Path) -> str:
+    """Of an encoder's weights, tokenizer and settings, so that an index and a query encoder that do not belong together are told apart."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in HASHED for path in folder.glob(pattern)}):
+        digest.update(str(path.relative_to(folder)).encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _ance(folder: Path) -> tuple[Any, list[Any], int]:
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has neither modules.json nor config.json, so it is no encoder")
+    weights = read_weights(folder)
+    if "embeddingHead.weight" not in weights or "norm.weight" not in weights:
+        raise ValueError(
+            f"{folder} is no ANCE checkpoint (embeddingHead.weight and norm.weight are not among its parameters) and has no modules.json: "
+            "save it as a sentence-transformers folder, which says how its vectors are pooled"
+        )
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModel.from_config(config, add_pooling_layer=False, trust_remote_code=False).float()
+    prefix = model.base_model_prefix + "."
+    _fill(model, {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, folder, prefix)
+    size, hidden = weights["embeddingHead.weight"].shape
+    linear, norm = torch.nn.Linear(hidden, size), torch.nn.LayerNorm(size)
+    for module, name in ((linear, "embeddingHead."), (norm, "norm.")):
+        _fill(module, {key.removeprefix(name): value for key, value in weights.items() if key.startswith(name)}, folder, name)
+    return model, [linear, norm], _positions(model)
+
+
+def _positions(model: Any) -> int:
+    """Tokens that the model has positions for; RoBERTa's start behind the padding's."""
+    padding = getattr(model.embeddings, "padding_idx", None) if model.config.model_type in ("roberta", "xlm-roberta", "camembert") else None
+    return int(model.config.max_position_embeddings - (0 if padding is None else padding + 1))
+
+
+def read_weights(folder: Path) -> dict[str, Any]:
+    """Parameter name -> tensor of a folder's one weight file; a wrapper's "model." or "module." before all names is taken off."""
+    import torch
+    from safetensors.torch import load_file
+
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")
+    weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("module.", "model."):
+        if all(name.startswith(wrapper) for name in weights):
+            weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+    return dict(weights)
+
+
+def _fill(module: Any, weights: dict[str, Any], folder: Path, prefix: str) -> None:
+    missing = module.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}, strict=False
+    )
+    absent = [name for name in missing.missing_keys if not name.endswith("position_ids")]
+    if absent:
+        raise ValueError(f"{folder}: parameter {prefix + absent[0]} is missing ({len(absent)} in all)")
+
+
+def _sentence_transformer(folder: Path) -> tuple[Any, str, list[Any], int]:
+    import torch
+    from transformers import AutoModel
+
+    model, pooling, limit, heads = None, None, 0, []
+    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        kind, place = module["type"].rpartition(".")[2], folder / module["path"]
+        if kind == "Transformer" and model is None:
+            model = AutoModel.from_pretrained(place, trust_remote_code=False).float()
+            limit = min(_settings(place, "sentence_bert_config.json").get("max_seq_length") or 1 << 30, _positions(model))
+        elif kind == "Pooling" and pooling is None:
+            pooling = _pooling(_settings(place, "config.json"), place)
+        elif kind == "Dense":
+            heads.append(_dense(place))
+        elif kind == "LayerNorm":
+            norm = torch.nn.LayerNorm(_settings(place, "config.json")["dimension"])
+            _fill(norm, {name.removeprefix("norm."): value for name, value in read_weights(place).items()}, place, "norm.")
+            heads.append(norm)
+        elif kind == "Normalize":
+            heads.append(_Normalize())
+        else:
+            raise ValueError(f"{folder}/modules.json: a module of type {module['type']!r} in this place is not known here")
+    if model is None or pooling is None:
+        raise ValueError(f"{folder}/modules.json needs a Transformer and a Pooling module")
+    return model, pooling, heads, limit
+
+
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _pooling(settings: dict[str, Any], place: Path) -> str:
+    """ "cls" or "mean", from either of the two forms in which sentence-transformers writes it."""
+    modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True] or [
+        settings.get("pooling_mode")
+    ]
+    known = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "cls": "cls", "mean": "mean"}
+    if len(modes) != 1 or modes[0] not in known:
+        raise ValueError(f"{place}/config.json pools by {modes}; cls and mean are known here")
+    return known[modes[0]]
+
+
+def _dense(place: Path) -> Any:
+    import torch
+
+    settings = _settings(place, "config.json")
+    activation = settings.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{place}/config.json: activation {activation!r} is not known here ({', '.join(ACTIVATIONS)})")
+    linear = torch.nn.Linear(settings["in_features"], settings["out_features"], bias=settings.get("bias", True))
+    _fill(linear, {name.removeprefix("linear."): value for name, value in read_weights(place).items()}, place, "linear.")
+    return torch.nn.Sequential(linear, getattr(torch.nn, ACTIVATIONS[activation])())
+
+
+class _Normalize:
+    """Vectors of length 1; a stand-in for a torch module, without importing torch at the top of this file."""
+
+    def eval(self) -> "_Normalize":
+        return self
+
+    def to(self, device: str) -> "_Normalize":
+        return self
+
+    def __call__(self, vectors: Any) -> Any:
+        import torch
+
+        return torch.nn.functional.normalize(vectors, dim=1)
