@@ -122,7 +122,7 @@ async def attended(service: Service, request: Request, items: int, work: Callabl
     """Runs ``work`` for a request of so many items while its client listens; refuses it at once where there is no room."""
 
     async def answer() -> bytes:
-        with service.batcher.admit(items):
+        with service.batcher.admit(items, client_of(request)):
             return await service.encoded(await work())
 
     request.state.items = items

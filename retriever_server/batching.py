@@ -100,6 +100,7 @@ class Batcher:
         self.waiting = 0  # of these, items that stand in the queue
         self.running = 0  # searcher calls
         self.inside: set[int] = set()  # threads that are within one, which the end of the loop does not end
+        self._refused: OrderedDict[str, float] = OrderedDict()  # client -> until when it is expected back
         self._line: OrderedDict[str, OrderedDict[Key, deque[_Job]]] = OrderedDict()
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="search")
         self._timer: asyncio.TimerHandle | None = None
@@ -111,19 +112,26 @@ class Batcher:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
-    def admit(self, items: int) -> Iterator[None]:
-        """Room for a request's items while the block runs.
+    def admit(self, items: int, client: str = "") -> Iterator[None]:
+        """Room for a request's items while the block runs. While clients that were refused are due back, the others get half of it.
 
         Raises:
             Overloaded: there is none.
         """
+        now = time.monotonic()
+        while self._refused and next(iter(self._refused.values())) < now:
+            self._refused.popitem(last=False)
+        part = 1.0 if client in self._refused or not self._refused else 0.5  # else those who never sleep would take every place
         wait_s = (self.admitted + items) * self._item_s()
-        if self.admitted and (self.admitted + items > self.settings.max_queue or wait_s > self.settings.max_queue_s):
+        if self.admitted and (self.admitted + items > part * self.settings.max_queue or wait_s > part * self.settings.max_queue_s):
             retry_s = min(max(math.ceil(self.admitted * self._item_s() / 2), 1), LONGEST_RETRY_S)
+            self._refused[client] = now + 2 * retry_s + 2
+            self._refused.move_to_end(client)
             limit = f"the limit is {self.settings.max_queue}, or {self.settings.max_queue_s:g} s of work"
             raise Overloaded(
                 f"the server is busy: {self.admitted} items are waiting and {items} more were sent, {limit}: try again later", retry_s
             )
+        self._refused.pop(client, None)
         self.admitted += items
         try:
             yield

@@ -170,6 +170,20 @@ def test_past_the_bound_requests_are_refused_at_once() -> None:
         assert batcher.admitted == 10
 
 
+def test_those_who_were_refused_find_room_when_they_come_back() -> None:
+    batcher = Batcher(BatchSettings(max_queue=10))
+    with batcher.admit(8, "greedy"), pytest.raises(Overloaded), batcher.admit(4, "polite"):
+        pass
+    with batcher.admit(4, "greedy"):
+        with pytest.raises(Overloaded), batcher.admit(4, "greedy"):  # five of the ten places are kept for the other
+            pass
+        with batcher.admit(6, "polite"):
+            pass
+    batcher._refused["greedy"] = 0.0  # it is not expected any longer
+    with batcher.admit(4, "polite"), batcher.admit(6, "polite"):
+        assert not batcher._refused
+
+
 def test_the_bound_in_seconds_follows_the_speed_that_was_seen() -> None:
     batcher = Batcher(BatchSettings(threads=2, max_queue=1000, max_queue_s=30))
     batcher._spent_s, batcher._done = 10.0, 5.0  # 2 s an item, two at a time: an item a second
@@ -177,6 +191,7 @@ def test_the_bound_in_seconds_follows_the_speed_that_was_seen() -> None:
         with pytest.raises(Overloaded) as refused, batcher.admit(1):
             pass
         assert refused.value.retry_after_s == 30  # half of the 100 s, at most 30
+    batcher._refused.clear()
     with batcher.admit(20):
         with batcher.admit(10):
             pass
