@@ -4,15 +4,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
-# verl and TRL, the oracles of the losses, in a folder of their own: they ask for older versions of what is pinned here.
-oracles=.venv/oracles-$(sha256sum < tests/requirements-oracles.txt | cut -c1-16)
-if [ ! -f "$oracles" ]; then
-  echo "installing the oracles verl and TRL into .venv/oracles (0.3 GB) ..."
-  rm -rf .venv/oracles .venv/oracles-*
-  .venv/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --only-binary :all: --target .venv/oracles -r tests/requirements-oracles.txt \
+# The oracles in folders of their own, for they ask for other versions than are pinned here: verl and TRL for the losses, Lucene for BM25, faiss for dense search.
+for name in oracles lucene; do
+  stamp=.venv/$name-$(sha256sum < tests/requirements-$name.txt | cut -c1-16)
+  [ -f "$stamp" ] && continue
+  echo "installing what tests/requirements-$name.txt lists into .venv/$name (0.3 GB) ..."
+  rm -rf .venv/$name .venv/$name-*
+  .venv/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --only-binary :all: --target .venv/$name -r tests/requirements-$name.txt \
     2> >(grep -v WARNING >&2 || true)
-  touch "$oracles"
-fi
+  touch "$stamp"
+done
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo PATH="$PWD/.venv/bin:$PATH"
 unset RETRIEVER_URL
 ruff check .
