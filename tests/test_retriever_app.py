@@ -235,6 +235,25 @@ def test_opening_indexes(folder: Path) -> None:
         open_indexes([main, main], None, None)
 
 
+def test_dense_flags_reach_the_indexes_that_are_not_bm25s(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, dict[str, Any]]] = []
+
+    def fake(path: str | Path, **options: Any) -> Any:
+        opened.append((Path(path).name, options))
+        found = Slow() if Path(path).name == "dense" else Bm25Index.load(path)
+        found.name = "ance" if Path(path).name == "dense" else "bm25"
+        return found
+
+    monkeypatch.setattr("retriever_server.searcher.open_searcher", fake)
+    main, dense, options = str(folder / "main"), str(tmp_path / "dense"), {"n_gpu": 2, "max_length": 64}
+    assert list(open_indexes([dense, main], 0.9, 0.4, "ance", options)) == ["dense", "main"]
+    assert opened == [("dense", options), ("main", {})]
+    with pytest.raises(ValueError, match=r"--retriever_name ance, but .*main is an index of bm25: leave the flag out"):
+        open_indexes([main, dense], None, None, "ance", options)
+    with pytest.raises(ValueError, match="--bm25_k1 and --bm25_b are given, but no index here is of bm25"):
+        open_indexes([dense], 0.9, None)
+
+
 def test_qrels(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.trec").write_text("q1 0 p1 1\nq1 0 p2 2\nq1\t0\tp3\t0\n\nq2 0 zz 1\n")
     (tmp_path / "b.trec").write_text("q3 0 p4 1")
