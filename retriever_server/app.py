@@ -193,13 +193,8 @@ def create_app(
 
     text: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
 
-    @app.get(
-        "/metrics", response_class=Response, responses={200: text, 501: {"model": Refusal, "description": "prometheus_client is missing"}}
-    )
+    @app.get("/metrics", response_class=Response, responses={200: text})
     async def metrics() -> Response:
-        try:
-            return Response(service.telemetry.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
-        except ValueError as error:
-            raise HTTPException(501, str(error)) from error
+        return Response(service.telemetry.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app

@@ -9,6 +9,7 @@ import time
 import uuid
 from typing import Any
 
+import prometheus_client as prometheus
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,18 +24,9 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Telemetry:
-    """Counters, gauges and histograms in a registry of their own (one a server, so that two in one process keep apart).
-
-    They need the package prometheus_client; without it nothing is counted, and ``page`` says so.
-    """
+    """Counters, gauges and histograms in a registry of their own (one a server, so that two in one process keep apart)."""
 
     def __init__(self) -> None:
-        try:
-            import prometheus_client as prometheus  # type: ignore[import-not-found, unused-ignore]
-        except ImportError:
-            self.enabled = False
-            return
-        self.enabled = True
         registry = self._registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=registry)
         prometheus.PlatformCollector(registry=registry)
@@ -51,48 +43,34 @@ class Telemetry:
             "retriever_cancelled_items", "Items dropped from the queue because the client hung up", registry=registry
         )
         self._cache = prometheus.Counter("retriever_cache", "Items looked up in the rank cache", ["result"], registry=registry)
-        self._gauge, self._latest = prometheus.Gauge, prometheus.generate_latest
 
     def watch(self, name: str, about: str, read: Any) -> None:
         """A gauge whose value is what ``read()`` returns when the page is asked for."""
-        if self.enabled:
-            self._gauge(name, about, registry=self._registry).set_function(read)
+        prometheus.Gauge(name, about, registry=self._registry).set_function(read)
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
-        if self.enabled:
-            self._requests.labels(endpoint, str(status)).inc()
-            self._request_s.labels(endpoint).observe(seconds)
+        self._requests.labels(endpoint, str(status)).inc()
+        self._request_s.labels(endpoint).observe(seconds)
 
     def batch(self, key: Key, items: int, search_s: float) -> None:
-        if self.enabled:
-            self._items.labels(key.kind, key.index_id).inc(items)
-            self._batch.labels(key.kind).observe(items)
-            self._phase.labels("search").observe(search_s)
+        self._items.labels(key.kind, key.index_id).inc(items)
+        self._batch.labels(key.kind).observe(items)
+        self._phase.labels("search").observe(search_s)
 
     def waited(self, seconds: float) -> None:
-        if self.enabled:
-            self._phase.labels("queue").observe(seconds)
+        self._phase.labels("queue").observe(seconds)
 
     def cancelled(self, items: int) -> None:
         log.info("cancelled", extra={"fields": {"items": items}})
-        if self.enabled:
-            self._cancelled.inc(items)
+        self._cancelled.inc(items)
 
     def cache(self, hits: int, misses: int) -> None:
-        if self.enabled:
-            self._cache.labels("hit").inc(hits)
-            self._cache.labels("miss").inc(misses)
+        self._cache.labels("hit").inc(hits)
+        self._cache.labels("miss").inc(misses)
 
     def page(self) -> bytes:
-        """The text of /metrics.
-
-        Raises:
-            ValueError: prometheus_client is not installed.
-        """
-        if not self.enabled:
-            raise ValueError("this server counts nothing: install the package prometheus_client and start it again")
-        page: bytes = self._latest(self._registry)
-        return page
+        """The text of /metrics."""
+        return prometheus.generate_latest(self._registry)
 
 
 class Traffic:
