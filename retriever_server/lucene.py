@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import threading
@@ -190,11 +189,8 @@ def java_string(text: str) -> Any:
         text.encode("utf-16-le")
     except UnicodeEncodeError:
         builder = java("java.lang.StringBuilder")()
-        for piece in re.findall("[\ud800-\udfff]|[^\ud800-\udfff]+", text):
-            if len(piece) == 1:  # append would take it for a char of 16 bits
-                builder.appendCodePoint(ord(piece))
-            else:
-                builder.append(piece)
+        for character in text:
+            builder.appendCodePoint(ord(character))
         return java("java.lang.String")(builder)
     return text
 
