@@ -218,9 +218,8 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
 
 def _pooling(settings: dict[str, Any], place: Path) -> str:
     """ "cls" or "mean", from either of the two forms in which sentence-transformers writes it."""
-    modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True] or [
-        settings.get("pooling_mode")
-    ]
+    modes = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
+    modes = modes or [str(settings.get("pooling_mode"))]
     known = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "cls": "cls", "mean": "mean"}
     if len(modes) != 1 or modes[0] not in known:
         raise ValueError(f"{place}/config.json pools by {modes}; cls and mean are known here")

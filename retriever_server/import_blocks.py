@@ -82,11 +82,18 @@ def _scalar(dtype: Any, data: Any) -> Any:
     return np.frombuffer(data, dtype.real())[0].item()
 
 
+def _latin1(text: Any, encoding: Any) -> bytes:
+    """How pickles before protocol 3 write bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise ValueError("bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
 class _Marker:
     """Stands for numpy.ndarray, which numpy names and never calls here."""
 
 
-_NAMES: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _Marker, ("numpy", "dtype"): _Dtype}
+_NAMES: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _Marker, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _latin1}
 for _package in ("numpy.core", "numpy._core"):  # numpy 1 and 2
     _NAMES[f"{_package}.multiarray", "_reconstruct"] = _reconstruct
     _NAMES[f"{_package}.multiarray", "scalar"] = _scalar

@@ -1,0 +1,416 @@
+"""Dense search and gold ranks: by hand, against brute force with ties, in every coarse form, through folders, shards, imports and kills."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retriever_server import dense_build, import_blocks
+from retriever_server import index as index_command
+from retriever_server.dense import DenseIndex, DenseShards
+from retriever_server.dense_codes import Codes
+from retriever_server.dense_device import Device
+from retriever_server.dense_flat import Flat, Scanner, bytes_multiply_exactly, count_beating
+
+ROOT = Path(__file__).resolve().parents[1]
+COARSE = ["int8", "float32", "half"]
+
+
+def scanner(vectors: np.ndarray, coarse: str) -> Scanner:
+    if coarse == "half":
+        return Device(vectors, Codes.of(vectors), "cpu")
+    if coarse == "int8" and not bytes_multiply_exactly():
+        pytest.skip("torch's product of bytes is not exact on this processor")
+    return Flat(vectors, coarse=coarse)
+
+
+def brute(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Scores [Q, N]: float64 products, summed, rounded to float32."""
+    return (queries.astype(np.float64) @ vectors.astype(np.float64).T).astype(np.float32)
+
+
+def brute_beating(scores: np.ndarray, golds: Sequence[Sequence[int]]) -> list[int]:
+    found = []
+    for row, some in zip(scores, golds, strict=True):
+        best = min(some, key=lambda g: (-row[g], g))
+        found.append(int((row > row[best]).sum() + (row[:best] == row[best]).sum()))
+    return found
+
+
+def capped(counts: Any, depth: int) -> list[int]:
+    return [min(int(count), depth) for count in counts]
+
+
+@pytest.mark.parametrize("coarse", COARSE)
+def test_by_hand(coarse: str) -> None:
+    vectors = np.array([[1, 0], [0, 2], [1, 0], [-1, -1], [0, 0]], np.float32)
+    queries = np.array([[1, 1], [1, 0], [-1, 0], [0, 0]], np.float32)
+    # scores: 1 2 1 -2 0 | 1 0 1 -1 0 | -1 0 -1 1 0 | all 0
+    flat = scanner(vectors, coarse)
+    assert count_beating(vectors, queries, [[0], [0], [0], [0]], 100, flat).tolist() == [1, 0, 3, 0]
+    assert count_beating(vectors, queries, [[2], [2], [2], [2]], 100, flat).tolist() == [2, 1, 4, 2]
+    assert count_beating(vectors, queries, [[3, 2], [4, 1], [4, 3], [4]], 100, flat).tolist() == [2, 2, 0, 4]
+    assert [(scores.tolist(), rows.tolist()) for scores, rows in flat.top(queries[:2], 3)] == [
+        ([2, 1, 1], [1, 0, 2]),
+        ([1, 1, 0], [0, 2, 1]),
+    ]
+    assert flat.top(queries[:1], 99)[0][1].tolist() == [1, 0, 2, 4, 3]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(COARSE), st.sampled_from([np.float32, np.float16]), st.integers(1, 120), st.integers(1, 30))
+def test_small_whole_numbers_tie_and_rank_as_brute_force(seed: int, coarse: str, dtype: type, depth: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(-2, 3, (rng.integers(1, 120), rng.integers(1, 20))).astype(dtype)
+    queries = rng.integers(-2, 3, (rng.integers(1, 9), vectors.shape[1])).astype(np.float32)
+    golds = [rng.integers(len(vectors), size=rng.integers(1, 4)).tolist() for _ in queries]
+    scores, flat = brute(vectors, queries), scanner(vectors, coarse)
+    assert capped(count_beating(vectors, queries, golds, depth, flat), depth) == capped(brute_beating(scores, golds), depth)
+    for row, (found, rows) in zip(scores, flat.top(queries, k), strict=True):
+        assert rows.tolist() == np.lexsort((np.arange(len(row)), -row))[:k].tolist()
+        assert found.tolist() == row[rows].tolist()
+
+
+@pytest.mark.parametrize("coarse", COARSE)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_vectors_that_all_point_one_way_and_differ_in_the_last_bits(coarse: str, dtype: type) -> None:
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal(48) * 5
+    vectors = (base + rng.standard_normal((20_000, 48)) * 0.05).astype(dtype)  # several blocks
+    vectors[10_000:10_050] = vectors[7]  # equal vectors
+    vectors[12_000:12_050] = np.nextafter(vectors[7], dtype(100))  # and all but equal ones
+    queries = (base + rng.standard_normal((30, 48)) * 0.3).astype(np.float32)
+    golds = [[int(g)] for g in rng.integers(20_000, size=28)] + [[10_020], [12_020, 10_049]]
+    scores, flat = brute(vectors, queries), scanner(vectors, coarse)
+    assert capped(count_beating(vectors, queries, golds, 5_000, flat), 5_000) == capped(brute_beating(scores, golds), 5_000)
+    for row, (_, rows) in zip(scores[:5], flat.top(queries[:5], 40), strict=True):
+        assert rows.tolist() == np.lexsort((np.arange(len(row)), -row))[:40].tolist()
+
+
+def test_codes_keep_their_bounds() -> None:
+    rng = np.random.default_rng(0)
+    vectors = np.concatenate(
+        [rng.standard_normal((50, 9)) * 10.0 ** rng.integers(-6, 6, (50, 1)), np.zeros((2, 9)), np.full((1, 9), 1e-30)]
+    )
+    codes = Codes.of(vectors.astype(np.float32))
+    centred = vectors.astype(np.float32).astype(np.float64) - codes.mean
+    away = np.linalg.norm(centred - codes.codes * codes.scale[:, None].astype(np.float64), axis=1)
+    assert (away <= codes.error).all()
+    assert (np.linalg.norm(centred, axis=1) <= codes.norm).all()
+    assert (codes.error <= codes.norm * 0.02 + 1e-30).all()  # 1/254 of the largest number for each of nine, at most
+
+
+def test_ranks_are_those_of_faiss() -> None:
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    rng = np.random.default_rng(5)
+    vectors, queries = rng.standard_normal((5_000, 64), np.float32), rng.standard_normal((40, 64), np.float32)
+    index = faiss.IndexFlatIP(64)
+    index.add(vectors)
+    _, rows = index.search(queries, 100)
+    golds = [[int(row[place])] for place, row in enumerate(rows)]
+    assert count_beating(vectors, queries, golds, 100).tolist() == list(range(40))
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def import_folder(root: Path, vectors: np.ndarray, docids: Sequence[str], name: str, dtype: str = "float32") -> Path:
+    (root / name).mkdir()
+    half = len(docids) // 2
+    for number, part in enumerate((slice(0, half), slice(half, None))):
+        (root / name / f"passage__emb_p__data_obj_{number}.pb").write_bytes(pickle.dumps(vectors[part], protocol=4))
+        ids = np.array(docids[part]) if number else np.array(docids[part], object)
+        (root / name / f"passage__embid_p__data_obj_{number}.pb").write_bytes(pickle.dumps(ids, protocol=2))
+    import_blocks.convert(root / name, None, [], root / f"{name}.index", dtype, overwrite=False)
+    return root / f"{name}.index"
+
+
+def test_shards_and_one_index_agree(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    vectors = rng.integers(-1, 2, (60, 6)).astype(np.float32)  # many ties
+    docids = [f"p{number}" for number in range(60)]
+    queries = {f"q{number}": rng.integers(-2, 3, 6).astype(np.float32) for number in range(25)}
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        return np.stack([queries[text] for text in texts])
+
+    whole = DenseIndex(import_folder(tmp_path, vectors, docids, "whole"), encode)
+    parts = [DenseIndex(import_folder(tmp_path, vectors[a:b], docids[a:b], f"part{a}"), encode) for a, b in ((0, 11), (11, 40), (40, 60))]
+    shards = DenseShards(parts, encode)
+    split = DenseIndex(whole.folder, encode, [(0, Flat(vectors[:25])), (25, Flat(vectors[25:]))])
+    golds = [[docids[g] for g in rng.integers(60, size=rng.integers(1, 4))] for _ in queries]
+    expected = [count + 1 for count in brute_beating(brute(vectors, encode(list(queries))), [[int(d[1:]) for d in some] for some in golds])]
+    for index in (whole, shards, split):
+        assert index.gold_ranks(list(queries), golds, 100) == expected
+        assert index.gold_ranks(list(queries), golds, 10) == [rank if rank <= 10 else None for rank in expected]
+        assert index.search(list(queries), 7) == whole.search(list(queries), 7)
+        assert (index.num_passages, index.missing(["p3", "nobody", "p59"])) == (60, ["nobody"])
+        assert index.gold_ranks([], [], 5) == index.search([], 5) == []
+        for call, sentence in (
+            (lambda i=index: i.gold_ranks(["q1"], [["nobody"]], 5), "'nobody' is not in the index"),
+            (lambda i=index: i.gold_ranks(["q1"], [[]], 5), "at least one gold"),
+            (lambda i=index: i.gold_ranks(["q1"], [["p1"]], 0), "depth must be at least 1"),
+            (lambda i=index: i.gold_ranks(["q1"], [], 5), "1 queries but 0 lists"),
+            (lambda i=index: i.search(["q1"], 0), "k must be at least 1"),
+            (lambda i=index: i.contents(["p1"]), "no texts"),
+        ):
+            with pytest.raises(ValueError, match=sentence):
+                call()
+
+
+def test_half_precision_on_disk_ranks_what_is_on_disk(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    vectors, queries = rng.standard_normal((300, 16), np.float32), rng.standard_normal((20, 16), np.float32)
+    folder = import_folder(tmp_path, vectors, [str(i) for i in range(300)], "halves", "float16")
+    index = DenseIndex(folder, lambda texts: queries[[int(text) for text in texts]])
+    golds = rng.integers(300, size=20)
+    expected = brute_beating(brute(vectors.astype(np.float16), queries), golds[:, None].tolist())
+    assert index.gold_ranks([str(i) for i in range(20)], [[str(g)] for g in golds], 300) == [count + 1 for count in expected]
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    folder = import_folder(tmp_path, np.eye(4, dtype=np.float32), list("abcd"), "small")
+    with pytest.raises(ValueError, match="name the encoder"):
+        DenseIndex.load(folder)
+    (folder / "vectors.npy").write_bytes((folder / "vectors.npy").read_bytes()[:-4])
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        DenseIndex(folder, lambda texts: np.zeros((1, 4), np.float32))
+    (folder / "manifest.json").write_text(json.dumps(json.loads((folder / "manifest.json").read_text()) | {"version": 99}))
+    with pytest.raises(ValueError, match="version 99"):
+        DenseIndex(folder, lambda texts: np.zeros((1, 4), np.float32))
+
+
+# ---- pickles -------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_arrays_of_every_protocol_are_read(tmp_path: Path, protocol: int) -> None:
+    arrays = [
+        np.arange(200_000, dtype=np.float32).reshape(1000, 200),  # large enough to be memory-mapped
+        np.asfortranarray(np.arange(6, dtype=np.float64).reshape(2, 3)),
+        np.array([1, 5, 3]),
+        np.array(["a", "läng", ""]),
+        np.array(["x", "y"], object),
+    ]
+    for number, array in enumerate(arrays):
+        (tmp_path / str(number)).write_bytes(pickle.dumps(array, protocol=protocol))
+        found = import_blocks.read_arrays(tmp_path / str(number))
+        assert np.array_equal(np.asarray(found, array.dtype), array)
+    (tmp_path / "list").write_bytes(pickle.dumps(["7", 8], protocol=protocol))
+    assert import_blocks.read_arrays(tmp_path / "list") == ["7", 8]
+
+
+def test_anything_else_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    whole = pickle.dumps(np.arange(50_000), protocol=4)
+    bad = {
+        "call": pickle.dumps(Malicious(marker)),
+        "inside an object array": pickle.dumps(np.array([Malicious(marker)], object)),
+        "a class": pickle.dumps(Path("x")),
+        "eval": b"cbuiltins\neval\n(S'1'\ntR.",
+        "numpy's loader": b"cnumpy\nload\n(S'x'\ntR.",
+        "an attribute of a dtype": b"cnumpy\ndtype\n}S'x'\nI1\nsb.",
+        "cut": whole[: len(whole) // 2],
+        "no pickle": b"hello",
+        "empty": b"",
+    }
+    for name, data in bad.items():
+        (tmp_path / "bad.pb").write_bytes(data)
+        with pytest.raises(ValueError, match="is refused"):
+            import_blocks.read_arrays(tmp_path / "bad.pb")
+        assert not marker.exists(), name
+    pickle.loads(bad["call"])  # the trap itself works
+    assert marker.exists()
+
+
+def test_imports_by_command_with_texts_in_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vectors = np.eye(3, dtype=np.float32)
+    (tmp_path / "emb.pkl").write_bytes(pickle.dumps(vectors, protocol=4))
+    (tmp_path / "ids.pkl").write_bytes(pickle.dumps(np.array([30, 10, 20])))
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"id": str(n), "contents": f"text {n}"}) + "\n" for n in (10, 20, 30, 40)))
+    command = ["index", "import-blocks", "--embeddings", str(tmp_path / "emb.pkl"), "--corpus_docid_path", str(tmp_path / "ids.pkl")]
+    command += ["--collection", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "index")]
+    monkeypatch.setattr(sys, "argv", command)
+    index_command.main()
+    assert "3 passages x 3 float32" in capsys.readouterr().out
+    index = DenseIndex(tmp_path / "index", lambda texts: vectors[[1]])
+    assert index.search(["anything"], 1) == [[("10", 1.0)]]
+    assert index.contents(["30", "10"]) == ["text 30", "text 10"]
+    with pytest.raises(ValueError, match="is there already"):
+        index_command.main()
+    (tmp_path / "ids.pkl").write_bytes(pickle.dumps(["1", "1", "2"]))
+    command[-1] = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="given twice"):
+        index_command.main()
+    assert not (tmp_path / "other").exists()
+
+
+# ---- builds --------------------------------------------------------------------------------------------------------------------------------------
+
+
+def build_command(root: Path, *more: str) -> list[str]:
+    flags = ["--collection", str(root / "collection.jsonl"), "--model_name_or_path", str(root / "model"), "--output", str(root / "index")]
+    return [
+        sys.executable,
+        "-m",
+        "retriever_server.index",
+        "dense",
+        *flags,
+        "--block",
+        "7",
+        "--max_length",
+        "16",
+        "--device",
+        "cpu",
+        "--quiet",
+        *more,
+    ]
+
+
+def make_inputs(root: Path, passages: int) -> None:
+    import helpers_encoders
+
+    helpers_encoders.build_ance(root / "model")
+    lines = [json.dumps({"id": f"d{n}", "contents": "" if n == 5 else f"passage {n} of {'many ' * (n % 9)}words"}) for n in range(passages)]
+    (root / "collection.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_build_is_what_its_encoder_says(tmp_path: Path) -> None:
+    from retriever_server.encoder import Encoder
+
+    make_inputs(tmp_path, 30)
+    options = dense_build.Settings(block=7, max_length=16, batch_size=4, device="cpu", progress=False)
+    assert dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), options)
+    assert not dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["collection.jsonl", "index", "model"]
+    index = DenseIndex.load(tmp_path / "index", device="cpu")
+    assert (index.name, index.num_passages, index.manifest.max_length, index.manifest.dim) == ("ance", 30, 16, 768)
+    encoder = Encoder.load(str(tmp_path / "model"), "cpu")
+    texts = index.contents([f"d{n}" for n in range(30)])
+    stored = np.load(tmp_path / "index" / "vectors.npy").reshape(30, 768)
+    np.testing.assert_allclose(stored, encoder.encode(texts, 16), atol=1e-4)
+    ranks = index.gold_ranks(["passage 3"] * 2, [["d3"], ["d9"]], 30)
+    scores = brute(stored, encoder.encode(["passage 3"], 512))
+    assert ranks == [count + 1 for count in brute_beating(np.repeat(scores, 2, 0), [[3], [9]])]
+    with pytest.raises(ValueError, match="holds another index"):
+        dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), dense_build.Settings(max_length=8))
+    (tmp_path / "model" / "special.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not the encoder of the index"):
+        DenseIndex.load(tmp_path / "index", device="cpu")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_gives_the_same_folder(tmp_path: Path) -> None:
+    make_inputs(tmp_path, 60)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert subprocess.run(build_command(tmp_path), cwd=ROOT, env=environment).returncode == 0
+    (tmp_path / "index").rename(tmp_path / "whole")
+    done = tmp_path / "index.building" / "done"
+    for blocks in (1, 4):
+        process = subprocess.Popen(build_command(tmp_path, "--batch_size", "1"), cwd=ROOT, env=environment)
+        while process.poll() is None and (not done.is_dir() or len(list(done.glob("0*[0-9]"))) < blocks):
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "index").exists()
+    marks = {path.name: path.stat().st_mtime_ns for path in done.iterdir()}
+    assert len(marks) >= 4
+    flags = ["--nproc_per_node", "2", "--master_port", "0", "-m", *build_command(tmp_path, "--batch_size", "1")[2:]]
+    again = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", *flags], cwd=ROOT, env=environment)
+    assert again.returncode == 0
+    for path in sorted((tmp_path / "whole").iterdir()):
+        if path.name == "vectors.npy":  # other batches: other last bits
+            np.testing.assert_allclose(np.load(path), np.load(tmp_path / "index" / path.name), atol=1e-4)
+        elif not path.name.startswith("codes"):
+            assert path.read_bytes() == (tmp_path / "index" / path.name).read_bytes(), path.name
+
+
+def test_a_build_that_goes_on_leaves_finished_blocks_alone(tmp_path: Path) -> None:
+    make_inputs(tmp_path, 20)
+    building = tmp_path / "index.building"
+    options = dense_build.Settings(block=7, max_length=16, device="cpu", progress=False)
+
+    class Stop(Exception):
+        pass
+
+    def failing(*_: Any) -> None:
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense_build, "finish", failing)
+        with pytest.raises(Stop):
+            dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), options)
+    room = np.load(building / "vectors.npy", mmap_mode="r+")
+    room[: 7 * 768] = 1  # a finished block must not be encoded again
+    room.flush()
+    (building / "done" / "0000000007").unlink()
+    room[7 * 768 : 14 * 768] = 1  # an unfinished one must
+    room.flush()
+    with pytest.raises(ValueError, match="unfinished build of another"):
+        dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), dense_build.Settings(max_length=8))
+    assert dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), options)
+    stored = np.load(tmp_path / "index" / "vectors.npy").reshape(20, 768)
+    assert (stored[:7] == 1).all()
+    assert not (stored[7:] == 1).any()
+
+
+def test_bad_collections_and_settings_are_named(tmp_path: Path) -> None:
+    make_inputs(tmp_path, 2)
+
+    def attempt(text: str) -> None:
+        (tmp_path / "bad.jsonl").write_text(text)
+        dense_build.build(
+            [tmp_path / "bad.jsonl"], tmp_path / "bad", str(tmp_path / "model"), dense_build.Settings(device="cpu", progress=False)
+        )
+
+    for text, sentence in (
+        ('{"id": "a", "contents": "x"}\n{"id": "a", "contents": "y"}\n', "'a' is given twice"),
+        ('{"id": "", "contents": "x"}\n', "bad.jsonl:1: field 'id'"),
+        ('{"id": "a"}\n', "field 'contents' must be a string"),
+        ("\n", "no passage"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            attempt(text)
+        assert not (tmp_path / "bad").exists()
+    for wrong in ({"dtype": "int4"}, {"block": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="must be"):
+            dense_build.Settings(**wrong)
+
+
+@pytest.mark.gpu
+def test_ranks_on_a_gpu_are_those_of_float32() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    rng = np.random.default_rng(0)
+    vectors, queries = rng.standard_normal((300_000, 256), np.float32) + 1, rng.standard_normal((50, 256), np.float32) + 1
+    vectors[200_000:200_100] = vectors[5]
+    golds = [[int(g)] for g in rng.integers(300_000, size=49)] + [[200_050]]
+    device = Device(vectors, Codes.of(vectors), "cuda")
+    expected = capped(brute_beating(brute(vectors, queries), golds), 1000)
+    assert capped(count_beating(vectors, queries, golds, 1000, device), 1000) == expected
+    flat = Flat(vectors)
+    for ours, theirs in zip(device.top(queries, 100), flat.top(queries, 100), strict=True):
+        assert ours[1].tolist() == theirs[1].tolist()
