@@ -23,7 +23,7 @@ STOP_WORDS = frozenset(
         "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will with",
     )
 )
-MAX_CHUNKS = 1 << 18  # remembered by one dictionary: 60 MB
+MAX_CHUNKS = 1 << 18  # remembered by one dictionary: about 90 MB with the words behind them
 MAX_CHUNK_CHARS = 40  # longer ones hardly come twice
 
 _ASCII_WORD = re.compile(
