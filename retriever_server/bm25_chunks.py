@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retriever_server import analyzer
 from retriever_server.bm25_formula import length_bytes
+from retriever_server.bulk_analyzer import BulkAnalyzer
 from retriever_server.storage import Array, string_hash
 
 CHUNK_BYTES = 4 << 20  # of collection text: about 8,000 passages, 20 MB on the way
-MOST_TERMS = 1 << 20  # that a process remembers: 100 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class Chunk:
     postings_pair: Array  # uint32[P]: tf x 256 + length byte
 
 
-_term_ids = analyzer.TermIds()  # of this process: its memory of words already analysed outlasts a chunk
+_analyzer = BulkAnalyzer()  # of this process: its memory of words already analysed outlasts a chunk
 
 
 def invert(path: str, first_line: int, lines: bytes) -> Chunk:
@@ -42,23 +41,16 @@ def invert(path: str, first_line: int, lines: bytes) -> Chunk:
     Raises:
         ValueError: a line is malformed; names the file, the line and the field.
     """
-    global _term_ids
-    if len(_term_ids.vocabulary) > MOST_TERMS:
-        _term_ids = analyzer.TermIds()
     docids, contents, hashes = [], [], []
-    tokens: list[int] = []
-    lengths: list[int] = []
     for number, line in enumerate(lines.split(b"\n"), start=first_line):
         if not line or line.isspace():
             continue
         docid, text = passage(line, f"{path}:{number}")
         docids.append(docid)
         hashes.append(string_hash(docid))
-        contents.append(text.encode("utf-8"))
-        ids = _term_ids(text)
-        tokens += ids
-        lengths.append(len(ids))
-    terms, of_posting, doc, tf = _count(np.array(tokens, np.int64), np.array(lengths, np.int64))
+        contents.append(text)
+    tokens, lengths = _analyzer(contents)
+    terms, of_posting, doc, tf = _count(tokens, lengths)
     return Chunk(
         docids=b"".join(docids),
         docid_lengths=np.fromiter(map(len, docids), np.int64),
@@ -70,7 +62,7 @@ def invert(path: str, first_line: int, lines: bytes) -> Chunk:
         terms=terms,
         postings_term=of_posting,
         postings_doc=doc.astype(np.int32),
-        postings_pair=tf.astype(np.uint32) << 8 | length_bytes(np.array(lengths, np.int64))[doc],
+        postings_pair=tf.astype(np.uint32) << 8 | length_bytes(lengths)[doc],
     )
 
 
@@ -79,7 +71,7 @@ def _count(tokens: Array, lengths: Array) -> tuple[list[str], Array, Array, Arra
     passages = max(len(lengths), 1)
     keys, times = np.unique(tokens * passages + np.repeat(np.arange(len(lengths)), lengths), return_counts=True)
     distinct, of_posting = np.unique(keys // passages, return_inverse=True)
-    vocabulary = list(_term_ids.vocabulary)
+    vocabulary = list(_analyzer.vocabulary)
     found = [vocabulary[number] for number in distinct.tolist()]
     order = sorted(range(len(found)), key=found.__getitem__)
     place = np.empty(len(found), np.int32)
@@ -87,8 +79,8 @@ def _count(tokens: Array, lengths: Array) -> tuple[list[str], Array, Array, Arra
     return [found[number] for number in order], place[of_posting], keys % passages, times
 
 
-def passage(line: bytes, where: str) -> tuple[bytes, str]:
-    """A collection line's docid and contents; ValueError names what is wrong with it."""
+def passage(line: bytes, where: str) -> tuple[bytes, bytes]:
+    """A collection line's docid and contents in UTF-8; ValueError names what is wrong with it."""
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -104,4 +96,4 @@ def passage(line: bytes, where: str) -> tuple[bytes, str]:
         key = docid.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: field 'id' is not valid Unicode: {docid!r}") from error
-    return key, contents if contents.isascii() else contents.encode("utf-8", "replace").decode("utf-8")  # halves of pairs become "?"
+    return key, contents.encode("utf-8", "replace")  # halves of surrogate pairs become "?"
