@@ -15,10 +15,10 @@ class Searcher(Protocol):
     num_passages: int
 
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """The best ``k`` (docid, score) of each query, best first; only passages that score above 0."""
+        """The best ``k`` (docid, score) of each query, best first; of BM25 only passages that score above 0."""
 
     def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
-        """The exact 1-based rank of each query's best gold passage; None where it scores 0 or ranks below ``depth``.
+        """The exact 1-based rank of each query's best gold passage; None below ``depth``, or where BM25 scores it 0.
 
         Raises:
             ValueError: a gold docid is not in the index.
@@ -36,7 +36,10 @@ class Searcher(Protocol):
 
 
 def open_searcher(folder: str | Path, **dense_options: Any) -> Searcher:
-    """Opens an index folder of any known kind: BM25 or dense of ours, or Lucene's own. ``dense_options``: see DenseIndex.load; others need none.
+    """Opens an index folder of any known kind: BM25 or dense of ours, or Lucene's own.
+
+    Args:
+        dense_options: for a dense index, as DenseIndex.load takes them; other kinds need none and pass over them.
 
     Raises:
         ValueError: the folder is no index, is damaged, or of a kind or version that this program does not know.

@@ -22,7 +22,12 @@ from convsearch.cli import run
 log = logging.getLogger("retriever_server")
 
 DRAIN_S = 30  # after SIGTERM the process is gone within this time, whatever hangs
-DENSE_OPTIONS = ("model_name_or_path", "corpus_docid_path", "faiss_gpu", "n_gpu", "max_length", "retrieval_batch_size")
+DENSE_OPTIONS = {
+    "model_name_or_path": "model_name_or_path",
+    "n_gpu": "n_gpu",
+    "max_length": "max_length",
+    "retrieval_batch_size": "batch_size",
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,7 +96,14 @@ def main() -> None:
     set_up_logging(args.log_format, args.log_level)
     settings = BatchSettings(args.threads, args.max_batch, args.max_wait_ms / 1000, args.max_queue, args.max_queue_s)
     limits = Limits(args.max_request_mib << 20, args.max_items, args.max_query_chars, args.max_results)
-    options = {name: getattr(args, name) for name in DENSE_OPTIONS if getattr(args, name) is not None}
+    options = {name: getattr(args, flag) for flag, name in DENSE_OPTIONS.items() if getattr(args, flag) is not None}
+    if args.faiss_gpu:
+        options["backend"] = "faiss"
+    if args.corpus_docid_path:
+        raise ValueError(
+            f"--corpus_docid_path {args.corpus_docid_path}: an index folder holds its passages' ids; make one of the reference's files "
+            "with `python -m retriever_server.index import-blocks`"
+        )
     indexes = open_indexes(args.index_path, args.bm25_k1, args.bm25_b, args.retriever_name, options)
     qrels = read_qrels(args.trec_path) if args.trec_path else None
     default = next(iter(indexes.values()))
@@ -107,7 +119,7 @@ def open_indexes(
 ) -> dict[str, Any]:
     """name -> index, from DIR or NAME=DIR (an index that is given without a name is called after its folder).
 
-    ``options`` go to those indexes that are not BM25's.
+    ``options`` go to the dense indexes.
 
     Raises:
         ValueError: an index cannot be opened, two have one name, k1 or b is another than asked, or the first is no ``retriever_name``.
@@ -121,7 +133,7 @@ def open_indexes(
             name, folder = Path(argument).resolve().name, argument
         if name in indexes:
             raise ValueError(f"two indexes are called {name!r}: tell them apart with --index_path NAME=DIR")
-        index = open_searcher(folder) if _is_bm25(folder) else open_searcher(folder, **(options or {}))
+        index = open_searcher(folder, **(options or {}))
         if retriever_name is not None and not indexes and index.name != retriever_name:
             raise ValueError(
                 f"--retriever_name {retriever_name}, but {folder} is an index of {index.name}: leave the flag out, or name another index"
@@ -131,16 +143,6 @@ def open_indexes(
     if (k1, b) != (None, None) and not any(index.name == "bm25" for index in indexes.values()):
         raise ValueError("--bm25_k1 and --bm25_b are given, but no index here is of bm25: leave them out")
     return indexes
-
-
-def _is_bm25(folder: str) -> bool:
-    """Whether the folder says so; where it says nothing at all, ``open_searcher`` finds the words for it."""
-    from retriever_server.storage import read_manifest
-
-    try:
-        return read_manifest(Path(folder)).get("format") == "convsearch-bm25"
-    except ValueError:
-        return False
 
 
 def _check_bm25(index: Any, folder: str, k1: float | None, b: float | None) -> None:

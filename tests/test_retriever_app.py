@@ -235,23 +235,27 @@ def test_opening_indexes(folder: Path) -> None:
         open_indexes([main, main], None, None)
 
 
-def test_dense_flags_reach_the_indexes_that_are_not_bm25s(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[tuple[str, dict[str, Any]]] = []
+def test_sparse_and_dense_in_one_server(folder: Path, tmp_path: Path) -> None:
+    import helpers_encoders
 
-    def fake(path: str | Path, **options: Any) -> Any:
-        opened.append((Path(path).name, options))
-        found = Slow() if Path(path).name == "dense" else Bm25Index.load(path)
-        found.name = "ance" if Path(path).name == "dense" else "bm25"
-        return found
+    from retriever_server import dense_build
 
-    monkeypatch.setattr("retriever_server.searcher.open_searcher", fake)
-    main, dense, options = str(folder / "main"), str(tmp_path / "dense"), {"n_gpu": 2, "max_length": 64}
-    assert list(open_indexes([dense, main], 0.9, 0.4, "ance", options)) == ["dense", "main"]
-    assert opened == [("dense", options), ("main", {})]
+    helpers_encoders.build_ance(tmp_path / "model")
+    settings = dense_build.Settings(max_length=16, device="cpu", progress=False)
+    assert dense_build.build([folder / "c.jsonl"], tmp_path / "dense", str(tmp_path / "model"), settings)
+    main, dense = str(folder / "main"), str(tmp_path / "dense")
+    options = {"model_name_or_path": str(tmp_path / "model"), "max_length": 8, "batch_size": 2}
+    indexes = open_indexes([dense, main], 0.9, 0.4, "ance", options)
+    with running(create_app(indexes)) as client:
+        found = client.post("/search", json={"queries": ["blue sky"], "k": 2, "index": "dense"}).json()["results"][0]
+        assert [hit["docid"] for hit in found] == [docid for docid, _ in indexes["dense"].search(["blue sky"], 2)[0]]
+        item = {"id": "1", "query": "blue sky", "gold_docids": [found[1]["docid"]]}
+        assert client.post("/rank", json={"items": [item], "index": "dense"}).json()["ranks"] == {"1": 2}
+        assert client.get("/health").json()["indexes"]["main"]["retriever"] == "bm25"
     with pytest.raises(ValueError, match=r"--retriever_name ance, but .*main is an index of bm25: leave the flag out"):
         open_indexes([main, dense], None, None, "ance", options)
     with pytest.raises(ValueError, match="--bm25_k1 and --bm25_b are given, but no index here is of bm25"):
-        open_indexes([dense], 0.9, None)
+        open_indexes([dense], 0.9, None, None, options)
 
 
 def test_qrels(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
