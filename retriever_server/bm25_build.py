@@ -109,6 +109,8 @@ def build(
     paths, folder = [Path(path) for path in collections], Path(output)
     if not (math.isfinite(k1) and k1 >= 0 and 0 <= b <= 1):
         raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1 {k1} and b {b}")
+    if processes is not None and processes < 1:
+        raise ValueError(f"--processes is {processes}: it must be at least 1")
     processes = processes or len(os.sched_getaffinity(0))
     for path in paths:
         if not path.is_file():
