@@ -12,7 +12,9 @@ from convsearch.cli import run
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m retriever_server.index", description="Builds an index folder from a collection.")
     kinds = top.add_subparsers(dest="kind", required=True)
-    bm25 = kinds.add_parser("bm25", help="BM25 over English terms, as Lucene scores", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    bm25 = kinds.add_parser(
+        "bm25", help="BM25 over English terms, as Lucene scores", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     bm25.add_argument("--collection", type=Path, nargs="+", required=True, help='JSON lines of {"id", "contents"}, gzipped (.gz) or not')
     bm25.add_argument("--output", type=Path, required=True, help="the index folder; used as it is where it holds this index already")
     bm25.add_argument("--k1", type=float, default=0.9, help="term frequency saturation (0.9 for TopiOCQA, 0.82 for QReCC)")
