@@ -163,7 +163,9 @@ class Flat:
 
         matrix, coarse = self._matrix[start : start + len(block.scale)], torch.from_numpy(queries.coarse)
         if self.coarse == "int8":
-            return torch._int_mm(coarse, matrix.T).numpy(), block.scale, block.offset
+            # torch 2.13 misreads a matrix of one column: its strides do not tell it from its transpose
+            product = torch._int_mm(coarse, matrix.T) if matrix.shape[1] > 1 else coarse.int() * matrix.T.int()
+            return product.numpy(), block.scale, block.offset
         ones, zeros = np.ones(len(block.scale), np.float32), np.zeros(len(block.scale), np.float32)
         return torch.mm(coarse, matrix.float().T).numpy(), ones, zeros
 

@@ -82,6 +82,15 @@ def test_small_whole_numbers_tie_and_rank_as_brute_force(seed: int, coarse: str,
 
 
 @pytest.mark.parametrize("coarse", COARSE)
+def test_vectors_of_one_number(coarse: str) -> None:
+    vectors, queries = np.array([[3], [-1], [2], [2], [0]], np.float32), np.array([[1], [-2], [0.5]], np.float32)
+    flat = scanner(vectors, coarse)
+    for _ in range(20):  # a product that reads strange memory is right now and then
+        assert count_beating(vectors, queries, [[3], [0], [0, 1]], 9, flat).tolist() == [2, 4, 0]
+        assert [rows.tolist() for _, rows in flat.top(queries, 3)] == [[0, 2, 3], [1, 4, 2], [0, 2, 3]]
+
+
+@pytest.mark.parametrize("coarse", COARSE)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_vectors_that_all_point_one_way_and_differ_in_the_last_bits(coarse: str, dtype: type) -> None:
     rng = np.random.default_rng(3)
