@@ -58,7 +58,7 @@ $py -m data_preprocess.demo_model --output $model
 
 stage "index"
 index=data/indexes/bm25_$(basename $data)
-$py -m retriever_server.index bm25 --collection $data/collection.jsonl --output "$index"
+$py -m retriever_server.index bm25 --collection $data/collection.jsonl --output "$index" --overwrite
 
 rewrite() { # NAME MODEL: rewrites of the test questions
   $py -m convsearch.infer --model_name_or_path "$2" --model_name ConvSearch-R1 --temperature 0.7 --max_tokens 64 --seed "$SEED" --prompt_style compact \
