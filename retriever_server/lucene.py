@@ -227,24 +227,26 @@ def passages(folder: str | Path) -> Iterator[dict[str, str]]:
             yield {"id": document.get("id"), "contents": _text(document)}
 
 
-def build(collection: str | Path, output: str | Path, threads: int = 1) -> int:
-    """Makes a Lucene index of a collection.jsonl(.gz) with Anserini's IndexCollection; returns the number of passages.
+def build(collections: str | Path | Sequence[str | Path], output: str | Path, threads: int = 1) -> int:
+    """Makes a Lucene index of files of JSON lines (gzipped or not) with Anserini's IndexCollection; returns the number of passages.
 
     Passages without any text are left out, as Anserini does. With one thread the others keep their order as long as Lucene
-    writes one segment (about 2 GB in memory).
+    writes one segment (about 2 GB in memory). More threads share the work by files.
 
     Raises:
-        ValueError: the collection is absent, or the output exists.
+        ValueError: a collection file is absent, or the output exists.
     """
-    collection, output = Path(collection), Path(output)
-    if not collection.is_file():
-        raise ValueError(f'there is no collection file {collection}: give JSON lines of {{"id", "contents"}}')
+    paths, output = [Path(path) for path in ([collections] if isinstance(collections, str | Path) else collections)], Path(output)
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f'there is no collection file {path}: give JSON lines of {{"id", "contents"}}')
     if output.exists():
         raise ValueError(f"{output} exists already: choose another --output")
     temporary, source = (output.with_name(f"{output.name}.tmp-{what}{os.getpid()}") for what in ("", "in-"))
     try:
         source.mkdir(parents=True)
-        _link(collection, source / "passages.jsonl")
+        for number, path in enumerate(paths):
+            _link(path, source / f"passages{number:05d}.jsonl")
         given = java("io.anserini.index.IndexCollection$Args")()
         given.collectionClass, given.generatorClass = "JsonCollection", "DefaultLuceneDocumentGenerator"
         given.input, given.index, given.threads = str(source), str(temporary), threads
@@ -291,9 +293,9 @@ def parser() -> argparse.ArgumentParser:
     reads.add_argument("--index", type=Path, required=True, help="an Anserini index with raw or contents stored")
     reads.add_argument("--output", type=Path, required=True, help='JSON lines of {"id", "contents"}')
     makes = kinds.add_parser("build", help="make a Lucene index of a collection")
-    makes.add_argument("--collection", type=Path, required=True, help='JSON lines of {"id", "contents"}, gzipped (.gz) or not')
+    makes.add_argument("--collection", type=Path, nargs="+", required=True, help='JSON lines of {"id", "contents"}, gzipped (.gz) or not')
     makes.add_argument("--output", type=Path, required=True, help="the index folder, which must not exist")
-    makes.add_argument("--threads", type=int, default=1, help="with one, passages keep their order")
+    makes.add_argument("--threads", type=int, default=1, help="with one, passages keep their order; more share the work by files")
     return top
 
 
