@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every contestant but rank_bm25")
     top.add_argument("--source", type=Path, help="collection.jsonl whose sentences make the passages; the embedded summaries by default")
     top.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where collections and indexes are kept for the next run")
-    top.add_argument("--peers", nargs="*", default=["lucene", "bm25s", "rank_bm25"], help="whom to run against")
+    top.add_argument("--peers", nargs="*", default=["lucene", "bm25s", "bm25s_numba", "rank_bm25"], help="whom to run against")
     return top
 
 
@@ -75,18 +75,25 @@ def lucene(folder: Path, threads: int) -> tuple[str, Contestant]:
 
 
 def bm25s(folder: Path, threads: int) -> tuple[str, Contestant]:
-    """bm25s over the same terms, top 100."""
+    """bm25s as it comes (numpy) over the same terms, top 100."""
+    return f"bm25s-{version('bm25s')}", _bm25s(folder, threads, "numpy")
+
+
+def bm25s_numba(folder: Path, threads: int) -> tuple[str, Contestant]:
+    """The same, compiled."""
+    return f"bm25s-{version('bm25s')}-numba", _bm25s(folder, threads, "numba")
+
+
+def _bm25s(folder: Path, threads: int, backend: str) -> Contestant:
     import bm25s as library
 
     from convsearch.files import read_jsonl
-    from retriever_server.analyzer import analyze
+    from retriever_server.analyzer import TermIds, analyze
 
-    vocabulary: dict[str, int] = {}
-    ids = [
-        [vocabulary.setdefault(term, len(vocabulary)) for term in analyze(record["contents"])]
-        for _, record in read_jsonl(folder / "collection.jsonl")
-    ]
-    model = library.BM25(k1=0.9, b=0.4, method="lucene", backend="numba")
+    term_ids = TermIds()
+    ids = [term_ids(record["contents"]) for _, record in read_jsonl(folder / "collection.jsonl")]
+    vocabulary = term_ids.vocabulary
+    model = library.BM25(k1=0.9, b=0.4, method="lucene", backend=backend)
     model.index(library.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
 
     def search(queries: Sequence[str]) -> object:
@@ -94,7 +101,7 @@ def bm25s(folder: Path, threads: int) -> tuple[str, Contestant]:
         query_ids = library.tokenization.Tokenized(ids=tokens, vocab=vocabulary)
         return model.retrieve(query_ids, k=DEPTH, n_threads=threads, show_progress=False, return_as="documents")
 
-    return f"bm25s-{version('bm25s')}", search
+    return search
 
 
 def rank_bm25(folder: Path, threads: int) -> tuple[str, Contestant]:
@@ -122,7 +129,7 @@ def compare(args: argparse.Namespace) -> str:
     print(f"{args.passages} passages, {len(queries)} queries, {args.threads} threads; our index built or found in {ours.build_s:.1f} s")
     contestants: dict[str, Contestant] = {"gold_ranks": ours}
     reason = "not asked for"
-    for peer in (lucene, bm25s, rank_bm25):
+    for peer in (lucene, bm25s, bm25s_numba, rank_bm25):
         if peer.__name__ in args.peers:
             try:
                 name, call = peer(folder, args.threads)

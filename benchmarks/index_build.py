@@ -1,7 +1,8 @@
 """Building a BM25 index: this engine against Lucene (Anserini's IndexCollection), on the same files and as many processes as it has threads.
 
-``python -m benchmarks.index_build --passages 1000000``. The two take turns; Lucene stores the text, as we do, and its merge to one segment counts. The
-last line is ``ratio=… bytes_a_posting=… peak_mib=… peers=lucene``: Lucene's median time over ours, and the memory of our largest process, mapped files included.
+``python -m benchmarks.index_build --passages 1000000``. The two take turns; Lucene stores the text, as we do, and its merge to one segment counts.
+The last line is ``ratio=… bytes_a_posting=… peak_mib=… peers=lucene``: Lucene's median time over ours, and the memory of our largest process, with the
+files that it has mapped.
 """
 
 import argparse
