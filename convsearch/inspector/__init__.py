@@ -1,0 +1,1 @@
+"""A page that follows a GRPO run: ``python -m convsearch.inspect RUN_FOLDER``."""

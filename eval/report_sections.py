@@ -1,0 +1,289 @@
+"""The parts of a report, each a piece of HTML or nothing where the run has nothing for it."""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convsearch.files import read_jsonl
+from eval import report_charts as charts
+from eval import report_data as data
+from eval.report_html import Html, Node, table, tag
+
+if TYPE_CHECKING:
+    from retriever_server.searcher import Searcher
+
+Record = dict[str, Any]
+# metric of metrics.jsonl -> (title, unit); a metric and its val_ twin share a chart
+CURVES = {
+    "reward": ("Reward", "mean of a sample"),
+    "mrr": ("Reciprocal rank", "mean of a sample"),
+    "format_rate": ("Format kept", "share of samples"),
+    "kl": ("KL to the reference", "nats a token"),
+    "entropy": ("Entropy", "nats a token"),
+    "response_tokens": ("Response length", "tokens"),
+    "spread_rate": ("Groups that teach", "share with differing rewards"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "loss": ("Loss", "a token"),
+}
+# MRR, NDCG@3, R@10, R@100 in percent of arXiv 2505.15776, tables 1 and 2: (data, retriever) -> system -> figures
+PAPER: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
+    ("TopiOCQA", "bm25"): {
+        "raw question": (2.1, 1.8, 4.0, 9.2),
+        "Llama3.2-3B": (4.8, 4.0, 8.6, 20.7),
+        "Llama3.2-3B, ConvSearch-R1": (37.8, 36.2, 59.6, 80.1),
+        "Qwen2.5-3B": (8.8, 7.5, 17.3, 36.1),
+        "Qwen2.5-3B, ConvSearch-R1": (35.2, 33.5, 57.8, 79.9),
+    },
+    ("TopiOCQA", "ance"): {
+        "raw question": (4.1, 3.8, 7.5, 13.8),
+        "Llama3.2-3B": (12.8, 11.7, 22.6, 38.1),
+        "Llama3.2-3B, ConvSearch-R1": (50.5, 50.1, 72.0, 86.3),
+        "Qwen2.5-3B": (19.2, 18.3, 33.0, 46.7),
+        "Qwen2.5-3B, warm-up only": (22.2, 20.6, 38.7, 58.3),
+        "Qwen2.5-3B, ConvSearch-R1": (51.4, 51.3, 72.0, 85.7),
+    },
+    ("QReCC", "bm25"): {
+        "raw question": (6.5, 5.5, 11.1, 21.5),
+        "human rewrite": (39.8, 36.3, 62.7, 98.5),
+        "Llama3.2-3B": (22.5, 21.0, 33.7, 49.8),
+        "Llama3.2-3B, ConvSearch-R1": (55.9, 54.3, 77.2, 89.0),
+        "Qwen2.5-3B": (27.3, 25.0, 42.3, 64.6),
+        "Qwen2.5-3B, ConvSearch-R1": (56.5, 54.8, 76.3, 88.1),
+    },
+    ("QReCC", "ance"): {
+        "raw question": (10.2, 9.3, 15.7, 22.7),
+        "human rewrite": (38.4, 35.6, 58.6, 78.1),
+        "Llama3.2-3B": (19.1, 17.4, 30.4, 44.1),
+        "Llama3.2-3B, ConvSearch-R1": (50.2, 48.1, 70.6, 82.8),
+        "Qwen2.5-3B": (29.3, 27.2, 44.2, 59.0),
+        "Qwen2.5-3B, warm-up only": (39.9, 37.5, 59.3, 73.8),
+        "Qwen2.5-3B, ConvSearch-R1": (49.7, 47.7, 69.8, 81.6),
+    },
+}
+TEST_SETS = {"TopiOCQA": ("topiocqa-dev_", (2514,)), "QReCC": ("QReCC-Test_", (8124, 8209))}
+
+
+def section(title: str, about: Node, *content: Node) -> Html:
+    anchor = title.lower().replace(" ", "-")
+    return tag(
+        "section", tag("h2", title, id=anchor), tag("p", about, class_="muted small"), content, class_="panel", aria_labelledby=anchor
+    )
+
+
+def paper_set(qids: Sequence[str], golds: Mapping[str, Sequence[str]]) -> str | None:
+    """The paper's test set that these queries are, whole: a part of one, or passages that stand in for its own, compare with nothing."""
+    for name, (prefix, sizes) in TEST_SETS.items():
+        stand_in = any(docid.startswith("proxy-") for docids in golds.values() for docid in docids)
+        if len(qids) in sizes and all(qid.startswith(prefix) for qid in qids) and not stand_in:
+            return name
+    return None
+
+
+def results_section(results: data.Results, comparison: Mapping[str, list[Record]]) -> Html:
+    """Every system with its intervals, marked where it differs from the first; beside it the paper's, where they are of the same data."""
+    from eval.compare_output import stars
+
+    baseline, measures = next(iter(results.values)), data.MEASURES.split()
+    means = {(row["run"], row["measure"]): row for row in comparison["means"]}
+    tests = {(row["run"], row["measure"]): row for row in comparison["comparisons"]}
+    top = max(row["high"] for row in comparison["means"] if row["measure"] == "MRR") or 1.0
+
+    def cell(system: str, measure: str) -> Html:
+        row = means[system, measure]
+        mark = stars(tests[system, measure]["permutation_p_holm"]) if (system, measure) in tests else ""
+        figure = tag("strong", _percent(row["mean"])), tag("span", mark, class_="stars")
+        return tag("span", figure, tag("br"), tag("span", f"{_percent(row['low'])} – {_percent(row['high'])}", class_="muted small"))
+
+    rows: list[list[Node]] = []
+    for system in results.values:
+        row = means[system, "MRR"]
+        bar = charts.interval_bar(row["mean"], row["low"], row["high"], top)
+        rows.append([system, bar, *(cell(system, measure) for measure in measures)])
+    about = (
+        f"{len(results.qids):,} questions, retriever {results.retriever}, percent, with 95 % bootstrap intervals over the questions. "
+        f"Against the {baseline}: *\u00a0p\u00a0<\u00a00.05, **\u00a0p\u00a0<\u00a00.01, ***\u00a0p\u00a0<\u00a00.001, "
+        "permutation test, Holm's correction over the table."
+    )
+    parts: list[Node] = [table(["", "MRR", *measures], rows, numeric_from=2)]
+    parts += [tag("p", "These do not agree: ", fault, class_="bad") for fault in results.disagreements]
+    data_set = paper_set(results.qids, results.golds)
+    figures = PAPER.get((data_set or "", results.retriever))
+    if figures:
+        lines = [[name, *(f"{value:.1f}" for value in values)] for name, values in figures.items()]
+        parts.append(table(["", *measures], lines, f"The paper's figures: {data_set}, {results.retriever} (arXiv 2505.15776)"))
+    else:
+        parts.append(
+            tag("p", "The paper's figures are not shown: they are of the whole test sets of TopiOCQA and QReCC.", class_="muted small")
+        )
+    return section("Results", about, parts)
+
+
+def differences_section(system: str, comparison: Mapping[str, list[Record]]) -> Html:
+    """The system looked into against every other, on MRR."""
+    rows: list[list[Node]] = []
+    for row in comparison["comparisons"]:
+        if row["measure"] != "MRR":
+            continue
+        low, high = -row["high"], -row["low"]
+        sign = "good" if low > 0 else "bad" if high < 0 else "muted"
+        effect = "–" if row["effect_size"] is None else f"{-row['effect_size']:+.2f}".replace("-", "−")
+        p = row["permutation_p_holm"]
+        rows.append(
+            [
+                f"against {row['run']}",
+                tag("strong", _signed(-row["difference"]), class_=sign),
+                f"{_signed(low)} to {_signed(high)}",
+                "< 0.001" if p < 0.001 else f"{p:.3f}",
+                effect,
+                f"{row['losses']} / {row['ties']} / {row['wins']}",
+            ]
+        )
+    about = "Difference of the MRR in points with its 95 % interval, p of a paired permutation test (Holm), mean / sd of the differences."
+    return section(
+        f"{system[0].upper()}{system[1:]} against the others",
+        about,
+        table(["", "MRR", "interval", "p", "effect", "better / same / worse"], rows),
+    )
+
+
+def turns_section(cells: Sequence[Record], systems: Sequence[str]) -> Html:
+    """MRR by turn number."""
+    turns = list(dict.fromkeys(cell["turn"] for cell in cells))
+    counts = {cell["turn"]: cell["queries"] for cell in cells}
+    means = {(cell["turn"], cell["run"]): cell["mean"] for cell in cells if cell["measure"] == "MRR"}
+    head: list[Node] = ["", *(tag("span", f"{turn or '?'}", tag("br"), tag("span", f"n = {counts[turn]}")) for turn in turns)]
+    rows = [[system, *(_percent(means[turn, system]) for turn in turns)] for system in systems]
+    return section("By turn", "MRR in percent by the number of the turn; n is how many questions a turn has.", table(head, rows))
+
+
+def curves_section(records: Sequence[Record], shares: Sequence[tuple[str, Sequence[float]]]) -> list[Html]:
+    """Training curves, the gold passage's rank over time, and the figures behind them."""
+    figures = []
+    for name, (title, unit) in CURVES.items():
+        lines = [
+            charts.Line("training", _points(records, name)),
+            charts.Line("held-out", _points(records, f"val_{name}"), colour=2, dots=True),
+        ]
+        figures.append(charts.line_chart(title, unit, lines))
+    figures = [figure for figure in figures if figure]
+    parts = []
+    if figures:
+        key = charts.legend(
+            [(f"training: each step, and the mean of {charts.WINDOW} steps", "curve-1"), ("held-out conversations", "curve-2")]
+        )
+        parts.append(section("Training", "Over the optimiser steps.", key, tag("div", figures, class_="grid"), _figures_table(records)))
+    if shares:
+        about = "Where the retriever put the gold passage for the samples of each step."
+        parts.append(section("Gold rank over time", about, charts.stacked("Share of samples by gold rank", data.BUCKETS, shares)))
+    return parts
+
+
+def _points(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
+    return [(record["step"] + 1, float(record[name])) for record in records if isinstance(record.get(name), int | float)]
+
+
+def _figures_table(records: Sequence[Record], most: int = 100) -> Html:
+    names = [name for name in CURVES if any(name in record for record in records)]
+    every = -(-len(records) // most)
+    rows = [
+        [str(record["step"] + 1), *(f"{record[name]:.4g}" if name in record else "" for name in names)]
+        for record in records[::every]
+        if any(name in record for name in names)
+    ]
+    return tag("details", tag("summary", "The figures"), table(["step", *(CURVES[name][0] for name in names)], rows))
+
+
+def movement_section(results: data.Results, baseline: str, system: str) -> Html:
+    """How many questions went from which rank to which."""
+    before, after = results.ranks(baseline), results.ranks(system)
+    counts = [[0] * 4 for _ in range(4)]
+    for b, a in zip(before, after, strict=True):
+        counts[data.bucket(b)][data.bucket(a)] += 1
+    pairs = [(data.reciprocal(b), data.reciprocal(a)) for b, a in zip(before, after, strict=True)]
+    better, worse = sum(a > b for b, a in pairs), sum(a < b for b, a in pairs)
+    names = data.BUCKETS[:4]
+    rows: list[list[Node]] = []
+    for i, name in enumerate(names):
+        cells: list[Node] = []
+        for j in range(4):
+            kind = "good" if j < i else "bad" if j > i else ""
+            cells.append(tag("span", f"{counts[i][j]}", class_=f"chip {kind}" if counts[i][j] else "muted"))
+        rows.append([name, *cells, str(sum(counts[i]))])
+    totals: list[Node] = ["all", *(str(sum(counts[i][j] for i in range(4))) for j in range(4)), str(len(pairs))]
+    about = f"The gold passage's rank: rows by the {baseline}, columns {system}. Green moved up, red moved down."
+    shares = tag("p", tag("strong", f"{better}", class_="good"), " questions better, ", f"{len(pairs) - better - worse} the same, ",
+                 tag("strong", f"{worse}", class_="bad"), " worse.")  # fmt: skip
+    return section("Rank movement", about, shares, table(["", *names, "all"], [*rows, totals]))
+
+
+def cases_section(title: str, about: str, chosen: Sequence[data.Case], index: "Searcher | None") -> Html:
+    return section(title, about, [_case(case, number, index) for number, case in enumerate(chosen, start=1)])
+
+
+def _case(case: data.Case, number: int, index: "Searcher | None") -> Html:
+    record = case.record
+    kind = "good" if case.gain > 0 else "bad"
+    head = (
+        tag("span", f"{number}", class_="place muted"),
+        tag("span", str(record["question"]), class_="asked"),
+        tag("span", _rank(case.before), " → ", _rank(case.after), class_=f"chip {kind}"),
+    )
+    rewrite = str(record.get("rewrite", ""))
+    fallback = tag("span", "fell back to the raw question", class_="chip bad") if record.get("fallback") else None
+    parts: list[Node] = [tag("h3", "Conversation"), _talk(record)]
+    if record.get("reasoning_content"):
+        parts += [tag("h3", "Thinking"), tag("p", str(record["reasoning_content"]))]
+    parts += [tag("h3", "Rewrite"), tag("p", rewrite, " ", fallback)]
+    if case.hits or case.golds:
+        parts += [tag("h3", "Top passages of the rewrite"), _passages(case, rewrite, index)]
+    return tag("details", tag("summary", head), tag("div", parts, class_="case-body"), class_="case", open=number == 1)
+
+
+def _talk(record: Record) -> Html:
+    context = [str(line) for line in record.get("context", [])]
+    lines = [("QA"[i % 2], line) for i, line in enumerate(context)] + [("Q", str(record["question"]))]
+    last = len(lines) - 1
+    items = [tag("li", tag("span", who, class_="who"), tag("strong", said) if i == last else said) for i, (who, said) in enumerate(lines)]
+    return tag("ol", items, class_="talk")
+
+
+def _passages(case: data.Case, rewrite: str, index: "Searcher | None") -> list[Html]:
+    found = [docid for docid, _ in case.hits]
+    shown: list[tuple[str, str]] = [(docid, f"{place}") for place, docid in enumerate(found, start=1)]
+    shown += [(docid, _rank(case.after)) for docid in case.golds if docid not in found]
+    texts: Mapping[str, str] = {}
+    if index is not None:
+        known = [docid for docid, _ in shown if not index.missing([docid])]
+        texts = dict(zip(known, index.contents(known), strict=True))
+    return [
+        tag("div", tag("div", tag("span", place, class_="muted"), " ", tag("span", docid, class_="mono"), " ",
+                       tag("span", "gold", class_="chip good") if docid in case.golds else None),
+            tag("div", _marked(rewrite, texts[docid])) if docid in texts else None,
+            class_="passage gold" if docid in case.golds else "passage")
+        for docid, place in shown
+    ]  # fmt: skip
+
+
+def _marked(query: str, passage: str, most: int = 600) -> list[Node]:
+    from retriever_server.highlight import marked
+
+    cut = passage if len(passage) <= most else passage[:most].rsplit(" ", 1)[0] + " …"
+    return [tag("mark", piece) if hit else piece for piece, hit in marked(query, cut)]
+
+
+def _rank(rank: int | None) -> str:
+    return "not found" if rank is None else f"rank {rank}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _signed(value: float) -> str:
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def numbered_turns(path: Path) -> bool:
+    """Whether the conversations say which turn each question is."""
+    return path.is_file() and all(isinstance(record.get("turn_id"), int) for _, record in islice(read_jsonl(path), 1))
