@@ -1,0 +1,185 @@
+"""BRIGHT's files as people have them: documents, topics, excluded ids, reasoned queries; parquet, JSON lines (gzipped or not) or one JSON value."""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TASKS = {  # as the data set calls them -> short name of the published tables
+    "biology": "Bio",
+    "earth_science": "Ear",
+    "economics": "Eco",
+    "psychology": "Psy",
+    "robotics": "Rob",
+    "stackoverflow": "Sta",
+    "sustainable_living": "Sus",
+    "leetcode": "Lee",
+    "pony": "Pon",
+    "aops": "AoPS",
+    "theoremqa_questions": "ThQ",
+    "theoremqa_theorems": "ThT",
+}
+NOT_EXCLUDED = "N/A"  # how the data set says that a query excludes nothing
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """``Topic("0", "why are insects attracted to light?", ())``"""
+
+    qid: str
+    query: str
+    excluded: tuple[str, ...]
+
+
+def records(path: str | Path) -> Iterator[tuple[str, Record]]:
+    """Yields (where, record) of a parquet file, JSON lines or a JSON list.
+
+    Raises:
+        ValueError: there is no such file, or it is of none of these forms; names file and line.
+    """
+    from convsearch.files import read_jsonl
+
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    if path.suffix == ".parquet":
+        yield from _parquet(path)
+    elif _first_character(path) == "[":
+        listed = _json(path)
+        for number, record in enumerate(listed):
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: entry {number} must be an object, got {type(record).__name__}")
+            yield f"{path}: entry {number}", record
+    else:
+        for number, record in read_jsonl(path):
+            yield f"{path}:{number}", record
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path}: not a parquet file ({error})") from error
+    number = 0
+    for batch in file.iter_batches(batch_size=1024):
+        for record in batch.to_pylist():
+            yield f"{path}: row {number}", record
+            number += 1
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+
+
+def _first_character(path: Path) -> str:
+    try:
+        with _open(path) as file:
+            return next((line.lstrip()[0] for line in file if line.strip()), "")
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: cannot be read as text ({error})") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        with _open(path) as file:
+            return json.load(file)
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def _field(where: str, record: Record, *names: str) -> str:
+    for name in names:
+        value = record.get(name)
+        if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+            return str(value)
+    raise ValueError(f"{where}: none of the fields {', '.join(names)} holds a text; it has {', '.join(record)}")
+
+
+def read_documents(path: str | Path) -> dict[str, str]:
+    """docid -> text, in the file's order. TheoremQA's own file is read as the documents of theoremqa_questions that its questions are.
+
+    Raises:
+        ValueError: a record has no id or text, an id stands for two texts, or there is none.
+    """
+    documents: dict[str, str] = {}
+    for where, record in records(path):
+        if "Question" in record:
+            docid, text = "TheoremQA_" + _field(where, record, "id"), _field(where, record, "Question")
+        else:
+            docid, text = _field(where, record, "id", "docid", "_id"), _field(where, record, "contents", "content", "text")
+        if documents.setdefault(docid, text) != text:
+            raise ValueError(f"{where}: the id {docid!r} stands for another text before: keep one of the two")
+    if not documents:
+        raise ValueError(f"{path}: no documents")
+    return documents
+
+
+def read_topics(path: str | Path) -> list[Topic]:
+    """Queries with their excluded ids, where the file has them.
+
+    Raises:
+        ValueError: a record has no id or text, an id stands twice, or there is none.
+    """
+    topics: dict[str, Topic] = {}
+    for where, record in records(path):
+        qid = _field(where, record, "id", "qid", "_id")
+        if qid in topics:
+            raise ValueError(f"{where}: query {qid!r} stands twice")
+        topics[qid] = Topic(qid, _field(where, record, "query", "question", "text"), _ids(where, record.get("excluded_ids") or []))
+    if not topics:
+        raise ValueError(f"{path}: no topics")
+    return list(topics.values())
+
+
+def _ids(where: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(docid, str) for docid in value):
+        raise ValueError(f"{where}: excluded_ids must be a list of document ids, got {str(value)[:60]}")
+    return tuple(docid for docid in value if docid != NOT_EXCLUDED)
+
+
+def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """Query id -> ids of documents that it must not find: one JSON object {qid: [ids]}, or records with an id and excluded_ids."""
+    if Path(path).suffix == ".json" and _first_character(Path(path)) == "{":
+        return {qid: _ids(f"{path}: query {qid!r}", ids) for qid, ids in _json(Path(path)).items()}
+    found = records(path)
+    return {_field(where, record, "id", "qid", "_id"): _ids(where, record.get("excluded_ids") or []) for where, record in found}
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoned:
+    """Reasoned queries by the text that they were made of (the released form), by query id (``convsearch.infer``'s), or both."""
+
+    by_text: Mapping[str, str]
+    by_qid: Mapping[str, str]
+
+    def of(self, topic: Topic) -> str | None:
+        """None where there is none, or it is blank."""
+        found = self.by_qid.get(topic.qid) or self.by_text.get(topic.query) or self.by_text.get(topic.query.strip())
+        return found if found and found.strip() else None
+
+
+def read_reasoned(path: str | Path) -> Reasoned:
+    """One JSON object {query: reasoned query}, or the lines of ``convsearch.infer --task rqr`` (qid, question, rewrite, fallback).
+
+    Raises:
+        ValueError: it is neither; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    if path.name.removesuffix(".gz").endswith(".json") and _first_character(path) == "{":
+        found = _json(path)
+        if not all(isinstance(text, str) for text in found.values()):
+            raise ValueError(f"{path}: must be one object of texts, {{query: reasoned query}}; lines of JSON end in .jsonl")
+        return Reasoned({query.strip(): text for query, text in found.items()} | found, {})
+    by_qid = {}
+    for where, record in records(path):
+        if record.get("fallback") is not True:
+            by_qid[_field(where, record, "qid", "id")] = _field(where, record, "rewrite", "output")
+    return Reasoned({}, by_qid)
