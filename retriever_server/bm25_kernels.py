@@ -72,17 +72,13 @@ def exact_score(
 
 
 @compiled
-def by_bound(starts: Array, ends: Array, weights: Array, max_codes: Array, gain: Array) -> Any:
-    """The query's terms by falling upper bound, and rest[j]: what terms j, j + 1, ... can add together at most."""
-    n = len(starts)
-    bounds = np.empty(n, np.float32)
-    for t in range(n):
-        bounds[t] = weights[t] * gain[max_codes[t]]
-    order = np.argsort(-bounds)
-    rest = np.zeros(n + 1, np.float32)
-    for j in range(n - 1, -1, -1):
+def by_bound(weights: Array, max_codes: Array, gain: Array, order: Array, rest: Array) -> None:
+    """Fills ``order`` with the query's terms by falling upper bound, and ``rest[j]`` with what terms j, j + 1, ... can add together at most."""
+    bounds = weights * gain[max_codes]
+    order[:] = np.argsort(-bounds)
+    rest[len(order)] = 0
+    for j in range(len(order) - 1, -1, -1):
         rest[j] = rest[j + 1] + bounds[order[j]]
-    return order, rest
 
 
 @compiled
@@ -106,23 +102,53 @@ def gold_ranks(
     found: Array,
     ranks: Array,
 ) -> None:
-    """Fills ``ranks[query]`` for the queries in ``which``; query q's terms are term_ends[q] to term_ends[q + 1], its golds likewise."""
-    for query in which:
-        terms = slice(term_ends[query], term_ends[query + 1])
-        its_golds = golds[gold_ends[query] : gold_ends[query + 1]]
-        lists = starts[terms], ends[terms], weights[terms], max_codes[terms]
-        ranks[query] = gold_rank(*lists, its_golds, depth, num_passages, docs, codes, tf, inverse_norm, gain, sums, found)
+    """Fills ``ranks[q]`` for the queries in ``which`` with 1 + the passages that beat the best gold; 0 where the gold scores nothing, or
+    ``depth`` passages beat it.
+
+    A threshold known before the first posting is read splits a query's terms: a passage that holds only terms of the tail cannot beat the gold.
+    So the head's postings are scanned; passages that the tail could still lift over the threshold are looked up in the tail's lists. All queries go
+    through one window of passages before the next, so that lists they share, as the samples of a prompt do, come from the cache.
+
+    Args:
+        term_ends, gold_ends: query q's terms are term_ends[q] to term_ends[q + 1], its golds (ascending passage numbers) likewise.
+        starts, ends: int64[terms], where each term's postings stand in ``docs`` and ``codes``.
+        weights: float32[terms], times in the query x idf.  max_codes: the largest code of each list.
+        sums, found: float32 and int32 [window] of this thread, ``sums`` all zero (and left so).
+    """
+    gold, threshold = np.full(len(ranks), -1, np.int64), np.zeros(len(ranks), np.float32)
+    order, rest, at = np.empty(len(starts), np.int64), np.empty(len(starts) + len(ranks), np.float32), starts.copy()
+    for q in which:
+        a, b = term_ends[q], term_ends[q + 1]
+        for candidate in golds[gold_ends[q] : gold_ends[q + 1]]:
+            score = exact_score(candidate, starts[a:b], ends[a:b], weights[a:b], docs, codes, tf, inverse_norm)
+            if score > threshold[q]:
+                gold[q], threshold[q] = candidate, score
+        by_bound(weights[a:b], max_codes[a:b], gain, order[a:b], rest[a + q : b + q + 1])
+        at[a:b] = starts[a:b][order[a:b]]
+        ranks[q] = gold[q] >= 0
+    for base in range(0, num_passages, len(sums)):
+        for q in which:
+            if ranks[q] == 0:
+                continue
+            a, b = term_ends[q], term_ends[q + 1]
+            terms = order[a:b], rest[a + q : b + q + 1], at[a:b], starts[a:b], ends[a:b], weights[a:b]
+            ranks[q] += beating(base, gold[q], threshold[q], num_passages, *terms, docs, codes, tf, inverse_norm, gain, sums, found)
+            if ranks[q] > depth:
+                ranks[q] = 0
 
 
 @compiled
-def gold_rank(
+def beating(
+    base: int,
+    gold: int,
+    threshold: np.float32,
+    num_passages: int,
+    order: Array,
+    rest: Array,
+    at: Array,
     starts: Array,
     ends: Array,
     weights: Array,
-    max_codes: Array,
-    golds: Array,
-    depth: int,
-    num_passages: int,
     docs: Array,
     codes: Array,
     tf: Array,
@@ -131,68 +157,42 @@ def gold_rank(
     sums: Array,
     found: Array,
 ) -> int:
-    """1 + the passages that beat the best gold; 0 where the gold scores nothing or more than ``depth`` - 1 passages beat it.
-
-    A threshold known before the first posting is read splits the query's terms: a passage that holds only terms of the tail cannot beat the gold.
-    So the head's postings are scanned, window by window; passages that the tail could still lift over the threshold are looked up in
-    the tail's lists, the strongest first, until they cannot make it.
-
-    Args:
-        starts, ends: int64[terms], where each query term's postings stand in ``docs`` and ``codes``.
-        weights: float32[terms], times in the query x idf.  max_codes: the largest code of each list.
-        golds: ascending passage numbers.  sums, found: float32 and int32 [window] of this thread, ``sums`` all zero (and left so).
-    """
-    gold, threshold = -1, np.float32(0)
-    for candidate in golds:
-        score = exact_score(candidate, starts, ends, weights, docs, codes, tf, inverse_norm)
-        if score > threshold:
-            gold, threshold = candidate, score
-    if gold < 0:
-        return 0
-    order, rest = by_bound(starts, ends, weights, max_codes, gain)
-    n = len(order)
+    """How many passages of the window from ``base`` on beat one query's gold; moves ``at``, where each list (in ``order``) has been read to."""
+    top, n = min(base + len(sums), num_passages), len(order)
     error = np.sum(weights) * np.float32(n + 8) * np.float32(2.0**-23)  # twice what n additions and the gains' own rounding can amount to
     surely, hardly = threshold + error, threshold - error
     head = 0
     while head < n and rest[head] >= min(ESSENTIAL * threshold, hardly):
         head += 1
-    at = np.empty(n, np.int64)
-    for j in range(n):
-        at[j] = starts[order[j]]
     enough = max(hardly - rest[head], np.float32(1e-30))  # above zero, so that a passage crosses it when it is first touched
-    beaten_by = 0
-    for base in range(0, num_passages, len(sums)):
-        top = min(base + len(sums), num_passages)
-        count, touched = 0, 0
-        for j in range(head):
-            weight, last = weights[order[j]], seek(docs, at[j], ends[order[j]], top, num_passages)
-            its_docs, its_codes = docs[at[j] : last], codes[at[j] : last]
-            for p in range(len(its_docs)):
-                i = np.uint32(its_docs[p]) - np.uint32(base)
-                before = sums[i]
-                after = before + weight * gain[its_codes[p]]
-                sums[i] = after
-                if after >= enough and before < enough:
-                    found[count] = i
-                    count += 1
-            touched += last - at[j]
-            at[j] = last
-        if count:
-            count = add_tail(head, count, base, top, num_passages, order, rest, hardly, ends, weights, docs, codes, gain, at, sums, found)
-            for c in range(count):
-                doc, total = base + found[c], sums[found[c]]
-                if doc == gold or total < hardly:
+    count, touched, beaten_by = 0, 0, 0
+    for j in range(head):
+        weight, last = weights[order[j]], seek(docs, at[j], ends[order[j]], top, num_passages)
+        its_docs, its_codes = docs[at[j] : last], codes[at[j] : last]
+        for p in range(len(its_docs)):
+            i = np.uint32(its_docs[p]) - np.uint32(base)
+            before = sums[i]
+            after = before + weight * gain[its_codes[p]]
+            sums[i] = after
+            if after >= enough and before < enough:
+                found[count] = i
+                count += 1
+        touched += last - at[j]
+        at[j] = last
+    if count:
+        count = add_tail(head, count, base, top, num_passages, order, rest, hardly, ends, weights, docs, codes, gain, at, sums, found)
+        for c in range(count):
+            doc, total = base + found[c], sums[found[c]]
+            if doc == gold or total < hardly:
+                continue
+            if total <= surely:
+                score = exact_score(doc, starts, ends, weights, docs, codes, tf, inverse_norm)
+                if score < threshold or (score == threshold and doc > gold):
                     continue
-                if total <= surely:
-                    score = exact_score(doc, starts, ends, weights, docs, codes, tf, inverse_norm)
-                    if score < threshold or (score == threshold and doc > gold):
-                        continue
-                beaten_by += 1
-        if touched:
-            sums[: top - base] = 0
-        if beaten_by >= depth:
-            return 0
-    return beaten_by + 1
+            beaten_by += 1
+    if touched:
+        sums[: top - base] = 0
+    return beaten_by
 
 
 @compiled
