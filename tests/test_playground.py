@@ -262,7 +262,7 @@ def typed(page: Any, talk: str) -> None:
 def test_in_a_browser_by_keyboard(server: httpx.Client) -> None:
     with browser_page() as page:
         page.goto(str(server.base_url))
-        page.wait_for_selector("#index option")
+        page.wait_for_selector("#served:not(:empty)")
         assert page.evaluate("document.activeElement.id") == "talk"
         page.keyboard.type("Q: who wrote Hamlet?\nA: Shakespeare\nQ: and his wife?")
         assert page.locator("#parsed li").all_text_contents() == ["Qwho wrote Hamlet?", "AShakespeare", "Qand his wife?"]
@@ -287,7 +287,7 @@ def test_in_a_browser_by_keyboard(server: httpx.Client) -> None:
 def test_in_a_browser_what_goes_wrong_is_said(server: httpx.Client) -> None:
     with browser_page() as page:
         page.goto(str(server.base_url))
-        page.wait_for_selector("#index option")
+        page.wait_for_selector("#served:not(:empty)")
         page.get_by_role("button", name="Search", exact=True).click()
         page.wait_for_selector("text=Type a question")
         typed(page, "who?\nhe")
@@ -310,7 +310,7 @@ def test_in_a_browser_what_goes_wrong_is_said(server: httpx.Client) -> None:
 def test_in_a_browser_it_fits_and_is_readable(server: httpx.Client, width: int, scheme: str) -> None:
     with browser_page(width, scheme) as page:
         page.goto(str(server.base_url))
-        page.wait_for_selector("#index option")
+        page.wait_for_selector("#served:not(:empty)")
         page.get_by_label("Rewriter").select_option("fake")
         page.get_by_role("button", name="Example").click()
         page.get_by_label("Gold passages").fill("p2")
