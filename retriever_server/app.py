@@ -1,4 +1,4 @@
-"""The HTTP interface: /rank, /search, /retrieve, /health and /metrics over one or several indexes (see docs/serve.md)."""
+"""The HTTP interface: /rank, /search, /retrieve, /health and /metrics over one or several indexes (see docs/serve.md), and the playground at /."""
 
 import asyncio
 from collections import Counter
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from retriever_server import VERSION
 from retriever_server.batching import BatchSettings, Overloaded
 from retriever_server.fusion import FUSED_DEPTH, Fusion
+from retriever_server.playground import Playground
 from retriever_server.rank_cache import RankCache
 from retriever_server.schemas import (
     HealthResponse,
@@ -149,13 +150,20 @@ def create_app(
     limits: Limits | None = None,
     settings: BatchSettings | None = None,
     cache: RankCache | None = None,
+    rewriters: Mapping[str, Sequence[str]] | None = None,
+    prompt_style: str = "paper",
 ) -> FastAPI:
-    """The application; ``app.state.service`` does the work. Searching runs in worker threads, so that /health always answers."""
+    """The application; ``app.state.service`` does the work. Searching runs in worker threads, so that /health always answers.
+
+    ``rewriters``: the playground's, name -> command (see ``playground.rewriter_commands``).
+    """
     service = Service(indexes, qrels, limits or Limits(), settings or BatchSettings(), cache)
+    playground = Playground(service, rewriters or {}, prompt_style)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        playground.close()
         service.close()
 
     app = FastAPI(title="retriever_server", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -191,6 +199,7 @@ def create_app(
     async def health() -> dict[str, Any]:
         return service.health()
 
+    playground.add_to(app)
     text: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
 
     @app.get("/metrics", response_class=Response, responses={200: text})

@@ -48,6 +48,17 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--exit-with-parent", nargs="?", type=int, const=0, metavar="PID", help="stop when the process that started this one dies"
     )
+    pages = top.add_argument_group("playground", "the page at /")
+    pages.add_argument(
+        "--rewriter",
+        action="append",
+        default=[],
+        metavar="NAME=MODEL",
+        help="model folder, or http://HOST/v1[#MODEL] of an OpenAI-compatible server (key: OPENAI_API_KEY); may be repeated",
+    )
+    pages.add_argument(
+        "--prompt_style", choices=["paper", "compact"], default="paper", help="the rewriters' prompt at first (default: paper)"
+    )
     _add_queue_flags(top)
     bm25 = top.add_argument_group("bm25")
     bm25.add_argument("--bm25_k1", type=float, help="refuse an index with another k1")
@@ -89,6 +100,7 @@ def main() -> None:
         exit_with_parent(args.exit_with_parent or os.getppid())
     from retriever_server.app import create_app
     from retriever_server.batching import BatchSettings
+    from retriever_server.playground import rewriter_commands
     from retriever_server.rank_cache import RankCache
     from retriever_server.schemas import Limits
     from retriever_server.telemetry import set_up_logging
@@ -104,6 +116,7 @@ def main() -> None:
             f"--corpus_docid_path {args.corpus_docid_path}: an index folder holds its passages' ids; make one of the reference's files "
             "with `python -m retriever_server.index import-blocks`"
         )
+    rewriters = rewriter_commands(args.rewriter, args.prompt_style)
     indexes = open_indexes(args.index_path, args.bm25_k1, args.bm25_b, args.retriever_name, options)
     qrels = read_qrels(args.trec_path) if args.trec_path else None
     default = next(iter(indexes.values()))
@@ -111,7 +124,7 @@ def main() -> None:
         warn_of_missing(qrels, default)
     cache = RankCache(args.rank_cache, args.rank_cache_mib) if args.rank_cache else None
     about = f"index {', '.join(index.index_id for index in indexes.values())}, {default.num_passages} passages"
-    serve(create_app(indexes, qrels, limits, settings, cache), args.host, args.port, about)
+    serve(create_app(indexes, qrels, limits, settings, cache, rewriters, args.prompt_style), args.host, args.port, about)
 
 
 def open_indexes(
