@@ -44,7 +44,8 @@ def read_parquet(path: str | Path, columns: Sequence[str]) -> Iterator[dict[str,
 
 
 def read_examples(paths: Sequence[str], prompt_key: str = "prompt") -> list[Example]:
-    """GRPO rows: ``prompt`` (chat messages), ``reward_model.ground_truth`` (gold id or ids), ``extra_info.query_id`` and ``.question``."""
+    """GRPO rows: ``prompt`` (chat messages), ``reward_model.ground_truth`` (gold id or ids), ``extra_info.query_id`` and ``.question``, and,
+    where similarities are paid for, ``extra_info.positives`` (texts)."""
     examples = []
     for path in paths:
         for number, row in enumerate(read_parquet(path, [prompt_key, "reward_model", "extra_info"])):
@@ -68,7 +69,9 @@ def _example(row: dict[str, Any], prompt_key: str) -> Example:
     if not truth or not chat:
         raise KeyError(prompt_key if truth else "ground_truth")
     messages: tuple[Message, ...] = tuple({"role": str(_field(m, "role")), "content": str(_field(m, "content"))} for m in chat)
-    return Example(str(_field(row["extra_info"], "query_id")), messages, str(_field(row["extra_info"], "question")), golds)
+    info = row["extra_info"]
+    positives = info.get("positives") or () if isinstance(info, dict) else ()
+    return Example(str(_field(info, "query_id")), messages, str(_field(info, "question")), golds, tuple(map(str, positives)))
 
 
 def _field(record: Any, key: str) -> Any:

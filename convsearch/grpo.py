@@ -1,14 +1,16 @@
 """GRPO with a retriever as the teacher: ``python -m convsearch.grpo experiment=...``.
 
-Differs from the textbook (arXiv 2402.03300) as ConvSearch-R1 does: the reward is a function of the gold passage's rank alone, the reference is the
-SFT model, one on-policy update a step. Ours, exact and switchable: each prompt is computed once for its whole group (``batch.py``).
+Differs from the textbook (arXiv 2402.03300) as ConvSearch-R1 does: the reward comes from a retriever (the gold passage's rank, the nearness to it, or a
+mix: ``rewarder.py``), the reference is the SFT model, one on-policy update a step.
+
+Ours, exact and switchable: each prompt is computed once for its whole group (``batch.py``).
 """
 
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from convsearch.cli import run
 from convsearch.config import GrpoConfig, load_grpo_config
@@ -18,15 +20,10 @@ if TYPE_CHECKING:
 
     from convsearch.batch import MicroBatch, Tree
     from convsearch.policy import Policy
+    from convsearch.rewarder import Judge, Score
     from convsearch.sampler import Sampler
     from convsearch.tracking import Metrics
-    from convsearch.types import Completion, Example, Rewrite, Rollout
-
-
-class GoldRanks(Protocol):
-    """What a step asks of a retriever; ``convsearch.retriever.RetrieverClient`` answers it over HTTP."""
-
-    def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]: ...
+    from convsearch.types import Completion, Example, Rollout
 
 
 @dataclass(slots=True)
@@ -37,7 +34,7 @@ class Trainer:
     run_dir: "Path"
     prompt_ids: dict[str, tuple[int, ...]]
     sampler: "Sampler"
-    retriever: GoldRanks
+    retriever: "Judge"
     policy: "Policy"
     ref: "Policy | None"
     total_steps: int
@@ -48,7 +45,7 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
     from convsearch import rollouts
     from convsearch.algorithms import group_advantages
     from convsearch.batch import pack
-    from convsearch.parsing import parse_rewrite
+    from convsearch.rewarder import score
     from convsearch.schedule import lr_at
 
     actor, n = t.cfg.actor_rollout_ref.actor, t.cfg.actor_rollout_ref.rollout.n
@@ -57,12 +54,10 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
     prompts_P = [t.prompt_ids[example.qid] for example in examples_P]
     completions_N = t.sampler.generate(prompts_P, n, seed=t.cfg.actor_rollout_ref.rollout.seed * 1_000_003 + step)
     clock.lap("sample_s")
-    rewrites_N = [parse_rewrite(completion.text, completion.finish_reason) for completion in completions_N]
-    ranks_N = t.retriever.gold_ranks([example.gold_docids for example in examples_N], [rewrite.text for rewrite in rewrites_N])
+    scores_N = score(t.cfg.reward_model.reward, t.retriever, examples_N, completions_N, progress=step / t.total_steps)
     clock.lap("rank_s")
-    rewards_N = rewards(t, step, examples_N, rewrites_N, ranks_N)
-    advantages_N = group_advantages(rewards_N, n, by_std=t.cfg.algorithm.norm_adv_by_std)
-    rollouts_N = assemble(t, examples_N, completions_N, rewrites_N, ranks_N, rewards_N, advantages_N)
+    advantages_N = group_advantages([scored.reward for scored in scores_N], n, by_std=t.cfg.algorithm.norm_adv_by_std)
+    rollouts_N = assemble(t, examples_N, completions_N, scores_N, advantages_N)
     rollouts.dump(t.run_dir, step, rollouts_N)  # every step can be replayed
 
     lr = lr_at(step, t.total_steps, actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.lr_scheduler, actor.optim.min_lr_ratio)
@@ -77,42 +72,20 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
     return {**rollout_metrics(rollouts_N, n), **mean_of(updates), **clock.laps}
 
 
-def rewards(
-    t: Trainer, step: int, examples_N: Sequence["Example"], rewrites_N: Sequence["Rewrite"], ranks_N: Sequence[int | None]
-) -> list[float]:
-    """One number a sample, by the configured shape."""
-    from convsearch.rewards import reward
-
-    r = t.cfg.reward_model.reward
-    guard = r.language_guard_share if r.language_guard else None
-    return [
-        reward(
-            rewrite,
-            rank,
-            shape=r.name,
-            format_penalty=r.format_penalty,
-            language_guard=guard,
-            question=example.question,
-            progress=step / t.total_steps,
-        )
-        for example, rewrite, rank in zip(examples_N, rewrites_N, ranks_N, strict=True)
-    ]
-
-
 def assemble(
     t: Trainer,
     examples_N: Sequence["Example"],
     completions_N: Sequence["Completion"],
-    rewrites_N: Sequence["Rewrite"],
-    ranks_N: Sequence[int | None],
-    rewards_N: Sequence[float],
+    scores_N: Sequence["Score"],
     advantages_N: Sequence[float],
 ) -> list["Rollout"]:
     """The columns of a step as rollouts."""
     from convsearch.types import Rollout
 
-    columns = zip(examples_N, completions_N, rewrites_N, ranks_N, rewards_N, advantages_N, strict=True)
-    return [Rollout(example.qid, t.prompt_ids[example.qid], *rest) for example, *rest in columns]
+    return [
+        Rollout(example.qid, t.prompt_ids[example.qid], completion, scored.rewrite, scored.rank, scored.reward, advantage, scored.gain)
+        for example, completion, scored, advantage in zip(examples_N, completions_N, scores_N, advantages_N, strict=True)
+    ]
 
 
 def minibatches(cfg: GrpoConfig, rollouts_N: Sequence["Rollout"]) -> list[list["Tree"]]:
@@ -205,7 +178,8 @@ def rollout_metrics(rollouts_N: Sequence["Rollout"], n: int) -> "Metrics":
     total = len(rollouts_N)
     groups = [rollouts_N[i : i + n] for i in range(0, total, n)]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts_N]
-    return {
+    gains = [rollout.gain for rollout in rollouts_N if rollout.gain is not None]
+    return ({"similarity_gain": sum(gains) / len(gains)} if gains else {}) | {
         "reward": sum(rollout.reward for rollout in rollouts_N) / total,
         "format_rate": sum(rollout.rewrite.error is None for rollout in rollouts_N) / total,
         "rank1_rate": sum(rollout.rank == 1 for rollout in rollouts_N) / total,

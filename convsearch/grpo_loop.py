@@ -13,10 +13,9 @@ from convsearch import checkpoint, data, rollouts, runs
 from convsearch.config import GrpoConfig
 from convsearch.grpo import Trainer, grpo_step
 from convsearch.model import encode_chat, load_model, load_tokenizer, pick_device, stop_token_ids
-from convsearch.parsing import parse_rewrite
 from convsearch.policy import Policy
 from convsearch.retriever import open_retriever
-from convsearch.rewards import reward
+from convsearch.rewarder import score
 from convsearch.sampler import HfSampler, SamplingConfig
 from convsearch.tracking import Metrics, Tracker
 from convsearch.types import Example
@@ -49,7 +48,8 @@ def train(cfg: GrpoConfig) -> None:
     r = cfg.retriever
     wait = {"timeout_s": r.timeout_s, "max_wait_s": r.max_wait_s}
     replay = nullcontext(rollouts.Replay(Path(replay_from), 0)) if replay_from else None
-    with replay or open_retriever(url, depth=r.topk, index=r.index, **wait) as retriever:
+    encoder = r.similarity_model if cfg.reward_model.reward.weights[1] else None
+    with replay or open_retriever(url, depth=r.topk, index=r.index, similarity_model=encoder, **wait) as retriever:
         first_step, policy, ref = build_policy(cfg, run_dir, device)
         if isinstance(retriever, rollouts.Replay):
             retriever.step = first_step
@@ -132,16 +132,12 @@ def validate(t: Trainer, held_out: Sequence[Example]) -> Metrics:
     limit = t.cfg.data.val_max_samples
     rows = held_out[:limit] if limit > 0 else held_out
     completions = t.sampler.generate([t.prompt_ids[row.qid] for row in rows], 1, seed=t.cfg.actor_rollout_ref.rollout.seed)
-    rewrites = [parse_rewrite(completion.text, completion.finish_reason) for completion in completions]
-    ranks = t.retriever.gold_ranks([row.gold_docids for row in rows], [rewrite.text for rewrite in rewrites])
-    shaped = t.cfg.reward_model.reward
-    shape = "rank_incentive" if shaped.name == "curriculum" else shaped.name
-    scores = [
-        reward(rewrite, rank, shape=shape, format_penalty=shaped.format_penalty) for rewrite, rank in zip(rewrites, ranks, strict=True)
-    ]
+    cfg = t.cfg.reward_model.reward
+    cfg = cfg.model_copy(update={"language_guard": False, "name": "rank_incentive" if cfg.name == "curriculum" else cfg.name})
+    scores = score(cfg, t.retriever, rows, completions)
     return {
-        "val_reward": sum(scores) / len(rows),
-        "val_mrr": sum(1 / rank if rank else 0.0 for rank in ranks) / len(rows),
-        "val_format_rate": sum(rewrite.error is None for rewrite in rewrites) / len(rows),
+        "val_reward": sum(scored.reward for scored in scores) / len(rows),
+        "val_mrr": sum(1 / scored.rank if scored.rank else 0.0 for scored in scores) / len(rows),
+        "val_format_rate": sum(scored.rewrite.error is None for scored in scores) / len(rows),
         "val_s": time.monotonic() - start,
     }

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from convsearch.cli import Unavailable
+from convsearch.request_items import chunks, clean, short
 
 ITEMS_A_REQUEST = 512
-CHARS_A_REQUEST = 2_000_000
 RESULTS_A_REQUEST = 50_000  # queries x k; a tenth of it with contents
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 START_COMMAND = "`python -m retriever_server --index_path INDEX --port 8000`"
@@ -84,15 +84,15 @@ class RetrieverClient:
         """
         if len(golds) != len(queries):
             raise ValueError(f"{len(golds)} lists of gold docids but {len(queries)} queries")
-        pairs = [None if query is None else (_clean(query), tuple(docids)) for docids, query in zip(golds, queries, strict=True)]
+        pairs = [None if query is None else (clean(query), tuple(docids)) for docids, query in zip(golds, queries, strict=True)]
         first: dict[tuple[str, tuple[str, ...]], int] = {}
         for number, pair in enumerate(pairs):
             if pair is not None:
                 if isinstance(golds[number], str) or not pair[1]:
-                    raise ValueError(f"item {number} ({_short(pair[0])}) needs a list of at least one gold docid, got {golds[number]!r}")
+                    raise ValueError(f"item {number} ({short(pair[0])}) needs a list of at least one gold docid, got {golds[number]!r}")
                 first.setdefault(pair, number)
         ranks: dict[int, int | None] = {}
-        for chunk in _chunks([(number, *pair) for pair, number in first.items()], ITEMS_A_REQUEST):
+        for chunk in chunks([(number, *pair) for pair, number in first.items()], ITEMS_A_REQUEST, lambda item: len(item[1])):
             ranks |= self._rank_chunk(chunk)
         return [None if pair is None else ranks[first[pair]] for pair in pairs]
 
@@ -104,7 +104,7 @@ class RetrieverClient:
             raise self._not_ours("/rank", answer)
         for number, query, _ in chunk:
             if str(number) in errors:
-                raise ValueError(f"retriever {self.url}: item {number} ({_short(query)}): {errors[str(number)]}")
+                raise ValueError(f"retriever {self.url}: item {number} ({short(query)}): {errors[str(number)]}")
             rank = ranks.get(str(number), "no answer")
             if rank is not None and (type(rank) is not int or not 1 <= rank <= self.depth):
                 raise RetrieverError(
@@ -123,13 +123,44 @@ class RetrieverClient:
             raise ValueError(f"k must be at least 1, got {k}")
         most = max(1, min(ITEMS_A_REQUEST, RESULTS_A_REQUEST // (k * (10 if contents else 1))))
         results: list[list[Hit]] = []
-        for chunk in _chunks([(number, _clean(query), ()) for number, query in enumerate(queries)], most):
-            request = {"queries": [query for _, query, _ in chunk], "k": k, "index": self.index, "contents": contents}
+        for chunk in chunks([clean(query) for query in queries], most, len):
+            request = {"queries": chunk, "k": k, "index": self.index, "contents": contents}
             answer = self._request("POST", "/search", request).get("results")
             if not isinstance(answer, list) or len(answer) != len(chunk):
                 raise self._not_ours("/search", answer)
             results += [[Hit(hit["docid"], hit["score"], hit.get("contents")) for hit in hits] for hits in answer]
         return results
+
+    def similarity_gains(
+        self,
+        outputs: Sequence[str | None],
+        questions: Sequence[str],
+        positives: Sequence[Sequence[str]],
+        golds: Sequence[Sequence[str]],
+    ) -> list[float | None]:
+        """Mean over the positives d of cos(output, d) - cos(question, d); None, unasked, where the output is None. Texts of ``positives``, or, where a
+        question has none, the gold passages.
+
+        Raises:
+            ValueError: the lengths differ, the server has no encoder, or it knows no such docid.
+            RetrieverError: no answer within ``max_wait_s``.
+        """
+        items: list[tuple[int, dict[str, Any]]] = []
+        for number, (output, question, texts, docids) in enumerate(zip(outputs, questions, positives, golds, strict=True)):
+            if output is not None:
+                near = {"positives": [clean(text) for text in texts]} if texts else {"gold_docids": list(docids)}
+                items.append((number, {"id": str(number), "output": clean(output), "question": clean(question), **near}))
+        gains: list[float | None] = [None] * len(outputs)
+        for chunk in chunks(items, ITEMS_A_REQUEST, lambda item: len(json.dumps(item[1]))):
+            answer = self._request("POST", "/similarity", {"index": self.index, "items": [item for _, item in chunk]})
+            for number, item in chunk:
+                name = item["id"]
+                if name in answer.get("errors", {}):
+                    raise ValueError(f"retriever {self.url}: item {name} ({short(item['output'])}): {answer['errors'][name]}")
+                if not isinstance(answer.get("gains"), dict) or not isinstance(answer["gains"].get(name), float):
+                    raise self._not_ours("/similarity", answer)
+                gains[number] = answer["gains"][name]
+        return gains
 
     def health(self) -> dict[str, Any]:
         """What the server says of itself: status, index_id, retriever, passages, version; waits for it as every request does."""
@@ -200,15 +231,23 @@ class RetrieverClient:
 class EmbeddedRetriever(RetrieverClient):
     """A client with a server of its own: a child process on 127.0.0.1 that is started again whenever it is found dead."""
 
-    def __init__(self, folder: str, depth: int = 100, timeout_s: float = 60, max_wait_s: float = 300, index: str | None = None) -> None:
-        """Starts the server of one index folder and waits until it is ready.
+    def __init__(
+        self,
+        folder: str,
+        depth: int = 100,
+        timeout_s: float = 60,
+        max_wait_s: float = 300,
+        index: str | None = None,
+        similarity_model: str | None = None,
+    ) -> None:
+        """Starts the server of one index folder, and of an encoder for similarities where one is named, and waits until it is ready.
 
         Raises:
             ValueError: the server refuses the index folder; its own sentence.
             RetrieverError: it does not start.
         """
         super().__init__("http://127.0.0.1", depth, timeout_s, max_wait_s, index)
-        self._folder, self._owner, self._closed = folder, os.getpid(), False
+        self._folder, self._owner, self._closed, self._similarity_model = folder, os.getpid(), False, similarity_model
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         atexit.register(self.close)
@@ -248,6 +287,7 @@ class EmbeddedRetriever(RetrieverClient):
             "text",
             "--exit-with-parent",
             str(self._owner),
+            *(["--similarity_model", self._similarity_model] if self._similarity_model else []),
         ]
         root = str(Path(__file__).resolve().parents[1])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
@@ -314,12 +354,18 @@ def _keep_lines(process: "subprocess.Popen[str]", last_lines: deque[str]) -> Non
 
 
 def open_retriever(
-    url: str | None = None, depth: int = 100, timeout_s: float = 60, max_wait_s: float = 300, index: str | None = None
+    url: str | None = None,
+    depth: int = 100,
+    timeout_s: float = 60,
+    max_wait_s: float = 300,
+    index: str | None = None,
+    similarity_model: str | None = None,
 ) -> RetrieverClient:
     """A client for ``http(s)://HOST:PORT``, or for a server of its own for ``embedded:INDEX_FOLDER``.
 
     The embedded server runs as a child process on this machine, is started again if it dies, and stops with ``close()`` or
-    with this process. Where ``url`` is empty, the environment's RETRIEVER_URL is taken.
+    with this process; ``similarity_model`` is its encoder.
+    Where ``url`` is empty, the environment's RETRIEVER_URL is taken.
 
     Raises:
         ValueError: no url, an unknown scheme, or an index folder that cannot be opened.
@@ -331,33 +377,10 @@ def open_retriever(
             f"no retriever: set retriever.url (or RETRIEVER_URL) to http://HOST:PORT of {START_COMMAND} or to embedded:INDEX_FOLDER"
         )
     if url.startswith("embedded:"):
-        return EmbeddedRetriever(url.removeprefix("embedded:"), depth, timeout_s, max_wait_s, index)
+        return EmbeddedRetriever(url.removeprefix("embedded:"), depth, timeout_s, max_wait_s, index, similarity_model)
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"retriever url {url!r}: must be http://HOST:PORT, https://HOST:PORT or embedded:INDEX_FOLDER")
     return RetrieverClient(url, depth, timeout_s, max_wait_s, index)
-
-
-def _clean(query: str) -> str:
-    """Half surrogate pairs, which a decoder may leave in a broken output, have no UTF-8 form; they match no term either."""
-    return query.encode("utf-8", "replace").decode("utf-8")
-
-
-def _short(query: str) -> str:
-    return repr(query if len(query) <= 60 else query[:57] + "...")
-
-
-def _chunks(items: Sequence[tuple[int, str, tuple[str, ...]]], most: int) -> Iterator[list[tuple[int, str, tuple[str, ...]]]]:
-    """Consecutive parts of at most ``most`` items and about CHARS_A_REQUEST characters."""
-    chunk: list[tuple[int, str, tuple[str, ...]]] = []
-    chars = 0
-    for item in items:
-        if chunk and (len(chunk) == most or chars + len(item[1]) > CHARS_A_REQUEST):
-            yield chunk
-            chunk, chars = [], 0
-        chunk.append(item)
-        chars += len(item[1])
-    if chunk:
-        yield chunk
 
 
 def _retry_after_s(response: httpx.Response) -> float:

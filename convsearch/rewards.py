@@ -1,4 +1,4 @@
-"""Gold rank -> reward. Pure functions of one rank; r is the 1-based rank of the best gold passage, None beyond the retriever's depth.
+"""Gold rank and similarity -> reward. Pure functions; r is the 1-based rank of the best gold passage, None beyond the retriever's depth.
 
 A rewrite that breaks the form gets the format penalty INSTEAD of a rank reward (arXiv 2505.15776, section 3.3). A dead server never
 gets here: it is an exception in the client.
@@ -12,6 +12,9 @@ from typing import Final
 from convsearch.types import Rewrite
 
 DEPTH: Final = 100  # ranks beyond it earn nothing; the published shapes are defined for it
+
+SIMILARITY_SCALE: Final = 10  # arXiv 2506.11603, section 3: cosines of neighbours differ by little
+SIMILARITY = "similarity_gain"  # the shape that leaves ranks out
 
 RankReward = Callable[[int | None], float]
 
@@ -75,16 +78,20 @@ def non_latin_share(text: str) -> float:
 def reward(
     rewrite: Rewrite,
     rank: int | None,
+    gain: float | None = None,
     *,
     shape: str = "rank_incentive",
+    rank_weight: float = 1.0,
+    similarity_weight: float = 0.0,
     format_penalty: float = -0.1,
     language_guard: float | None = None,
     question: str = "",
     progress: float = 0.0,
 ) -> float:
-    """The reward of one sample.
+    """The reward of one sample: rank_weight x the rank's shape + similarity_weight x 10 x the gain.
 
     Args:
+        gain: mean over the positives d of cos(output, d) - cos(question, d); None only where it has no weight.
         format_penalty: the reward of an output that does not parse, whatever its rank would have been.
         language_guard: where set, a rewrite whose share of non-Latin letters exceeds that of ``question`` by more than this is treated
             as one that does not parse; it guards against the drift into other scripts that users of the published recipe report.
@@ -97,8 +104,12 @@ def reward(
         return format_penalty
     if language_guard is not None and non_latin_share(rewrite.text) - non_latin_share(question) > language_guard:
         return format_penalty
-    if shape == "curriculum":
-        return curriculum(rank, progress)
-    if shape not in SHAPES:
-        raise ValueError(f"reward shape {shape!r} is not one of {', '.join([*SHAPES, 'curriculum'])}")
-    return SHAPES[shape](rank)
+    if shape not in (*SHAPES, "curriculum", SIMILARITY):
+        raise ValueError(f"reward shape {shape!r} is not one of {', '.join([*SHAPES, 'curriculum', SIMILARITY])}")
+    total = 0.0
+    if shape != SIMILARITY:
+        total += rank_weight * (curriculum(rank, progress) if shape == "curriculum" else SHAPES[shape](rank))
+    if similarity_weight:
+        assert gain is not None
+        total += similarity_weight * SIMILARITY_SCALE * gain
+    return total

@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("rank", pa.int32()),
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
+        ("gain", pa.float64()),
     ]
 )
 
@@ -54,6 +55,7 @@ def dump(run_dir: Path, step: int, rollouts_N: Sequence[Rollout]) -> None:
             "rank": rollout.rank,
             "reward": rollout.reward,
             "advantage": rollout.advantage,
+            "gain": rollout.gain,
         }
         for rollout in rollouts_N
     ]
@@ -75,8 +77,8 @@ def load(run_dir: Path, step: int) -> list[Rollout]:
 
 def _rollout(row: dict[str, Any]) -> Rollout:
     completion = Completion(tuple(row["token_ids"]), tuple(row["logprobs"]), row["text"], row["finish_reason"], row["weights_version"])
-    rewrite = Rewrite(row["rewrite"], row["error"])
-    return Rollout(row["qid"], tuple(row["prompt_ids"]), completion, rewrite, row["rank"], row["reward"], row["advantage"])
+    rewrite = Rewrite(row["rewrite"], row["error"])  # below, dumps of older runs have no gain
+    return Rollout(row["qid"], tuple(row["prompt_ids"]), completion, rewrite, row["rank"], row["reward"], row["advantage"], row.get("gain"))
 
 
 class Replay:
@@ -101,3 +103,15 @@ class Replay:
     def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:
         assert len(queries) == len(self.rollouts_N)
         return [rollout.rank for rollout in self.rollouts_N]
+
+    def similarity_gains(
+        self,
+        outputs: Sequence[str | None],
+        questions: Sequence[str],
+        positives: Sequence[Sequence[str]],
+        golds: Sequence[Sequence[str]],
+    ) -> list[float | None]:
+        assert len(outputs) == len(self.rollouts_N)
+        if any(text is not None and rollout.gain is None for text, rollout in zip(outputs, self.rollouts_N, strict=True)):
+            raise ValueError(f"{path_of(self.run_dir, self.step - 1)} holds no similarities to replay: that run paid for ranks alone")
+        return [rollout.gain for rollout in self.rollouts_N]

@@ -103,11 +103,12 @@ class Example:
     messages: tuple[Message, ...]
     question: str
     gold_docids: tuple[str, ...]
+    positives: tuple[str, ...] = ()  # texts that an output should stand near; the gold passages' own where there are none
 
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sample with all that is known of it; ``rank`` is 1-based, None beyond the retriever's depth."""
+    """One sample with all that is known of it; ``rank`` is 1-based, None beyond the retriever's depth; ``gain``: see rewarder.Score."""
 
     qid: str
     prompt_ids: tuple[int, ...]
@@ -116,3 +117,4 @@ class Rollout:
     rank: int | None
     reward: float
     advantage: float
+    gain: float | None = None

@@ -1,4 +1,4 @@
-"""The HTTP interface: /rank, /search, /retrieve, /health and /metrics over one or several indexes (see docs/serve.md), and the playground at /."""
+"""The HTTP interface: /rank, /search, /similarity, /retrieve, /health and /metrics over one or several indexes (docs/serve.md), and the playground at /."""
 
 import asyncio
 from collections import Counter
@@ -27,9 +27,12 @@ from retriever_server.schemas import (
     RetrieveResponse,
     SearchRequest,
     SearchResponse,
+    SimilarityRequest,
+    SimilarityResponse,
 )
 from retriever_server.searcher import Searcher
 from retriever_server.service import Answer, Service
+from retriever_server.similarity import Similarity
 from retriever_server.telemetry import Traffic
 
 CLIENT_CLOSED = 499  # nginx's status for a client that hung up; nobody reads it but the log
@@ -144,6 +147,12 @@ def client_of(request: Request) -> str:
     return request.headers.get("x-client-id", address)[:128]
 
 
+def refuse_repeated_ids(ids: Sequence[str]) -> None:
+    key, count = max(Counter(ids).items(), key=lambda pair: pair[1], default=("", 0))
+    if count > 1:
+        raise HTTPException(422, f"item id {key!r} is given {count} times: the answers are told apart by id")
+
+
 def create_app(
     indexes: Mapping[str, Searcher],
     qrels: Mapping[str, Sequence[str]] | None = None,
@@ -152,12 +161,13 @@ def create_app(
     cache: RankCache | None = None,
     rewriters: Mapping[str, Sequence[str]] | None = None,
     prompt_style: str = "paper",
+    similarity: Similarity | None = None,
 ) -> FastAPI:
     """The application; ``app.state.service`` does the work. Searching runs in worker threads, so that /health always answers.
 
     ``rewriters``: the playground's, name -> command (see ``playground.rewriter_commands``).
     """
-    service = Service(indexes, qrels, limits or Limits(), settings or BatchSettings(), cache)
+    service = Service(indexes, qrels, limits or Limits(), settings or BatchSettings(), cache, similarity)
     playground = Playground(service, rewriters or {}, prompt_style)
 
     @asynccontextmanager
@@ -178,15 +188,19 @@ def create_app(
     async def rank(body: RankRequest, request: Request) -> Response:
         fused = isinstance(service.searcher(body), Fusion)
         service.check([item.query for item in body.items], max(body.depth, FUSED_DEPTH) if fused else 1)
-        key, count = max(Counter(item.id for item in body.items).items(), key=lambda pair: pair[1], default=("", 0))
-        if count > 1:
-            raise HTTPException(422, f"item id {key!r} is given {count} times: the answers are told apart by id")
+        refuse_repeated_ids([item.id for item in body.items])
         return await attended(service, request, len(body.items), lambda: service.rank(body, client_of(request)))
 
     @app.post("/search", response_model=SearchResponse, response_model_exclude_none=True, responses=NAMED)
     async def search(body: SearchRequest, request: Request) -> Response:
         service.check(body.queries, body.k * (10 if body.contents else 1))
         return await attended(service, request, len(body.queries), lambda: service.search(body, client_of(request)))
+
+    @app.post("/similarity", response_model=SimilarityResponse, responses=NAMED)
+    async def gains(body: SimilarityRequest, request: Request) -> Response:
+        service.check([item.output for item in body.items])
+        refuse_repeated_ids([item.id for item in body.items])
+        return await attended(service, request, len(body.items), lambda: service.gains(body, client_of(request)))
 
     @app.post("/retrieve", response_model=RetrieveResponse, responses=POSTED)
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:

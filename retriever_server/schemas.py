@@ -48,6 +48,18 @@ class SearchRequest(IndexChoice):
     contents: bool = False
 
 
+class SimilarityItem(Strict):
+    id: str
+    output: str
+    question: str
+    positives: list[str] | None = Field(None, description="texts that the output should stand near")
+    gold_docids: list[str] | None = Field(None, description="instead of positives: passages of the index")
+
+
+class SimilarityRequest(IndexChoice):
+    items: list[SimilarityItem]
+
+
 class RetrieveRequest(BaseModel):
     """The reference server's wire; unknown fields are passed over, and "100" is taken for 100, as it does."""
 
@@ -61,6 +73,12 @@ class RetrieveRequest(BaseModel):
 class RankResponse(BaseModel):
     index_id: str
     ranks: dict[str, int | None] = Field(description="item id -> 1-based rank of its best gold passage; null: not within depth")
+    errors: dict[str, str] = Field(description="item id -> why it has no answer")
+
+
+class SimilarityResponse(BaseModel):
+    model: str = Field(description="the encoder")
+    gains: dict[str, float] = Field(description="item id -> mean over its positives d of cos(output, d) - cos(question, d)")
     errors: dict[str, str] = Field(description="item id -> why it has no answer")
 
 

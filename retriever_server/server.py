@@ -75,6 +75,10 @@ def parser() -> argparse.ArgumentParser:
     dense.add_argument("--n_gpu", type=int, help="GPUs to use")
     dense.add_argument("--max_length", type=int, help="tokens that are kept of a query")
     dense.add_argument("--retrieval_batch_size", type=int, help="queries that are encoded at a time")
+    similarity = top.add_argument_group("similarity", "how much nearer a text stands to its positives than its question (/similarity)")
+    similarity.add_argument("--similarity_model", metavar="MODEL", help="encoder: an ANCE or sentence-transformers folder, or a hub name")
+    similarity.add_argument("--similarity_device", default="auto", metavar="DEVICE", help="where it runs (default: auto)")
+    similarity.add_argument("--similarity_max_length", type=int, default=512, help="tokens that are kept of a text (default: 512)")
     return top
 
 
@@ -122,9 +126,14 @@ def main() -> None:
     default = next(iter(indexes.values()))
     if qrels is not None:
         warn_of_missing(qrels, default)
+    similarity = None
+    if args.similarity_model:
+        from retriever_server.similarity import Similarity
+
+        similarity = Similarity.load(args.similarity_model, args.similarity_device, args.similarity_max_length)
     cache = RankCache(args.rank_cache, args.rank_cache_mib) if args.rank_cache else None
     about = f"index {', '.join(index.index_id for index in indexes.values())}, {default.num_passages} passages"
-    serve(create_app(indexes, qrels, limits, settings, cache, rewriters, args.prompt_style), args.host, args.port, about)
+    serve(create_app(indexes, qrels, limits, settings, cache, rewriters, args.prompt_style, similarity), args.host, args.port, about)
 
 
 def open_indexes(

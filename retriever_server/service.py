@@ -12,8 +12,18 @@ from retriever_server import VERSION
 from retriever_server.batching import Batcher, BatchSettings, Key
 from retriever_server.fusion import Fusion
 from retriever_server.rank_cache import RankCache, key_of
-from retriever_server.schemas import IndexChoice, Limits, RankItem, RankRequest, RetrieveRequest, SearchRequest
+from retriever_server.schemas import (
+    IndexChoice,
+    Limits,
+    RankItem,
+    RankRequest,
+    RetrieveRequest,
+    SearchRequest,
+    SimilarityItem,
+    SimilarityRequest,
+)
 from retriever_server.searcher import Searcher
+from retriever_server.similarity import Item, Similarity
 from retriever_server.telemetry import Telemetry
 
 T = TypeVar("T")
@@ -31,6 +41,7 @@ class Service:
         limits: Limits,
         settings: BatchSettings,
         cache: RankCache | None = None,
+        similarity: Similarity | None = None,
     ) -> None:
         """``indexes``: name -> index, the first being the default. ``qrels``: query id -> gold docids; None where none were loaded.
 
@@ -42,7 +53,7 @@ class Service:
             raise ValueError(
                 f"--max_queue {settings.max_queue} is less than --max_items {limits.items}: lower the latter, a full request must fit"
             )
-        self.indexes, self.qrels, self.limits, self.cache = indexes, qrels, limits, cache
+        self.indexes, self.qrels, self.limits, self.cache, self.similarity = indexes, qrels, limits, cache, similarity
         self.default = next(iter(indexes.values()))
         self.telemetry = Telemetry()
         self.batcher = Batcher(settings, self.telemetry)
@@ -163,6 +174,32 @@ class Service:
         outcomes = await self.batcher.run(client, Key("search", searcher.index_id, k), lambda batch: searcher.search(batch, k), queries)
         errors = {str(number): str(outcome) for number, outcome in enumerate(outcomes) if isinstance(outcome, ValueError)}
         return [[] if isinstance(outcome, ValueError) else outcome for outcome in outcomes], errors
+
+    async def gains(self, request: SimilarityRequest, client: str) -> Answer:
+        """The similarity gain of each item, by its positives' texts or by passages of the index."""
+        similarity = self.similarity
+        if similarity is None:
+            raise HTTPException(404, "this server has no encoder for similarities: start it with --similarity_model MODEL")
+        items, errors = await self._aside(self._positives_of_all, self.searcher(request), request.items)
+        outcomes = await self.batcher.run(client, Key("similarity", similarity.name, 0), similarity.gains, list(items.values()))
+        found = dict(zip(items, outcomes, strict=True))
+        errors |= {name: str(outcome) for name, outcome in found.items() if isinstance(outcome, ValueError)}
+        return {"model": similarity.name, "gains": {name: gain for name, gain in found.items() if name not in errors}, "errors": errors}
+
+    def _positives_of_all(self, searcher: Searcher, items: Sequence[SimilarityItem]) -> tuple[dict[str, Item], dict[str, str]]:
+        resolved: dict[str, Item] = {}
+        errors: dict[str, str] = {}
+        for item in items:
+            try:
+                if (item.positives is None) == (item.gold_docids is None):
+                    raise ValueError("give exactly one of positives and gold_docids")
+                positives = (
+                    item.positives if item.positives is not None else searcher.contents(self.resolve(searcher, item.gold_docids, None))
+                )
+                resolved[item.id] = Item(item.output, item.question, tuple(positives))
+            except ValueError as error:
+                errors[item.id] = str(error)
+        return resolved, errors
 
     async def retrieve(self, request: RetrieveRequest, client: str) -> Answer:
         """Ranks by position (-1: not found). An unknown query id gets -1 and an entry in "errors", and spoils no other answer."""

@@ -17,7 +17,7 @@ from retriever_server.batching import Key
 
 log = logging.getLogger("retriever_server")
 
-ENDPOINTS = ("/rank", "/search", "/retrieve", "/health", "/metrics", "/openapi.json")
+ENDPOINTS = ("/rank", "/search", "/similarity", "/retrieve", "/health", "/metrics", "/openapi.json")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")

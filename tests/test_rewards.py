@@ -129,7 +129,8 @@ def test_the_paper_s_shape_tells_every_rank_within_the_depth_apart() -> None:
 
 def test_an_unknown_shape_is_named_with_the_known_ones() -> None:
     with pytest.raises(
-        ValueError, match=r"^reward shape 'ndcg' is not one of rank_incentive, reciprocal, exponential, mrr, ndcg@3, curriculum$"
+        ValueError,
+        match=r"^reward shape 'ndcg' is not one of rank_incentive, reciprocal, exponential, mrr, ndcg@3, curriculum, similarity_gain$",
     ):
         reward(PARSED, 1, shape="ndcg")
 

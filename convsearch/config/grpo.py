@@ -141,8 +141,20 @@ class ActorRolloutRefConfig(Section):
 
 
 class RewardConfig(Section):
-    name: Literal["rank_incentive", "reciprocal", "exponential", "curriculum", "mrr", "ndcg@3"] = Field(
-        default="rank_incentive", description="what a gold rank is worth; rank_incentive is the paper's"
+    name: Literal["rank_incentive", "reciprocal", "exponential", "curriculum", "mrr", "ndcg@3", "similarity_gain"] = Field(
+        default="rank_incentive",
+        description="what a gold rank is worth; rank_incentive is the paper's; similarity_gain: nothing, the similarity alone is paid (RQR)",
+    )
+    rank_weight: float = Field(default=1.0, ge=0, description="weight of the rank's worth; without effect under similarity_gain")
+    similarity_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of 10 x mean over positives of [cos(output, positive) - cos(question, positive)]; "
+        "above 0 beside a rank's name: a mix; 0 under similarity_gain means 1",
+    )
+    form: Literal["rewrite", "answer", "text"] = Field(
+        default="rewrite",
+        description="what an output must look like: <think>..</think> and <rewrite>..</rewrite>; <answer> in its place; or any text",
     )
     format_penalty: float = Field(default=-0.1, le=0, description="reward of a response that breaks the format, instead of the rank's")
     language_guard: bool = Field(default=False, description="treat a rewrite in another script than the question's as broken format")
@@ -152,6 +164,17 @@ class RewardConfig(Section):
         le=1,
         description="share of non-Latin letters that a rewrite may have beyond its question's before the guard acts",
     )
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """Of the rank's worth and of the similarity."""
+        return (0.0, self.similarity_weight or 1.0) if self.name == "similarity_gain" else (self.rank_weight, self.similarity_weight)
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Self:
+        if not any(self.weights):
+            raise ValueError("rank_weight=0.0 and similarity_weight=0.0 leave nothing to pay for: raise one of them")
+        return self
 
 
 class RewardModelConfig(Section):
@@ -193,6 +216,10 @@ class RetrieverConfig(Section):
         description="http://host:port of the server; '': $RETRIEVER_URL; embedded:INDEX_FOLDER: the trainer starts and stops its own",
     )
     index: Text | None = Field(default=None, description="which of the server's indexes; null: its default")
+    similarity_model: Text = Field(
+        default="BAAI/bge-base-en-v1.5",
+        description="encoder of the similarity for embedded: (a folder or hub name); a server elsewhere was started with its own",
+    )
     topk: int = Field(default=100, ge=1, description="depth: gold passages below this rank earn nothing")
     timeout_s: float = Field(default=60.0, gt=0, description="seconds for one request")
     max_wait_s: float = Field(default=600.0, ge=0, description="seconds of retries before a silent server ends the run")

