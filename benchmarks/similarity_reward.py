@@ -47,7 +47,7 @@ def make_items(args: argparse.Namespace) -> list[Any]:
     from retriever_server.similarity import Item
 
     texts, rng = [" ".join(passage) for passage in passages(sentences(args.source), 1000, seed=1)], random.Random(1)
-    items = []
+    items: list[Item] = []
     while len(items) < args.outputs:
         positives = tuple(rng.sample(texts, args.positives))
         question = " ".join(positives[0].split()[:20])
