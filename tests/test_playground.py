@@ -91,7 +91,7 @@ def test_what_there_is_to_choose(server: httpx.Client) -> None:
 
 
 def test_the_wire_is_as_it_was(server: httpx.Client) -> None:
-    assert set(server.get("/openapi.json").json()["paths"]) == {"/rank", "/search", "/retrieve", "/health", "/metrics"}
+    assert set(server.get("/openapi.json").json()["paths"]) == {"/rank", "/search", "/similarity", "/retrieve", "/health", "/metrics"}
 
 
 def test_marks_follow_the_analyzer(server: httpx.Client) -> None:
