@@ -14,6 +14,13 @@ settings.register_profile("explore", max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Java takes seconds to start: whatever needs Lucene belongs to the slow tier."""
+    for item in items:
+        if item.get_closest_marker("lucene"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of two layers (4 query heads on 2 key heads, tied embeddings) with its tokenizer."""

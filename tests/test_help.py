@@ -34,6 +34,7 @@ def processor_s() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", commands())
 def test_help(module: str) -> None:
     best_s = float("inf")
