@@ -244,6 +244,7 @@ def big_run(folder: Path, steps: int, rows: int) -> Path:
             "token_ids": ids, "logprobs": ids.cast(pa.list_(pa.float32())), "text": texts, "finish_reason": ["stop"] * rows,
             "weights_version": pa.array(np.full(rows, step, np.int32)), "rewrite": [text[8:80] for text in texts], "error": [None] * rows,
             "rank": pa.array(rng.integers(1, 101, rows).astype(np.int32)), "reward": rng.random(rows), "advantage": rng.random(rows),
+            "gain": pa.nulls(rows, pa.float64()),
         }  # fmt: skip
         pq.write_table(pa.table(columns, schema=SCHEMA), folder / "rollouts" / f"{step:06d}.parquet", compression="zstd")
     with (folder / "metrics.jsonl").open("w") as file:
