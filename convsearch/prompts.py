@@ -1,5 +1,6 @@
 """Conversation -> chat messages.
 
+``rqr`` and ``rqr_think`` are the published ones of RQR (arXiv 2506.11603).
 ``paper`` is the published zero-shot prompt of ConvSearch-R1 (arXiv 2505.15776, appendix), word for word, because the released checkpoints
 expect it. ``compact`` says the same in fewer tokens, for small models on CPUs. The warm-up prompt puts one worked example, ours, in front.
 """
@@ -8,8 +9,8 @@ from typing import Literal, get_args
 
 from convsearch.types import Conversation, Message, Turn
 
-PromptStyle = Literal["paper", "compact"]
-STYLES: tuple[str, ...] = get_args(PromptStyle)
+PromptStyle = Literal["paper", "compact", "rqr", "rqr_think"]
+STYLES: tuple[str, ...] = tuple(style for style in get_args(PromptStyle) if not style.startswith("rqr"))  # of conversations
 
 _PAPER = (
     "Given a query and its context, you must first think about the reasoning process in the mind to decontextualize the query by resolving "
@@ -23,7 +24,18 @@ _COMPACT = (
     "Rewrite the last question of this conversation so that a search engine understands it alone. Think first.\n\n"
     "{context}\nQuestion: {query}\n\nAnswer as <think>what the question leaves out</think>\n<rewrite>the full question</rewrite>"
 )
-_TEMPLATES: dict[str, str] = {"paper": _PAPER, "compact": _COMPACT}
+_RQR = (
+    "Instructions:\n1. Identify the essential problem.\n"
+    "2. Think step by step to reason and describe what information could be relevant and helpful to address the questions in detail.\n"
+    "3. Draft an answer with as many thoughts as you have.\nQuery: {query}\n\n"
+)
+_TEMPLATES: dict[str, str] = {"paper": _PAPER, "compact": _COMPACT, "rqr": _RQR, "rqr_think": _RQR}
+_RQR_SYSTEM = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>."
+)
 
 # The one worked example of the warm-up stage, written for this project. It shows both things that a rewrite has to do: resolve a pronoun
 # and bring back what an elliptic question leaves unsaid.
@@ -43,7 +55,7 @@ EXAMPLE_OUTPUT = (
 
 
 def render(conversation: Conversation, style: PromptStyle = "paper", max_turns: int | None = None) -> tuple[Message, ...]:
-    """The zero-shot prompt, a single user message; ``max_turns`` keeps only the newest turns of the history.
+    """The zero-shot prompt, a single user message (``rqr_think``: after a system message); ``max_turns`` keeps only the newest turns of the history.
 
     Raises:
         ValueError: the style is unknown.
@@ -52,7 +64,8 @@ def render(conversation: Conversation, style: PromptStyle = "paper", max_turns: 
         raise ValueError(f"prompt style {style!r} is not one of {', '.join(_TEMPLATES)}")
     history = conversation.history if max_turns is None else conversation.history[max(0, len(conversation.history) - max_turns) :]
     context = "\n".join(f"Q{i}: {turn.question}\nA{i}: {turn.answer}" for i, turn in enumerate(history, start=1))
-    return ({"role": "user", "content": _TEMPLATES[style].format(context=context, query=conversation.question)},)
+    asked = {"role": "user", "content": _TEMPLATES[style].format(context=context, query=conversation.question)}
+    return ({"role": "system", "content": _RQR_SYSTEM}, asked) if style == "rqr_think" else (asked,)
 
 
 def with_worked_example(messages: tuple[Message, ...], style: PromptStyle = "paper") -> tuple[Message, ...]:

@@ -46,8 +46,8 @@ class PromptOptions:
         return {"prompt_style": self.style, "max_history_turns": self.max_history_turns}
 
 
-def parquet_schema() -> "pa.Schema":
-    """The columns that GRPO training reads, those of the reference plus ``context``."""
+def parquet_schema(with_positives: bool = False) -> "pa.Schema":
+    """The columns that GRPO training reads, those of the reference plus ``context``, and ``positives`` (texts) where similarities are paid for."""
     import pyarrow as pa
 
     text = pa.string()
@@ -67,6 +67,7 @@ def parquet_schema() -> "pa.Schema":
                         ("question", text),
                         ("query_id", text),
                         ("context", pa.list_(text)),
+                        *([("positives", pa.list_(text))] if with_positives else []),
                     ]
                 ),
             ),
@@ -89,6 +90,7 @@ def grpo_row(record: dict[str, Any], data_source: str, split: str, index: int, p
             "question": record["question"],
             "query_id": record["qid"],
             "context": record["context"],
+            **({"positives": record["positives"]} if "positives" in record else {}),
         },
     }
 
@@ -96,10 +98,10 @@ def grpo_row(record: dict[str, Any], data_source: str, split: str, index: int, p
 class _ParquetRows:
     """Rows into row groups of a parquet file, so that memory holds one group."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], with_positives: bool) -> None:
         import pyarrow.parquet as pq
 
-        self._schema = parquet_schema()
+        self._schema = parquet_schema(with_positives)
         self._writer = pq.ParquetWriter(file, self._schema)
         self._rows: list[dict[str, Any]] = []
 
@@ -167,13 +169,13 @@ class SplitFiles:
 
 
 @contextmanager
-def _open_split(folder: Path, name: str, with_parquet: bool) -> Iterator[SplitFiles]:
+def _open_split(folder: Path, name: str, with_parquet: bool, with_positives: bool) -> Iterator[SplitFiles]:
     with ExitStack() as stack:
         conversations = stack.enter_context(atomic_write(folder / f"{name}.json"))
         qrels = stack.enter_context(atomic_write(folder / f"{name}.trec"))
         parquet = None
         if with_parquet:
-            parquet = _ParquetRows(stack.enter_context(atomic_write(folder / f"{name}.parquet", "wb")))
+            parquet = _ParquetRows(stack.enter_context(atomic_write(folder / f"{name}.parquet", "wb")), with_positives)
             stack.callback(parquet.release)
         yield SplitFiles(name, conversations, qrels, parquet)
         if parquet is not None:
@@ -193,6 +195,7 @@ def write_splits(
     prompt: PromptOptions,
     bad: BadRecords,
     without_parquet: Sequence[str] = (),
+    with_positives: bool = False,
 ) -> dict[str, Any]:
     """Sends each row to its split's files; returns {split: {"queries", "conversations", "qrels"}}.
 
@@ -200,7 +203,7 @@ def write_splits(
         ValueError: more malformed rows than ``bad`` tolerates, or a split that stays empty.
     """
     with ExitStack() as stack:
-        opened = {name: stack.enter_context(_open_split(folder, name, name not in without_parquet)) for name in splits}
+        opened = {name: stack.enter_context(_open_split(folder, name, name not in without_parquet, with_positives)) for name in splits}
         for row in rows:
             with bad.tolerate():
                 opened[row.split].add(row, data_source, prompt)

@@ -92,7 +92,7 @@ def test_what_people_say_stands_in_the_prompt_as_it_is(turns: list[Turn], questi
 
 
 def test_an_unknown_style_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^prompt style 'short' is not one of paper, compact$"):
+    with pytest.raises(ValueError, match=r"^prompt style 'short' is not one of paper, compact, rqr, rqr_think$"):
         render(HAMLET, "short")  # type: ignore[arg-type]
 
 
@@ -113,3 +113,17 @@ def test_the_worked_example_says_what_its_question_leaves_out() -> None:
         assert name in rewrite
         assert name not in EXAMPLE.question
         assert any(name in turn.question + turn.answer for turn in EXAMPLE.history)
+
+
+def test_rqrs_prompt_is_the_published_one() -> None:
+    (message,) = render(Conversation("q", (), "why do moths\nfly to {lamps}?", ()), "rqr")
+    assert message == {
+        "role": "user",
+        "content": "Instructions:\n1. Identify the essential problem.\n"
+        "2. Think step by step to reason and describe what information could be relevant and helpful to address the questions in detail.\n"
+        "3. Draft an answer with as many thoughts as you have.\nQuery: why do moths\nfly to {lamps}?\n\n",
+    }
+    system, asked = render(Conversation("q", (), "why do moths\nfly to {lamps}?", ()), "rqr_think")
+    assert asked == message
+    assert system["role"] == "system"
+    assert "<think> reasoning process here </think> <answer> answer here </answer>" in system["content"]
