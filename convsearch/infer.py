@@ -2,7 +2,7 @@
 
 Every input line comes out once, with ``rewrite`` (what to search for), ``reasoning_content``, ``output``, ``rewrite_error`` and ``fallback``. Where nothing
 parses the raw question is the rewrite, counted and reported: leaving such lines out would inflate the metrics. Finished lines are kept when the command is
-run again.
+run again. ``--task rqr`` writes reasoned queries of single questions (BRIGHT's topics, or conversations), with RQR's prompt and sampling.
 """
 
 import argparse
@@ -18,6 +18,9 @@ from convsearch.prompts import STYLES
 if TYPE_CHECKING:
     from convsearch.types import Conversation
 
+# How RQR's reasoned queries are sampled (arXiv 2506.11603, and the script of its evaluation).
+RQR_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "max_tokens": 500}
+FORMS = {"rqr": "text", "rqr_think": "answer"}  # prompt style -> form of its outputs; "rewrite" of the others
 # The reference's names of output forms; ours has one parser, so a name says only which prompt is used.
 MODEL_NAMES = ("ConvSearch-R1", "Get_SFT")
 
@@ -28,6 +31,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None
     add("--temperature", type=float, default=0.7, help="0 is greedy")
     add("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
     add("--top_k", type=int, default=0, help="tokens that are sampled from; 0: all")
+    add("--repetition_penalty", type=float, default=1.0, help="tokens of prompt and output count so much less; 1: as much")
     add("--max_tokens", type=int, default=max_tokens, help="tokens of an output at most")
     add("--seed", type=int, default=1, help="seed of the samples")
     add("--limit", type=int, default=None, help="only the first so many lines")
@@ -59,7 +63,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=MODEL_NAMES,
         help="ConvSearch-R1: zero-shot prompt; Get_SFT: with the worked example",
     )
-    add("--input_path", required=True, help="conversations, one JSON object a line")
+    add("--task", default="rewrite", choices=("rewrite", "rqr"), help="rewrites of conversations, or RQR's reasoned queries of questions")
+    add("--think", action="store_true", help="rqr: <think> </think> <answer> </answer>, of which the answer is searched for")
+    add("--input_path", required=True, help="conversations, one JSON object a line; rqr: also BRIGHT's topics")
     add("--output_path", required=True, help="rewrites, one JSON object a line")
     add_sampling_flags(parser, max_tokens=4096)
     add(
@@ -70,11 +76,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--gpus_per_dp_rank", type=int, default=1, help="accepted as the reference has it")
     add("--dp_master_ip", default="127.0.0.1", help="accepted as the reference has it")
-    return parser.parse_args(argv)
+    if parser.parse_known_args(argv)[0].task == "rqr":
+        parser.set_defaults(**RQR_SAMPLING)
+    args = parser.parse_args(argv)
+    if args.think and args.task != "rqr":
+        parser.error("--think is of --task rqr: the others think already")
+    if args.task == "rqr":
+        args.prompt_style = "rqr_think" if args.think else "rqr"
+    return args
 
 
-def read_input(path: str) -> tuple[list[dict[str, Any]], list["Conversation"]]:
-    """The lines of a conversations file, as they are and as conversations.
+def topic(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of BRIGHT's topics {id, query, ...} with the two fields that a question needs; other lines as they are."""
+    return record if "qid" in record else {"qid": record.get("id"), "question": record.get("query")}
+
+
+def read_input(path: str, task: str = "rewrite") -> tuple[list[dict[str, Any]], list["Conversation"]]:
+    """The lines of a conversations file (rqr: or of topics), as they are and as conversations.
 
     Raises:
         ValueError: a line is no conversation, or a query id occurs twice; names file and line.
@@ -85,6 +103,8 @@ def read_input(path: str) -> tuple[list[dict[str, Any]], list["Conversation"]]:
     records, conversations = [], []
     lines: dict[str, int] = {}
     for number, record in read_jsonl(path):
+        if task == "rqr":
+            record = topic(record)
         try:
             conversation = Conversation.from_record(record)
         except ValueError as error:
@@ -136,6 +156,7 @@ SETTINGS = (
     "top_p",
     "top_k",
     "max_tokens",
+    "repetition_penalty",
     "seed",
     "prompt_style",
     "max_history_turns",
@@ -159,7 +180,7 @@ def claim(path: Path, args: argparse.Namespace) -> None:
     if path.is_file() and path.stat().st_size and beside.is_file():
         before = json.loads(beside.read_text(encoding="utf-8"))
         for name in SETTINGS:
-            if before.get(name) != now[name]:
+            if before.get(name, 1.0 if name == "repetition_penalty" else None) != now[name]:
                 raise ValueError(
                     f"{path} was sampled with --{name} {before.get(name)}, now it is {now[name]}: set it back, delete the file, or name another output"
                 )
@@ -168,11 +189,11 @@ def claim(path: Path, args: argparse.Namespace) -> None:
         json.dump(now, file, indent=1)
 
 
-def outcome(record: dict[str, Any], completion: Any) -> dict[str, Any]:
+def outcome(record: dict[str, Any], completion: Any, form: str = "rewrite") -> dict[str, Any]:
     """The output line of one conversation."""
-    from convsearch.parsing import parse_rewrite, thinking
+    from convsearch.parsing import PARSERS, thinking
 
-    rewrite = parse_rewrite(completion.text, completion.finish_reason)
+    rewrite = PARSERS[form](completion.text, completion.finish_reason)
     return {
         **record,
         "rewrite": record["question"] if rewrite.text is None else rewrite.text,
@@ -189,7 +210,7 @@ def main() -> None:
 
     from convsearch.files import named_errors
 
-    records, conversations = read_input(args.input_path)
+    records, conversations = read_input(args.input_path, args.task)
     by_qid = {record["qid"]: record for record in records}
     output = Path(args.output_path)
     done = finished(output, set(by_qid), "rewrite_error")
@@ -199,6 +220,7 @@ def main() -> None:
     if done:
         kept = len(conversations) - len(rest)
         print(f"{output}: {kept} of {len(conversations)} lines are there already and are kept")
+    form = FORMS.get(args.prompt_style, "rewrite")
     if rest:
         if args.dp_size > 1:
             print(f"note: --dp_size {args.dp_size}: this version samples in one process")
@@ -211,7 +233,7 @@ def main() -> None:
         ):
             for part, completions in rewriter.slices(rest, 1, args.seed, n_slice):
                 for conversation, completion in zip(part, completions, strict=True):
-                    file.write(json.dumps(outcome(by_qid[conversation.qid], completion), ensure_ascii=False) + "\n")
+                    file.write(json.dumps(outcome(by_qid[conversation.qid], completion, form), ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(len(part))
@@ -229,7 +251,7 @@ def build(args: argparse.Namespace) -> Any:
         torch.set_num_threads(args.threads)
     return Rewriter(
         args.model_name_or_path,
-        SamplingConfig(args.temperature, args.top_p, args.top_k, args.max_tokens, args.batch_size),
+        SamplingConfig(args.temperature, args.top_p, args.top_k, args.max_tokens, args.batch_size, args.repetition_penalty),
         style=args.prompt_style,
         example=args.model_name == "Get_SFT",
         scaffold=Scaffold.rewrite_form(args.think_tokens, args.rewrite_tokens) if args.scaffold else None,

@@ -30,13 +30,14 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
-    """temperature 0 is greedy; top_p 1 and top_k 0 leave the distribution whole; lengths in tokens."""
+    """temperature 0 is greedy; top_p 1, top_k 0 and repetition_penalty 1 leave the distribution whole; lengths in tokens."""
 
     temperature: float = 0.7
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 1024
     batch_size: int = 64  # sequences decoded at once
+    repetition_penalty: float = 1.0  # logits of tokens of the prompt and the output so far: divided by it above 0, else multiplied
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -45,6 +46,7 @@ class SamplingConfig:
             ("top_k", 0, 1 << 20),
             ("max_tokens", 1, 1 << 20),
             ("batch_size", 1, 1 << 16),
+            ("repetition_penalty", 0.01, 100),
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"sampling: {name} = {getattr(self, name)} is not within {low} and {high}")
@@ -126,7 +128,11 @@ class HfSampler:
     def _generate_chunk(self, prompts: list[tuple[int, ...]], keys: list[int], n: int, seed: int) -> list[list[Completion]]:
         limit = self.config.max_tokens if self._script is None else self._script.max_tokens
         context, hidden_PX = self._read(prompts, n, min(limit, FIRST_CAPACITY))
-        rows = [_Row(np.random.default_rng([seed, key, g]).random(limit), self._script) for key in keys for g in range(n)]
+        rows = [
+            _Row(np.random.default_rng([seed, key, g]).random(limit), self._script, set(prompt))
+            for prompt, key in zip(prompts, keys, strict=True)
+            for g in range(n)
+        ]
         live_P = list(range(len(prompts)))  # prompts whose samples still stand in the context
         hidden_NX = hidden_PX.repeat_interleave(n, dim=0)
         while True:
@@ -179,7 +185,7 @@ class HfSampler:
 
     def _choose(self, logits_NV: Tensor, rows: list["_Row"]) -> Tensor:
         """Draws the next token of every row, lets the scaffold overrule it, and books it; returns the ids to feed [N]."""
-        logprobs_NV = (logits_NV / (self.config.temperature or 1.0)).log_softmax(dim=-1)
+        logprobs_NV = (self._penalised(logits_NV, rows) / (self.config.temperature or 1.0)).log_softmax(dim=-1)
         offered_NV = logprobs_NV if self._script is None else self._without_empty_parts(logprobs_NV, rows)
         if self.config.temperature == 0:
             drawn_N = offered_NV.argmax(dim=-1)
@@ -192,6 +198,17 @@ class HfSampler:
         for row, token, logprob in zip(rows, drawn_N.tolist(), chosen_N, strict=True):
             row.book(token, logprob, self.stop_ids)
         return drawn_N
+
+    def _penalised(self, logits_NV: Tensor, rows: list["_Row"]) -> Tensor:
+        """The repetition penalty, as transformers and vLLM apply it, before the temperature."""
+        penalty = self.config.repetition_penalty
+        if penalty == 1:
+            return logits_NV
+        penalised_NV = logits_NV.clone()
+        for logits_V, row in zip(penalised_NV, rows, strict=True):
+            seen = torch.tensor(sorted(row.seen), device=logits_V.device)
+            logits_V[seen] = torch.where(logits_V[seen] > 0, logits_V[seen] / penalty, logits_V[seen] * penalty)
+        return penalised_NV
 
     def _without_empty_parts(self, logprobs_NV: Tensor, rows: list["_Row"]) -> Tensor:
         """Takes what would leave a part of the scaffold empty from the rows that stand at the beginning of one."""
@@ -256,6 +273,7 @@ class _Row:
 
     uniforms: np.ndarray[Any, np.dtype[np.float64]]
     script: _Script | None
+    seen: set[int] = field(default_factory=set)  # tokens of the prompt and of the sample
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
@@ -292,6 +310,7 @@ class _Row:
         if self.done:
             return
         self.token_ids.append(token)
+        self.seen.add(token)
         self.logprobs.append(logprob)
         scripted_end = self.script is not None and self.part == len(self.script.budgets) and not self.forced
         self.stopped = token in stop_ids or scripted_end

@@ -18,6 +18,7 @@ import pytest
 
 from convsearch import infer
 from convsearch.parsing import parse_rewrite, thinking
+from convsearch.types import Completion
 
 ROWS = helpers.conversation_rows(list(helpers.GOLDS))
 
@@ -185,3 +186,37 @@ def test_kill_dash_nine_loses_nothing(form_llama: Path, tmp_path: Path) -> None:
     assert "lines are there already and are kept" in printed
     assert killed.read_bytes() == whole.read_bytes()
     assert len({json.loads(line)["qid"] for line in killed.read_bytes().splitlines()}) == len(rows)
+
+
+def test_rqr_writes_reasoned_queries_of_topics_and_goes_on_where_it_stopped(form_llama: Path, tmp_path: Path) -> None:
+    topics = helpers.write_jsonl(tmp_path / "topics.jsonl", [{"id": str(i), "query": f"why {i}?", "excluded_ids": ["x"]} for i in range(5)])
+    flags = [
+        "--model_name_or_path",
+        form_llama,
+        "--input_path",
+        topics,
+        "--task",
+        "rqr",
+        "--max_tokens",
+        12,
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+    ]
+    for output, more in (("whole.jsonl", []), ("parts.jsonl", ["--limit", 2]), ("parts.jsonl", [])):
+        status, printed = helpers.call(infer.main, [*flags, "--output_path", tmp_path / output, *more])
+        assert status == 0, printed
+    lines = helpers.read_jsonl(tmp_path / "whole.jsonl")
+    assert [(line["qid"], line["question"]) for line in lines] == [(str(i), f"why {i}?") for i in range(5)]
+    assert all(line["rewrite"] == (line["output"].strip() or line["question"]) for line in lines)
+    assert sorted(map(str, helpers.read_jsonl(tmp_path / "parts.jsonl"))) == sorted(map(str, lines))
+    settings = json.loads((tmp_path / "whole.jsonl.settings.json").read_text())
+    assert settings | {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "prompt_style": "rqr"} == settings
+
+
+def test_rqr_in_think_mode_searches_for_the_answer_alone() -> None:
+    completion = Completion((), (), "<think>so</think>\n<answer>an answer</answer>", "stop")
+    line = infer.outcome({"qid": "1", "question": "q?"}, completion, "answer")
+    assert (line["rewrite"], line["reasoning_content"], line["fallback"]) == ("an answer", "so", False)
+    assert infer.outcome({"qid": "1", "question": "q?"}, completion, "rewrite")["rewrite_error"] == "no_tag"

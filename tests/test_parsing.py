@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from convsearch.parsing import REWRITE_CLOSE, REWRITE_OPEN, THINK_CLOSE, THINK_OPEN, parse_rewrite, thinking
+from convsearch.parsing import REWRITE_CLOSE, REWRITE_OPEN, THINK_CLOSE, THINK_OPEN, parse_answer, parse_rewrite, parse_text, thinking
 from convsearch.prompts import EXAMPLE_OUTPUT
 from convsearch.types import FinishReason, Rewrite
 
@@ -170,3 +170,14 @@ def test_one_tag_too_few_is_never_forgiven(think: str, rewrite: str, tag: str) -
 )
 def test_thinking_for_people_to_read(text: str, expected: str) -> None:
     assert thinking(text) == expected
+
+
+def test_answers_are_parsed_as_strictly_as_rewrites_and_texts_only_have_to_be_there() -> None:
+    assert parse_answer("<think>so</think> <answer> an\nanswer </answer>\n") == Rewrite("an answer", None)
+    assert parse_answer("<think>so</think> <answer>an answer") == Rewrite(None, "no_tag")
+    assert parse_answer("<think>so</think> <answer>an answer</answer> and more").error == "format"
+    assert parse_answer("<think>so</think><answer></answer>").error == "empty"
+    assert parse_answer("<think>so</think><answer>a", "length").error == "truncated"
+    assert parse_answer("<think>so</think>\n<rewrite>a</rewrite>").error == "no_tag"
+    assert parse_text(" a\nlong  text ", "length") == Rewrite("a\nlong  text", None)
+    assert parse_text(" \n").error == "empty"

@@ -76,13 +76,15 @@ def test_logprobs_are_those_of_plain_transformers(kind: str, attention: str, tem
     assert spread > 2  # an almost uniform model would make the comparison an easy one
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_greedy_is_transformers_generate(kind: str, request: pytest.FixtureRequest) -> None:
+def test_greedy_is_transformers_generate(kind: str, penalty: float, request: pytest.FixtureRequest) -> None:
     world: World = request.getfixturevalue(kind)
     plain = world.plain("sdpa")
-    ours = world.sampler(SamplingConfig(0.0, max_tokens=20)).generate(world.prompts, 1, seed=0)
+    ours = world.sampler(SamplingConfig(0.0, max_tokens=20, repetition_penalty=penalty)).generate(world.prompts, 1, seed=0)
     for prompt, completion in zip(world.prompts, ours, strict=True):
-        theirs = plain.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, attention_mask=torch.ones(1, len(prompt)))
+        options = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": penalty}
+        theirs = plain.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
         assert completion.token_ids == tuple(theirs[0, len(prompt) :].tolist())
 
 
