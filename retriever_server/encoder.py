@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from retriever_server.storage import Array
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
 ACTIVATIONS = {"torch.nn.modules.linear.Identity": "Identity", "torch.nn.modules.activation.Tanh": "Tanh"}
+CHARS_A_TOKEN, LEAST = 6, 4  # characters of a long token, for guessing what is cut off; texts that are batched in any case
 HASHED = ("*.safetensors", "*.bin", "*.json", "*.txt", "*/*.safetensors", "*/*.bin", "*/*.json")
 
 
@@ -60,7 +61,7 @@ class Encoder:
     def encode(self, texts: Sequence[str], max_length: int, batch_size: int = 64, progress: bool = False) -> Array:
         """float32 [n, dim], in the order of the texts, each cut at ``max_length`` tokens (special ones included) or at the model's own limit.
 
-        Texts are sorted by length, so that a batch holds little padding.
+        Texts are sorted by length, and a batch ends before a text of less than three quarters of its first one's, so that it holds little padding.
         """
         import torch
         from tqdm import tqdm
@@ -69,8 +70,7 @@ class Encoder:
         out = np.empty((len(texts), getattr(self, "dim", 0)), np.float32) if len(texts) and hasattr(self, "dim") else None
         bar = tqdm(total=len(texts), desc="encode", unit=" texts", disable=not progress, leave=False, mininterval=0.5)
         with self._lock, torch.inference_mode(), bar:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
+            for rows in _alike(order, [min(len(text), CHARS_A_TOKEN * max_length) for text in texts], batch_size):
                 vectors = self._forward([texts[i] for i in rows], min(max_length, self.limit)).float().cpu().numpy()
                 if out is None:
                     out = np.empty((len(texts), vectors.shape[1]), np.float32)
@@ -90,6 +90,18 @@ class Encoder:
         for head in self._heads:
             vectors = head(vectors)
         return vectors
+
+
+def _alike(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Consecutive parts of ``order`` (longest first) of at most ``batch_size`` texts; from LEAST on, only as long as the lengths are alike."""
+    rows: list[int] = []
+    for i in order:
+        if len(rows) == batch_size or (len(rows) >= LEAST and 4 * lengths[i] < 3 * lengths[rows[0]]):
+            yield rows
+            rows = []
+        rows.append(i)
+    if rows:
+        yield rows
 
 
 def find(name_or_path: str) -> Path:
