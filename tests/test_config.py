@@ -387,3 +387,37 @@ def test_help_shows_every_key_with_its_meaning_and_value():
         described = [below for line, below in itertools.pairwise(lines) if re.match(r"  [a-z_]+\.", line)]
         assert len(described) == len(keys_of(kind))
         assert all(len(below.strip()) > 5 and "None" not in below for below in described)
+
+
+# 5. RQR's presets
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_rqrs_presets_have_the_papers_numbers(size):
+    config = load_grpo_config([f"experiment=rqr_qwen2.5-{size}"])
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    optim = actor.optim
+    assert (optim.lr, optim.lr_scheduler, optim.min_lr_ratio, optim.betas, optim.weight_decay) == (1e-6, "cosine", 0.1, (0.9, 0.99), 0.1)
+    assert (config.trainer.total_training_steps, optim.lr_warmup_steps) == (150, 15)
+    assert (config.data.train_batch_size, rollout.n, config.data.max_prompt_length, config.data.max_response_length) == (12, 16, 8000, 500)
+    assert (actor.kl_loss_coef, actor.grad_clip, actor.use_kl_loss) == (0.008, 0.1, True)
+    reward = config.reward_model.reward
+    assert (reward.weights, reward.form, reward.format_penalty) == ((0.0, 1.0), "text", -1.0)
+    assert config.retriever.similarity_model == "BAAI/bge-base-en-v1.5"
+
+
+@pytest.mark.parametrize("experiment", ["rqr_qwen2.5-1.5b", "rqr_qwen2.5-7b", "rqr_smollm2"])
+def test_dry_run_shows_the_whole_configuration_and_starts_nothing(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        load_grpo_config([f"experiment={experiment}", "--dry-run", "trainer.seed=3"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert {"trainer.seed=3", "reward_model.reward.name=similarity_gain", "data.seed=3"} <= set(out.splitlines())
+    assert len(out.splitlines()) == len(keys_of("grpo")) + 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mix_has_both_weights_and_no_weight_at_all_is_refused():
+    assert load_grpo_config([*CPU, "reward=mixed"]).reward_model.reward.weights == (1.0, 0.5)
+    assert "leave nothing to pay for" in message("grpo", *CPU, "reward_model.reward.rank_weight=0")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import helpers_encoders
+import helpers_trainers
 import numpy as np
 import pytest
 from helpers_retriever import Lengths, running
@@ -14,7 +15,7 @@ from helpers_retriever import Lengths, running
 from convsearch.config.grpo import RewardConfig
 from convsearch.retriever import RetrieverClient
 from convsearch.rewarder import score
-from convsearch.rewards import reward
+from convsearch.rewards import rank_incentive, reward
 from convsearch.types import Completion, Example, Rewrite
 from retriever_server.app import create_app
 from retriever_server.bm25 import Bm25Index
@@ -174,6 +175,36 @@ def test_equal_to_a_loop_over_sentence_transformers() -> None:
     found = [10 * gain for gain in Similarity.load(path, "cpu").gains(items)]
     assert np.ptp(expected) > 1
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_grpo_trains_on_the_similarity_and_replays_it(form_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from convsearch import rollouts
+    from convsearch.config import load_grpo_config
+    from convsearch.grpo_loop import train
+    from convsearch.tracking import read_metrics
+
+    monkeypatch.setattr(helpers_encoders, "WORDS", [*helpers_encoders.WORDS, *helpers_trainers.TOWNS, *helpers_trainers.ASPECTS])
+    (tmp_path / "encoder").mkdir()
+    helpers_encoders.build_ance(tmp_path / "encoder")
+    rows = helpers_trainers.grpo_rows(list(helpers_trainers.GOLDS))
+    for row in rows[:4]:
+        row["extra_info"]["positives"] = ["who wrote hamlet", "capital of france"]  # the others' gold passages stand in
+    data = helpers_trainers.write_parquet(tmp_path / "train.parquet", rows)
+    url = f"embedded:{helpers_trainers.build_index(tmp_path)}"
+    paid = {"reward": "mixed", "retriever.similarity_model": tmp_path / "encoder", "trainer.total_training_steps": 2}
+    for name, more in (("recorded", {}), ("replayed", {"actor_rollout_ref.rollout.replay_from": tmp_path / "recorded"})):
+        overrides = helpers_trainers.grpo_overrides(form_llama, data, tmp_path / name, url, **paid, **more)
+        train(load_grpo_config(overrides))
+    samples = rollouts.load(tmp_path / "recorded", 1)
+    parsed = [sample for sample in samples if sample.rewrite.text is not None]
+    assert len({sample.gain for sample in parsed}) > 1
+    assert all(sample.gain is None and sample.reward == -0.1 for sample in samples if sample.rewrite.text is None)
+    for sample in parsed:
+        assert sample.gain is not None
+        assert sample.reward == pytest.approx(rank_incentive(sample.rank) + 0.5 * 10 * sample.gain)
+    assert rollouts.load(tmp_path / "replayed", 1) == samples
+    assert read_metrics(tmp_path / "recorded")[1]["similarity_gain"] == pytest.approx(np.mean([sample.gain for sample in parsed]))
 
 
 def test_batches_of_any_size_score_alike(tmp_path: Path) -> None:

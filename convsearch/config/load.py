@@ -50,7 +50,7 @@ def help_text(kind: Kind, argv: Sequence[str] = ()) -> str:
         default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
         value = _lookup(tree, key)
         keys.append(f"  {key}={default if value is PydanticUndefined else _shown(value)}  [{_type_name(field)}]\n      {field.description}")
-    usage = f"usage: python -m convsearch.{kind} [experiment=NAME] [GROUP=NAME ...] [KEY=VALUE ...]   (Hydra's override syntax)"
+    usage = f"usage: python -m convsearch.{kind} [experiment=NAME] [GROUP=NAME ...] [KEY=VALUE ...] [--dry-run]   (Hydra's override syntax)"
     return "\n".join([usage, "", "groups (files under configs/):", *groups, "", "keys:", *keys, ""])
 
 
@@ -58,6 +58,8 @@ def _load(kind: Kind, model: type[Config], argv: Sequence[str]) -> Config:
     if "--help" in argv or "-h" in argv:
         print(help_text(kind, [argument for argument in argv if argument not in ("--help", "-h")]))
         raise SystemExit(0)
+    dry = "--dry-run" in argv
+    argv = [argument for argument in argv if argument != "--dry-run"]
     tree = _compose(kind, argv)
     try:
         config = model.model_validate(tree)
@@ -67,6 +69,10 @@ def _load(kind: Kind, model: type[Config], argv: Sequence[str]) -> Config:
     model_max = _positions(Path(path))
     if model_max is not None:
         config.check_context(model_max)
+    if dry:
+        print("\n".join(f"{key}={_shown(_lookup(config.model_dump(), key))}" for key, _ in _leaves(model)))
+        print(f"dry run: the configuration of convsearch.{kind} is whole; nothing was started")
+        raise SystemExit(0)
     return config
 
 
