@@ -66,6 +66,13 @@ class MicroBatch:
         """Computed positions, padding included."""
         return self.token_ids_BT.numel()
 
+    @property
+    def sequence_R(self) -> Tensor:
+        """Number of the sample that each response token belongs to, from 0 in the order of the columns: a sample's first token is predicted
+        from its prompt."""
+        first_R = self.branch_BT[self.row_R, self.source_R] == 0
+        return first_R.cumsum(0) - 1
+
     def attention_mask(self) -> Tensor:
         """[B, 1, T, T] bool, True where a query position (third axis) may see a key position (last axis)."""
         length = self.branch_BT.shape[1]

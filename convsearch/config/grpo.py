@@ -1,6 +1,7 @@
 """The configuration of the RL stage (``python -m convsearch.grpo``): the key tree of the seed's ``main_ppo`` command lines.
 
-Defaults are the paper's preset for 8 GPUs, except that its entropy bonus, which the paper does not mention, was the default of its trainer.
+Defaults are the paper's preset for 8 GPUs without the entropy bonus: the paper does not mention it, but it was the default of its trainer, so
+``algorithm=grpo_faithful`` (which the paper's experiments choose) turns it on.
 """
 
 import os
@@ -20,15 +21,38 @@ class KlCtrlConfig(Section):
     )
 
 
+class FilterGroupsConfig(Section):
+    enable: bool = Field(default=False, description="DAPO's dynamic sampling: groups whose rewards are all equal are drawn again")
+    max_num_gen_batches: int = Field(
+        default=10, ge=1, description="draws of a step at most; groups that stay equal are left out of the update and of its mean"
+    )
+
+
+class RolloutCorrectionConfig(Section):
+    rollout_is: Literal["token", "sequence"] | None = Field(
+        default=None, description="importance weight of policy against sampler, by token or by sequence; null: none"
+    )
+    rollout_is_threshold: float = Field(default=2.0, gt=0, description="the largest such weight: above it is truncated")
+
+
 class AlgorithmConfig(Section):
     name: Literal["grpo"] = Field(default="grpo", description="the step function")
     adv_estimator: Literal["grpo"] = Field(default="grpo", description="advantage: reward against the group's mean")
     norm_adv_by_std: bool = Field(default=True, description="divide the advantage by the group's unbiased standard deviation + 1e-6")
-    loss_agg: Literal["micro-batch-mean", "token-mean"] = Field(
+    loss_mode: Literal["vanilla", "gspo"] = Field(
+        default="vanilla", description="vanilla: a ratio and clip a token; gspo: one a sequence, length-normalised"
+    )
+    loss_agg: Literal["micro-batch-mean", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         default="micro-batch-mean",
         description="micro-batch-mean: token mean of each micro-batch, then their mean (the paper's code); "
-        "token-mean: mean over all tokens of the mini-batch, on all ranks",
+        "token-mean: mean over all tokens of the mini-batch, on all ranks; seq-mean-token-mean: mean of the sequences' token means; "
+        "seq-mean-token-sum-norm: mean of the sequences' token sums over loss_scale_factor (Dr. GRPO)",
     )
+    loss_scale_factor: int | None = Field(
+        default=None, ge=1, description="tokens that seq-mean-token-sum-norm divides by; null: data.max_response_length"
+    )
+    filter_groups: FilterGroupsConfig = FilterGroupsConfig()
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
     kl_ctrl: KlCtrlConfig = KlCtrlConfig()
 
 
@@ -98,7 +122,7 @@ class ActorConfig(Section):
     )
     clip_ratio_high: float | None = Field(default=None, gt=0, description="upper clip; null: clip_ratio")
     entropy_coeff: float = Field(
-        default=0.001, ge=0, description="weight of the entropy bonus (on in the reference's trainer, not in the paper)"
+        default=0.0, ge=0, description="weight of the entropy bonus; 0.001 in algorithm=grpo_faithful, as in the reference's trainer"
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     share_prompts: bool = Field(default=True, description="compute each prompt once for its whole group; exact (not in verl)")
