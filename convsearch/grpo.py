@@ -57,7 +57,10 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
     rollouts.dump(t.run_dir, step, rollouts_N)  # every step can be replayed
 
     lr = lr_at(step, t.total_steps, actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.lr_scheduler, actor.optim.min_lr_ratio)
-    packed = [[with_references(t, micro) for micro in pack(trees, max_tokens_of(t.cfg))] for trees in minibatches(t.cfg, rollouts_N)]
+    tight = {"remove_padding": t.cfg.actor_rollout_ref.model.use_remove_padding}
+    packed = [
+        [with_references(t, micro) for micro in pack(trees, max_tokens_of(t.cfg), **tight)] for trees in minibatches(t.cfg, rollouts_N)
+    ]
     clock.lap("reference_s")
     updates = []
     for micros in packed:

@@ -76,7 +76,7 @@ class GrpoDataConfig(Section):
 
 class PolicyModelConfig(Section):
     path: Text = Field(description="folder or hub name of the policy to start from; also the frozen reference")
-    use_remove_padding: bool = Field(default=True, description="pack rows without padding where the attention kernel can")
+    use_remove_padding: bool = Field(default=True, description="several prompts' trees in one row and no padding; false: a row each")
     enable_gradient_checkpointing: bool = Field(
         default=True, description="recompute activations in the backward pass: less memory, about a third more time"
     )
