@@ -108,6 +108,8 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
         weight_decay=actor.optim.weight_decay,
         grad_clip=actor.grad_clip,
         gradient_checkpointing=model.enable_gradient_checkpointing,
+        param_offload=actor.fsdp_config.param_offload,
+        optimizer_offload=actor.fsdp_config.optimizer_offload,
         **options,
     )
     if found:
@@ -117,7 +119,7 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
     if not actor.use_kl_loss:
         return step, policy, None
     reference = load_model(model.path, trust_remote_code=model.trust_remote_code).requires_grad_(False)
-    return step, policy, Policy(reference, device, **options)
+    return step, policy, Policy(reference, device, param_offload=cfg.actor_rollout_ref.ref.fsdp_config.param_offload, **options)
 
 
 def build_sampler(cfg: GrpoConfig, causal_lm: Any, tokenizer: Any) -> HfSampler:

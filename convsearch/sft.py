@@ -149,7 +149,7 @@ def build_policy(cfg: SftConfig, run_dir: "Path", device: Any) -> tuple[int, "Po
     """The model to train, from the newest checkpoint where there is one, and the step at which it stands."""
     from convsearch import checkpoint, distributed
     from convsearch.model import load_model
-    from convsearch.policy import Policy
+    from convsearch.policy import SFT_KNOBS, Policy
 
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
     source = str(found[1]) if found else cfg.model.partial_pretrain
@@ -162,6 +162,7 @@ def build_policy(cfg: SftConfig, run_dir: "Path", device: Any) -> tuple[int, "Po
         grad_clip=cfg.optim.clip_grad,
         gradient_checkpointing=cfg.model.enable_gradient_checkpointing,
         bf16=cfg.model.dtype == "bf16",
+        memory_knobs=SFT_KNOBS,
     )
     cfg.check_context(policy.causal_lm.config.max_position_embeddings)
     if found is None:

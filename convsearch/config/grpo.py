@@ -94,8 +94,10 @@ class GrpoOptimConfig(Section):
 
 
 class ActorFsdpConfig(Section):
-    param_offload: bool = Field(default=False, description="keep the weights in CPU memory between uses")
-    optimizer_offload: bool = Field(default=False, description="keep Adam's state in CPU memory between uses")
+    param_offload: bool = Field(
+        default=False, description="keep weights, gradients and Adam's state in CPU memory; layers come to the GPU for each pass"
+    )
+    optimizer_offload: bool = Field(default=False, description="keep Adam's state in CPU memory between updates")
 
 
 class RefFsdpConfig(Section):
