@@ -105,8 +105,9 @@ def forward_flops(shape: dict[str, Any], trees: Sequence["Tree"]) -> float:
         prompt = len(tree.prompt_ids)
         pairs += prompt * (prompt + 1) // 2
         pairs += sum(len(b.token_ids) * prompt + len(b.token_ids) * (len(b.token_ids) + 1) // 2 for b in tree.branches)
-    layers = shape["num_hidden_layers"] * (2.0 * weights * positions + 4.0 * hidden * pairs)
-    return layers + 2.0 * shape["vocab_size"] * hidden * responses
+    layers: float = shape["num_hidden_layers"] * (2.0 * weights * positions + 4.0 * hidden * pairs)
+    logits: float = 2.0 * shape["vocab_size"] * hidden * responses
+    return layers + logits
 
 
 def ceiling(device: "torch.device", dtype: "torch.dtype", side: int) -> float:
@@ -115,7 +116,8 @@ def ceiling(device: "torch.device", dtype: "torch.dtype", side: int) -> float:
 
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = timed(device, lambda: left @ right, 10)
-    return 2.0 * side**3 / statistics.median(seconds)
+    rate: float = 2.0 * side**3 / statistics.median(seconds)
+    return rate
 
 
 def timed(device: "torch.device", call: Callable[[], object], times: int) -> list[float]:
