@@ -19,8 +19,8 @@ def start(device: torch.device) -> torch.device:
     return device
 
 
-def stop() -> None:
-    """The end of a rank's work: leaves the process group, and with several ranks the process too, with exit status 0.
+def stop(status: int = 0) -> None:
+    """The end of a rank's work: leaves the process group, and with several ranks the process too, with that exit status.
 
     The interpreter is not wound down: gloo's threads may still hold Python tensors, DTensor's caches keep those threads alive, and letting go
     of a tensor then aborts the process ("terminate called without an active exception", pytorch/pytorch#179291).
@@ -30,7 +30,7 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 def world_size() -> int:

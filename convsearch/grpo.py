@@ -175,6 +175,8 @@ def mean_of(reports: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def rollout_metrics(rollouts_N: Sequence["Rollout"], n: int) -> "Metrics":
     """Means over the samples, and the share of groups whose rewards differ (those that teach)."""
+    from convsearch.rewards import non_latin_share
+
     total = len(rollouts_N)
     groups = [rollouts_N[i : i + n] for i in range(0, total, n)]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts_N]
@@ -187,6 +189,7 @@ def rollout_metrics(rollouts_N: Sequence["Rollout"], n: int) -> "Metrics":
         "mrr": sum(1 / rollout.rank if rollout.rank else 0.0 for rollout in rollouts_N) / total,
         "spread_rate": sum(len({rollout.reward for rollout in group}) > 1 for group in groups) / len(groups),
         "response_tokens": sum(lengths) / total,
+        "non_latin_share": sum(non_latin_share(rollout.completion.text) for rollout in rollouts_N) / total,
         "truncated_rate": sum(rollout.completion.finish_reason == "length" for rollout in rollouts_N) / total,
     }
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 from convsearch import checkpoint, data, rollouts, runs
 from convsearch.config import GrpoConfig
 from convsearch.grpo import Trainer, grpo_step
+from convsearch.lifeline import Lifeline
 from convsearch.model import encode_chat, load_model, load_tokenizer, pick_device, stop_token_ids
 from convsearch.policy import Policy
 from convsearch.retriever import open_retriever
@@ -67,16 +68,16 @@ def learn(t: Trainer, tokenizer: Any, examples: list[Example], held_out: list[Ex
     tracker = Tracker(t.run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, first_step, cfg.model_dump())
     if cfg.trainer.val_before_train and first_step == 0 and held_out:
         tracker.log(-1, validate(t, held_out))
-    for step in tqdm(range(first_step, total), desc="GRPO", unit="step", initial=first_step, total=total):
-        indices = data.batch_indices(len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
-        metrics = grpo_step(t, step, [examples[i] for i in indices])
-        done = step + 1
-        if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
-            metrics |= validate(t, held_out)
-        tracker.log(step, metrics)
-        if done == total or (cfg.trainer.save_freq > 0 and done % cfg.trainer.save_freq == 0):
-            checkpoint.save(t.run_dir, done, t.policy, tokenizer, keep=cfg.trainer.keep_checkpoints)
-    tracker.close()
+    steps, save = range(first_step, total), checkpoint.saver(t.run_dir, t.policy, tokenizer, cfg.trainer)
+    with closing(tracker), Lifeline(t.run_dir, cfg.trainer, steps, cfg.trainer.save_freq, save, cfg.guard) as lifeline:
+        for step in tqdm(steps, desc="GRPO", unit="step", initial=first_step, total=total):
+            indices = data.batch_indices(len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
+            metrics = grpo_step(t, step, [examples[i] for i in indices])
+            done = step + 1
+            if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
+                metrics |= validate(t, held_out)
+            tracker.log(step, metrics)
+            lifeline.after_step(step, metrics)
 
 
 def encode(cfg: GrpoConfig, tokenizer: Any, examples: list[Example]) -> tuple[list[Example], dict[str, tuple[int, ...]]]:
@@ -98,7 +99,7 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
     """The policy (from the newest checkpoint where there is one), the step it stands at, and the frozen reference."""
     model, actor = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.actor
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
-    step, source = (found[0], str(found[1])) if found else (0, model.path)
+    step, source = found[0] if found else 0, checkpoint.model_folder(found, model.path)
     options: dict[str, Any] = {"temperature": cfg.actor_rollout_ref.rollout.temperature, "bf16": model.dtype == "bf16"}
     policy = Policy(
         load_model(source, trust_remote_code=model.trust_remote_code),
@@ -111,7 +112,7 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
         **options,
     )
     if found:
-        checkpoint.restore_optimizer(found[1], policy)
+        checkpoint.restore(found[1], policy)
         print(f"resumed from {found[1]}")
     cfg.check_context(policy.causal_lm.config.max_position_embeddings)
     if not actor.use_kl_loss:

@@ -19,7 +19,15 @@ _FREE = (
     "trainer.num_threads",
     "trainer.resume_mode",
     "trainer.default_local_dir",
+    "trainer.best_metric",
+    "trainer.best_mode",
+    "trainer.checkpoint_format",
+    "trainer.async_checkpoints",
+    "trainer.max_skipped_steps",
+    "trainer.peak_tflops",
+    "trainer.sample_table_freq",
 )
+_FREE_SECTIONS = ("guard.",)
 
 
 def claim(run_dir: Path, cfg: SftConfig | GrpoConfig) -> None:
@@ -39,7 +47,7 @@ def claim(run_dir: Path, cfg: SftConfig | GrpoConfig) -> None:
     if saved and path.is_file():
         before = _flat(json.loads(path.read_text()))
         for key in sorted(now.keys() | before.keys()):
-            if now.get(key) != before.get(key) and key not in _FREE:
+            if now.get(key) != before.get(key) and key not in _FREE and not key.startswith(_FREE_SECTIONS):
                 raise ValueError(
                     f"{run_dir} was made with {key}={before.get(key)}, now it is {now.get(key)}: set it back, or choose another trainer.default_local_dir"
                 )

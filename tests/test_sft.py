@@ -8,6 +8,7 @@
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -273,12 +274,20 @@ def test_two_ranks_have_the_losses_of_one(tiny_llama: Path, files: tuple[Path, P
     assert [record["step"] for record in two] == list(range(6))
     for name in ("loss", "val_loss", "grad_norm"):
         assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-5), name
-    # what two ranks have saved goes on with one, and the other way round
-    for path in (tmp_path / "two" / "global_step_6", tmp_path / "one" / "global_step_6"):
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
-    on_one = trained(tiny_llama, files, tmp_path / "two", **options)
+    # what two ranks have saved (each its shards) goes on with one, and the other way round
+    assert sorted(path.name for path in (tmp_path / "two" / "global_step_3" / "shards").iterdir()) == [
+        "shard-00001-model-00001-of-00001.safetensors",
+        "shard-00002-model-00001-of-00001.safetensors",
+    ]
+    for run_dir in (tmp_path / "two", tmp_path / "one"):
+        shutil.rmtree(run_dir / "global_step_6")
+    on_one = trained(tiny_llama, files, tmp_path / "two", trainer__checkpoint_format="dcp", **options)
     torchrun(helpers.sft_overrides(tiny_llama, files[0], tmp_path / "one", **options))
     for continued in (on_one, read_metrics(tmp_path / "one")):
         assert [record["loss"] for record in continued] == pytest.approx([record["loss"] for record in one], rel=1e-5)
+    # one rank's shards on two ranks: nothing is left to train, the export is the same to the bit
+    exported = tmp_path / "two" / "model" / "model.safetensors"
+    before = exported.read_bytes()
+    exported.unlink()
+    torchrun(helpers.sft_overrides(tiny_llama, files[0], tmp_path / "two", trainer__checkpoint_format="dcp", **options))
+    assert exported.read_bytes() == before
