@@ -5,9 +5,11 @@ its own, so that a script does not go on to the next stage with half a model: 3 
 stopped. A second SIGTERM ends it at once.
 """
 
+import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -32,10 +34,16 @@ def sweep(run_dir: Path) -> None:
 
 
 class Terminated:
-    """Notes the first SIGTERM and leaves the second to the system; on entering, SIGTERM must be the main thread's to handle."""
+    """Notes the first SIGTERM; a second one ends the process. Entered in the main thread.
+
+    Slurm signals every process of a job step and torchrun passes on what it gets, so that one wish arrives twice: signals within ``SAME_S``
+    of the first are the first.
+    """
+
+    SAME_S = 2.0
 
     def __init__(self) -> None:
-        self.heard = False
+        self.heard, self.heard_at = False, 0.0
         self.before: Any = signal.SIG_DFL
 
     def __enter__(self) -> Self:
@@ -46,8 +54,12 @@ class Terminated:
         signal.signal(signal.SIGTERM, self.before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.heard = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.heard and time.monotonic() - self.heard_at > self.SAME_S:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.heard:
+            return
+        self.heard, self.heard_at = True, time.monotonic()
         if distributed.rank() == 0:
             sys.stderr.write("\nSIGTERM: saving at the end of this step; a second one ends the run at once\n")
 

@@ -17,6 +17,8 @@ _FREE = (
     "trainer.save_freq",
     "trainer.keep_checkpoints",
     "trainer.num_threads",
+    "trainer.n_gpus_per_node",
+    "trainer.nnodes",
     "trainer.resume_mode",
     "trainer.default_local_dir",
     "trainer.best_metric",

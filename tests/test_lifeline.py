@@ -1,12 +1,14 @@
 """How runs end before their last step, and what is on disk then; the arithmetic of the guard is in test_guard.py.
 
 1. A collapse is saved, named with its figures, and ends with status 3; with the limit raised the run goes on as if nothing had happened.
-2. SIGTERM is noted once; a second one is the system's.
+2. SIGTERM is noted once; a second one ends the process.
 3. The newest k checkpoints stay, and the best one by the validation; ``latest`` and ``best`` name them.
 """
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +65,32 @@ def test_a_model_that_is_no_number_any_more_ends_the_run(tiny_llama: Path, rows:
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [len(skipped)]
 
 
-def test_sigterm_is_noted_once_and_then_the_systems_again() -> None:
+def test_sigterm_is_noted_once_and_again_at_once_is_the_same() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Terminated() as terminated:
         assert not terminated.on_any_rank()
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # the second of a launcher that passes on what this process got, too
         assert terminated.on_any_rank()
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_ends_the_process() -> None:
+    code = """
+import os, signal, time
+from convsearch.lifeline import Terminated
+Terminated.SAME_S = 0.1
+with Terminated() as terminated:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    print("noted", terminated.heard, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("never here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=helpers.environment())
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert done.stdout == "noted True\n"
 
 
 def lifeline(run_dir: Path, saved: list[tuple[int, float | None, bool]], steps: range, **trainer: Any) -> Lifeline:
