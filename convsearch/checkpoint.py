@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,15 +139,11 @@ def save(
     return target
 
 
-def saver(run_dir: Path, policy: Any, tokenizer: Any, cfg: TrainerSection) -> Callable[[int, float | None, bool], None]:
-    """``save`` as the configuration has it, for ``lifeline.Lifeline``: (steps done, the validation's figure or None, whether nothing follows)."""
-
-    def saved(done: int, value: float | None, last: bool) -> None:
-        score = Score(cfg.best_metric, cfg.best_mode, value) if cfg.best_metric and value is not None else None
-        background = cfg.async_checkpoints and not last
-        save(run_dir, done, policy, tokenizer, keep=cfg.keep_checkpoints, form=cfg.checkpoint_format, background=background, score=score)
-
-    return saved
+def save_by(policy: Any, run_dir: Path, tokenizer: Any, cfg: TrainerSection, done: int, value: float | None, last: bool) -> None:
+    """``save`` as the configuration has it: ``value`` is the validation's figure, where there is one; ``last`` says that nothing follows."""
+    score = Score(cfg.best_metric, cfg.best_mode, value) if cfg.best_metric and value is not None else None
+    background = cfg.async_checkpoints and not last
+    save(run_dir, done, policy, tokenizer, keep=cfg.keep_checkpoints, form=cfg.checkpoint_format, background=background, score=score)
 
 
 def wait() -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from convsearch.policy import Policy
 from convsearch.retriever import open_retriever
 from convsearch.rewarder import score
 from convsearch.sampler import HfSampler, SamplingConfig
+from convsearch.throughput import meter_of
 from convsearch.tracking import Metrics, Tracker
 from convsearch.types import Example
 
@@ -68,15 +70,19 @@ def learn(t: Trainer, tokenizer: Any, examples: list[Example], held_out: list[Ex
     tracker = Tracker(t.run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, first_step, cfg.model_dump())
     if cfg.trainer.val_before_train and first_step == 0 and held_out:
         tracker.log(-1, validate(t, held_out))
-    steps, save = range(first_step, total), checkpoint.saver(t.run_dir, t.policy, tokenizer, cfg.trainer)
+    meter = meter_of(cfg.actor_rollout_ref.model.path, cfg.trainer.peak_tflops, cfg.trainer.device, cfg.trainer.world_size)
+    steps, save = range(first_step, total), partial(checkpoint.save_by, t.policy, t.run_dir, tokenizer, cfg.trainer)
     with closing(tracker), Lifeline(t.run_dir, cfg.trainer, steps, cfg.trainer.save_freq, save, cfg.guard) as lifeline:
         for step in tqdm(steps, desc="GRPO", unit="step", initial=first_step, total=total):
             indices = data.batch_indices(len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
             metrics = grpo_step(t, step, [examples[i] for i in indices])
+            metrics |= meter.of_grpo(cfg, rollouts.lengths(t.run_dir, step), metrics)
             done = step + 1
             if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
                 metrics |= validate(t, held_out)
             tracker.log(step, metrics)
+            if tracker.shows_tables and cfg.trainer.sample_table_freq > 0 and step % cfg.trainer.sample_table_freq == 0:
+                tracker.samples(step, rollouts.table(t.run_dir, step, cfg.actor_rollout_ref.rollout.n))
             lifeline.after_step(step, metrics)
 
 

@@ -5,7 +5,9 @@ micro-batch means) in that the number of ranks and the micro-batch size cannot c
 """
 
 import sys
+import time
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from convsearch.cli import Ended, run
@@ -179,10 +181,11 @@ def learn(
     from tqdm import tqdm
 
     from convsearch import distributed
-    from convsearch.checkpoint import saver
+    from convsearch.checkpoint import save_by
     from convsearch.data import batch_indices
     from convsearch.lifeline import Lifeline
     from convsearch.schedule import lr_at
+    from convsearch.throughput import meter_of
     from convsearch.tracking import Tracker
 
     rank, world, micro_batch_size = distributed.rank(), distributed.world_size(), cfg.data.micro_batch_size_per_gpu
@@ -192,12 +195,16 @@ def learn(
     test_every = cfg.trainer.test_freq if cfg.trainer.test_freq > 0 else epoch
     warmup = int(cfg.optim.warmup_steps_ratio * total)
     tracker = Tracker(run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, steps.start, cfg.model_dump())
-    save = saver(run_dir, policy, tokenizer, cfg.trainer)
+    save = partial(save_by, policy, run_dir, tokenizer, cfg.trainer)
+    meter = meter_of(cfg.model.partial_pretrain, cfg.trainer.peak_tflops, cfg.trainer.device, world)
     with closing(tracker), Lifeline(run_dir, cfg.trainer, steps, save_every, save) as lifeline:
         for step in tqdm(steps, desc="SFT", unit="step", initial=steps.start, total=total, disable=rank > 0):
             batch = [rows[i] for i in batch_indices(len(rows), size, step, cfg.data.seed, cfg.data.shuffle)]
             lr = lr_at(step, total, cfg.optim.lr, warmup, cfg.optim.lr_scheduler, cfg.optim.min_lr_ratio)
+            start = time.monotonic()
             metrics = sft_step(policy, batch, rank, world, micro_batch_size, lr)
+            lengths = [(len(row.prompt_ids), len(row.branches[0].token_ids)) for row in batch]
+            metrics |= meter.of_sft(lengths, time.monotonic() - start)
             if held_out and ((step + 1) % test_every == 0 or step + 1 == total):
                 metrics["val_loss"] = validation_loss(policy, held_out, rank, world, micro_batch_size)
             tracker.log(step, metrics)
