@@ -95,7 +95,7 @@ def read(path: Path, policy: Any, optimizer_steps: int | None) -> None:
     if optimizer_steps is not None:
         for parameter in policy.optimizer.param_groups[0]["params"]:
             policy.optimizer.state[parameter] = {
-                "step": torch.tensor(float(optimizer_steps)),
+                "step": torch.tensor(float(optimizer_steps), device=parameter.device),  # fused AdamW wants it beside the weights
                 **{moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS},
             }
     load(path / "shards", _state_of(policy), process_group=_group())

@@ -32,8 +32,8 @@ for argument in "$@"; do
 done
 [ ${#stages[@]} -gt 0 ] || stages=(data index distill sft grpo infer eval)
 
-children=() server=""
-trap 'for child in "${children[@]}"; do kill -TERM "$child" 2> /dev/null || true; done' TERM
+children=() server="" told=0
+trap 'told=1; for child in "${children[@]}"; do kill -TERM "$child" 2> /dev/null || true; done' TERM
 trap '[ -z "$server" ] || kill "$server" 2> /dev/null || true' EXIT
 
 start() { # COMMAND...: in the background, or a line of the plan
@@ -48,6 +48,7 @@ finish() { # waits for what was started; ends the script with the first status t
     [ $status != 0 ] || status=$one
   done
   children=()
+  if [ $told = 1 ] && [ $status = 1 ]; then status=143; fi # torchrun ends with 1 when it is told to stop
   [ $status = 0 ] || exit $status
 }
 run() { start "$@"; finish; }

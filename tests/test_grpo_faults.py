@@ -281,9 +281,10 @@ def test_a_full_disk_for_the_other_commands(form_llama: Path, tmp_path: Path) ->
     turns = helpers.conversation_rows(list(helpers.GOLDS))
     rows = [row | {"qid": f"{row['qid']}_{copy}", "answer": "long " * 100} for copy in range(20) for row in turns]
     source = helpers.write_jsonl(tmp_path / "dev.json", rows)
-    for kilobytes in (12, 600, 1000):
-        with small_disk(tmp_path / f"sft{kilobytes}", kilobytes) as resize:
-            arguments = helpers.sft_overrides(form_llama, train, tmp_path / f"sft{kilobytes}" / "run", trainer__save_freq=1)
+    for kilobytes, form in ((12, "auto"), (600, "auto"), (1000, "auto"), (600, "dcp"), (1500, "dcp")):
+        with small_disk(tmp_path / f"sft{kilobytes}{form}", kilobytes) as resize:
+            options = {"trainer__save_freq": 1, "trainer__checkpoint_format": form}
+            arguments = helpers.sft_overrides(form_llama, train, tmp_path / f"sft{kilobytes}{form}" / "run", **options)
             assert FULL in helpers.one_sentence(*helpers.call(sft.main, arguments))
             resize(20_000)
             assert helpers.call(sft.main, arguments)[0] == 0
