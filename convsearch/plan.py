@@ -19,10 +19,21 @@ from convsearch.shapes import Shape, shape_of
 
 GIB = 2**30
 MEAN_RESPONSE_TOKENS = 386  # of the paper's samples (its section on efficiency)
-# Of the published data: (rows to train on, passages, rows that the two models' warm-up kept).
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of the published data."""
+
+    train: int  # turns
+    test: int
+    passages: int
+    kept: dict[str, int]  # rows that the two models' warm-up kept
+
+
 SIZES = {
-    "topiocqa": (45_450, 25_700_592, {"qwen": 5_892, "llama": 6_034}),
-    "qrecc": (29_596, 54_573_064, {"qwen": 7_759, "llama": 6_623}),
+    "topiocqa": Sizes(45_450, 2_514, 25_700_592, {"qwen": 5_892, "llama": 6_034}),
+    "qrecc": Sizes(29_596, 8_209, 54_573_064, {"qwen": 7_759, "llama": 6_623}),
 }
 DENSE_NUMBERS = 768  # of an ANCE vector
 
@@ -196,10 +207,7 @@ def _checkpoint_lines(shape: Shape, keep: int, best: bool) -> Iterator[str]:
     yield f"disk: {one:.1f} GiB a checkpoint, {kept} at a time with the one being written; {4.0 * shape.parameters / GIB:.1f} GiB for model/"
 
 
-def index_figures(arguments: Sequence[str], dataset: str | None) -> Iterator[str]:
-    if dataset is None:
-        return
-    passages = SIZES[dataset][1]
+def index_figures(arguments: Sequence[str], passages: int) -> Iterator[str]:
     if "dense" in arguments:
         vectors, codes = 4.0 * passages * DENSE_NUMBERS / GIB, 1.0 * passages * DENSE_NUMBERS / GIB
         yield f"{passages:,} passages; disk: {vectors:.1f} GiB of vectors in float32, {codes:.1f} of codes"
@@ -209,12 +217,11 @@ def index_figures(arguments: Sequence[str], dataset: str | None) -> Iterator[str
 
 def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, name: str = "") -> None:
     """Checks every command and fills in the stages' figures. Raises ValueError for the first that would be refused."""
-    dataset = next((known for known in SIZES if known in name), None)
-    family = next((known for known in ("qwen", "llama") if known in name), None)
-    rows, kept = (SIZES[dataset][0], SIZES[dataset][2].get(family or "")) if dataset else (None, None)
-    shape: Shape | None = None
+    sizes = next((SIZES[known] for known in SIZES if known in name), None)
+    kept = next((sizes.kept[known] for known in sizes.kept if known in name), None) if sizes else None
+    shape = _base_shape(name)
     for stage in stages:
-        for command in stage.commands:
+        for number, command in enumerate(stage.commands):
             try:
                 cfg = check(command)
             except ValueError as error:
@@ -224,12 +231,16 @@ def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, nam
                 shape = shape_of(cfg.model.partial_pretrain)
                 stage.figures += sft_figures(cfg, shape, kept, gpus, gpu_gib)
             elif isinstance(cfg, GrpoConfig):
-                shape = shape_of(cfg.actor_rollout_ref.model.path) or shape or _base_shape(name)
-                stage.figures += grpo_figures(cfg, shape, rows, gpu_gib)
+                shape = shape_of(cfg.actor_rollout_ref.model.path) or shape
+                stage.figures += grpo_figures(cfg, shape, sizes.train if sizes else None, gpu_gib)
                 if cfg.trainer.nnodes != nodes:
                     raise ValueError(f"stage {stage.name}: trainer.nnodes={cfg.trainer.nnodes} on {nodes} nodes")
-            elif module == "retriever_server.index":
-                stage.figures += index_figures(arguments, dataset)
+            elif module == "retriever_server.index" and sizes:
+                stage.figures += index_figures(arguments, sizes.passages)
+            elif module in ("convsearch.distill", "convsearch.infer") and sizes and number + 1 == len(stage.commands):
+                questions = sizes.train if module == "convsearch.distill" else sizes.test
+                weights = f"; {4.0 * shape.parameters / GIB:.1f} GiB of weights a GPU, the cache on top" if shape else ""
+                stage.figures.append(f"{questions:,} questions, one sample each, on {gpus} GPUs (one process a GPU){weights}")
 
 
 def _base_shape(name: str) -> Shape | None:
