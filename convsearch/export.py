@@ -1,7 +1,8 @@
 """A checkpoint -> a Hugging Face folder: ``python -m convsearch.export outputs/run/grpo --output MODEL [--dtype bf16]``.
 
-The checkpoint is a run folder (its newest one), a ``global_step_N`` of either form (whole tensors, or the shards of several ranks), or any Hugging Face
-folder of safetensors. Tensors are read one output file at a time: a model larger than the memory can be exported.
+The checkpoint is a run folder (its newest one), a ``global_step_N`` of either form (whole tensors, or the shards of several ranks), any Hugging Face folder
+of safetensors, or a folder of torch.distributed.checkpoint by another trainer (``--base``: whose configuration and tokenizer go with it). Tensors are read
+one output file at a time: a model larger than the memory can be exported.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MOMENTS = ("exp_avg/", "exp_avg_sq/")
+BESIDE = (".json", ".jinja", ".txt", ".model", ".py")  # what a model's folder has beside its weights
 UNITS = {"MB": 10**6, "GB": 10**9}
 
 
@@ -46,33 +49,39 @@ def find(checkpoint: Path) -> Path:
         return found[1]
     if (checkpoint / "config.json").is_file() and any(checkpoint.glob("*.safetensors")):
         return checkpoint
-    if any(checkpoint.glob("*.distcp")) or any(checkpoint.glob("shards/*.distcp")):
-        raise ValueError(
-            f"{checkpoint} is a checkpoint in torch's pickled DCP format, which is not read here: reading it could run code. This project writes DCP as "
-            "safetensors; convert it where it was made (torch.distributed.checkpoint.format_utils) and export the result"
-        )
-    raise ValueError(f"{checkpoint} holds no checkpoint: no global_step_N/trainer.json, and no config.json with *.safetensors")
+    if (checkpoint / ".metadata").is_file():
+        return checkpoint
+    raise ValueError(
+        f"{checkpoint} holds no checkpoint: no global_step_N/trainer.json, and no config.json with *.safetensors, no .metadata of DCP"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of the source: its elements, its type, and the file it stands in (None: in shards)."""
+    """One tensor of the source: its shape, its type, the file it stands in (None: in shards), and its name there where that is another."""
 
-    elements: int
+    shape: tuple[int, ...]
     dtype: "torch.dtype"
     file: Path | None
+    alias: str | None = None
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
 
 
 def entries(folder: Path) -> dict[str, Entry]:
     """Every weight by name, in the order of the names; the optimizer's moments are left out."""
-    from math import prod
-
     from convsearch.checkpoint import is_sharded
 
-    if is_sharded(folder):
+    if (folder / ".metadata").is_file():
+        from convsearch.foreign import weights_of
+
+        found = {name: Entry(shape, dtype, None, alias) for name, (alias, shape, dtype) in weights_of(folder).items()}
+    elif is_sharded(folder):
         from convsearch.sharded import shapes
 
-        found = {name: Entry(prod(shape), dtype, None) for name, (shape, dtype) in shapes(folder / "shards").items()}
+        found = {name: Entry(shape, dtype, None) for name, (shape, dtype) in shapes(folder / "shards").items()}
     else:
         from safetensors import safe_open
         from safetensors.torch import _getdtype
@@ -82,7 +91,7 @@ def entries(folder: Path) -> dict[str, Entry]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # no mapping
                     piece = file.get_slice(name)
-                    found[name] = Entry(prod(piece.get_shape()), _getdtype(piece.get_dtype()), path)
+                    found[name] = Entry(tuple(piece.get_shape()), _getdtype(piece.get_dtype()), path)
     return {name: found[name] for name in sorted(found) if not name.startswith(MOMENTS)}
 
 
@@ -91,11 +100,15 @@ def read(folder: Path, names: Sequence[str], known: dict[str, Entry]) -> "dict[s
     if known[names[0]].file is None:
         import torch
 
-        from convsearch.sharded import load, shapes
+        from convsearch.sharded import load
 
-        all_shapes = shapes(folder / "shards")
-        state = {name: torch.empty(all_shapes[name][0], dtype=all_shapes[name][1]) for name in names}
-        load(folder / "shards", state)
+        state = {name: torch.empty(known[name].shape, dtype=known[name].dtype) for name in names}
+        if known[names[0]].alias is None:
+            load(folder / "shards", state)
+        else:
+            from convsearch.foreign import TorchDcpReader
+
+            load(folder, {known[name].alias or name: state[name] for name in names}, reader=TorchDcpReader(folder))
         return state
     from safetensors import safe_open
 
@@ -121,15 +134,35 @@ def partition(known: dict[str, Entry], itemsize: int | None, limit: int) -> list
     return parts
 
 
-def export(source: Path, output: Path, dtype: str | None = None, limit: int = 5 * 10**9) -> list[Path]:
-    """Writes the folder and returns its weight files; it appears when it is whole.
+def write_weights(folder: Path, target: Path, known: dict[str, Entry], wanted: "torch.dtype | None", limit: int) -> list[str]:
+    """The tensors of ``folder`` into ``target``, in the type ``wanted``; returns the names of the files, and writes their index where there are several."""
+    from convsearch.checkpoint import save_tensors
+
+    parts = partition(known, wanted.itemsize if wanted else None, limit)
+    files: list[str] = []
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(parts, start=1):
+        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        tensors = read(folder, names, known)
+        if wanted:
+            tensors = {name: tensor.to(wanted) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        save_tensors(tensors, target / file)
+        files.append(file)
+        weight_map |= dict.fromkeys(names, file)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(parts) > 1:
+        _write_json(target / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return files
+
+
+def export(source: Path, output: Path, dtype: str | None = None, limit: int = 5 * 10**9, base: Path | None = None) -> list[Path]:
+    """Writes the folder and returns its weight files; it appears when it is whole. ``base``: where configuration and tokenizer come from.
 
     Raises:
         ValueError: there is nothing to export, or ``output`` holds something already.
     """
     import torch
-
-    from convsearch.checkpoint import save_tensors
 
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {output} is not empty: name another folder, or remove it")
@@ -138,29 +171,17 @@ def export(source: Path, output: Path, dtype: str | None = None, limit: int = 5 
     known = entries(folder)
     if not known:
         raise ValueError(f"{folder} holds no weights")
+    beside = base or folder
+    if not (beside / "config.json").is_file():
+        raise ValueError(f"{beside} has no config.json: name the model that was trained by --base")
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for path in folder.iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in ("trainer.json", "model.safetensors.index.json"):
+        for path in beside.iterdir():
+            if path.is_file() and path.suffix in BESIDE and path.name not in ("trainer.json", "model.safetensors.index.json"):
                 shutil.copy(path, temporary / path.name)
-        parts = partition(known, wanted.itemsize if wanted else None, limit)
-        files: list[Path] = []
-        weight_map: dict[str, str] = {}
-        total = 0
-        for number, names in enumerate(parts, start=1):
-            file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-            tensors = {
-                name: tensor.to(wanted) if wanted and tensor.is_floating_point() else tensor
-                for name, tensor in read(folder, names, known).items()
-            }
-            save_tensors(tensors, temporary / file)
-            files.append(output / file)
-            weight_map |= dict.fromkeys(names, file)
-            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if len(parts) > 1:
-            _write_json(temporary / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        files = write_weights(folder, temporary, known, wanted, limit)
         stored = wanted or next(iter(known.values())).dtype
         config: dict[str, Any] = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         _write_json(
@@ -171,7 +192,7 @@ def export(source: Path, output: Path, dtype: str | None = None, limit: int = 5 
         os.replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return files
+    return [output / name for name in files]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -185,9 +206,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="run folder, global_step_N, or Hugging Face folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, which must not exist or be empty")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="type of the weights; as saved by default")
+    parser.add_argument("--base", type=Path, default=None, help="folder of config.json and the tokenizer; the checkpoint by default")
     parser.add_argument("--max_shard_size", default="5GB", help="size of a weight file at most")
     args = parser.parse_args()
-    files = export(args.checkpoint, args.output, args.dtype, size_of(args.max_shard_size))
+    files = export(args.checkpoint, args.output, args.dtype, size_of(args.max_shard_size), args.base)
     print(
         f"{args.output}: {len(files)} weight file{'s' if len(files) > 1 else ''}, {sum(file.stat().st_size for file in files) / 10**9:.2f} GB"
     )

@@ -101,18 +101,18 @@ def read(path: Path, policy: Any, optimizer_steps: int | None) -> None:
     load(path / "shards", _state_of(policy), process_group=_group())
 
 
-def load(shards: Path, state: dict[str, Tensor], process_group: Any = None) -> None:
-    """Fills the tensors of ``state`` in place, by name.
+def load(shards: Path, state: dict[str, Tensor], process_group: Any = None, reader: Any = None) -> None:
+    """Fills the tensors of ``state`` in place, by name; ``reader``: of another storage than ours.
 
     Raises:
         ValueError: see ``read``.
     """
     try:
         with _quiet():
-            dcp_load(state, storage_reader=HuggingFaceStorageReader(str(shards)), process_group=process_group)
+            dcp_load(state, storage_reader=reader or HuggingFaceStorageReader(str(shards)), process_group=process_group)
     except CheckpointException as error:
         reasons = {str(failure[0]) for failure in error.failures.values()}
-        raise ValueError(f"checkpoint {shards.parent} is damaged or one of another model: {'; '.join(sorted(reasons))}") from None
+        raise ValueError(f"checkpoint {shards} is damaged or one of another model: {'; '.join(sorted(reasons))}") from None
 
 
 def shapes(shards: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
