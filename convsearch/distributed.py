@@ -24,8 +24,8 @@ def _backends(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def stop() -> None:
-    """The end of a rank's work: leaves the process group, and with several ranks the process too, with exit status 0.
+def stop(status: int = 0) -> None:
+    """The end of a rank's work: leaves the process group, and with several ranks the process too, with that exit status.
 
     The interpreter is not wound down: gloo's threads may still hold Python tensors, DTensor's caches keep those threads alive, and letting go
     of a tensor then aborts the process ("terminate called without an active exception", pytorch/pytorch#179291).
@@ -35,7 +35,7 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 def world_size() -> int:

@@ -57,8 +57,11 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
     rollouts.dump(t.run_dir, step, rollouts_N)  # every step can be replayed
 
     lr = lr_at(step, t.total_steps, actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.lr_scheduler, actor.optim.min_lr_ratio)
-    how = {"ranks": t.cfg.trainer.world_size, "remove_padding": t.cfg.actor_rollout_ref.model.use_remove_padding}
-    packed = [[with_references(t, micro) for micro in pack(trees, max_tokens_of(t.cfg), **how)] for trees in minibatches(t.cfg, rollouts_N)]
+    ranks, limit, tight = t.cfg.trainer.world_size, max_tokens_of(t.cfg), t.cfg.actor_rollout_ref.model.use_remove_padding
+    packed = [
+        [with_references(t, micro) for micro in pack(trees, limit, ranks=ranks, remove_padding=tight)]
+        for trees in minibatches(t.cfg, rollouts_N)
+    ]
     clock.lap("reference_s")
     updates = []
     for micros in packed:
@@ -183,6 +186,8 @@ def mean_of(reports: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def rollout_metrics(rollouts_N: Sequence["Rollout"], n: int) -> "Metrics":
     """Means over the samples, and the share of groups whose rewards differ (those that teach)."""
+    from convsearch.rewards import non_latin_share
+
     total = len(rollouts_N)
     groups = [rollouts_N[i : i + n] for i in range(0, total, n)]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts_N]
@@ -195,6 +200,7 @@ def rollout_metrics(rollouts_N: Sequence["Rollout"], n: int) -> "Metrics":
         "mrr": sum(1 / rollout.rank if rollout.rank else 0.0 for rollout in rollouts_N) / total,
         "spread_rate": sum(len({rollout.reward for rollout in group}) > 1 for group in groups) / len(groups),
         "response_tokens": sum(lengths) / total,
+        "non_latin_share": sum(non_latin_share(rollout.completion.text) for rollout in rollouts_N) / total,
         "truncated_rate": sum(rollout.completion.finish_reason == "length" for rollout in rollouts_N) / total,
     }
 

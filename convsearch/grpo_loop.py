@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from convsearch import checkpoint, data, distributed, rollouts, runs
 from convsearch.cluster import Parts, open_cluster, with_restarts
 from convsearch.config import GrpoConfig
 from convsearch.grpo import Trainer, grpo_step
+from convsearch.lifeline import Lifeline
 from convsearch.model import encode_chat, load_model, load_tokenizer, pick_device
 from convsearch.overlap import OneStepAhead, Request
 from convsearch.policy import Policy
 from convsearch.retriever import open_retriever
 from convsearch.rewarder import score
+from convsearch.throughput import meter_of
 from convsearch.tracking import Metrics, Tracker
 from convsearch.types import Example
 
@@ -68,28 +70,32 @@ def export(policy: Policy, folder: Path, tokenizer: Any) -> None:
         checkpoint.export(folder, policy.causal_lm, tokenizer, weights)
 
 
-def save(policy: Policy, run_dir: Path, done: int, tokenizer: Any, keep: int) -> None:
-    checkpoint.save(run_dir, done, policy, tokenizer, keep=keep)
-
-
 def learn(t: Trainer, parts: Parts, tokenizer: Any, examples: list[Example], held_out: list[Example]) -> None:
     """The steps that are left, with validation, metrics and checkpoints."""
     cfg, total, first_step = t.cfg, t.total_steps, parts.first_step
-    if cfg.actor_rollout_ref.rollout.overlap:
-        t.sampler = OneStepAhead(t.sampler, partial(request, t, examples), first_step)
+    ahead = OneStepAhead(t.sampler, partial(request, t, examples), first_step) if cfg.actor_rollout_ref.rollout.overlap else None
+    t.sampler = ahead or t.sampler
     tracker = Tracker(t.run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, first_step, cfg.model_dump())
     if cfg.trainer.val_before_train and first_step == 0 and held_out:
         tracker.log(-1, validate(t, held_out))
-    for step in tqdm(range(first_step, total), desc="GRPO", unit="step", initial=first_step, total=total):
-        indices = data.batch_indices(len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
-        metrics = grpo_step(t, step, [examples[i] for i in indices])
-        done = step + 1
-        if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
-            metrics |= validate(t, held_out)
-        tracker.log(step, metrics)
-        if done == total or (cfg.trainer.save_freq > 0 and done % cfg.trainer.save_freq == 0):
-            parts.on_ranks(save, t.run_dir, done, tokenizer, cfg.trainer.keep_checkpoints)
-    tracker.close()
+    meter = meter_of(cfg.actor_rollout_ref.model.path, cfg.trainer.peak_tflops, cfg.trainer.device, cfg.trainer.world_size)
+    steps, save = range(first_step, total), partial(parts.on_ranks, checkpoint.save_by, t.run_dir, tokenizer, cfg.trainer)
+    with (
+        closing(ahead) if ahead else nullcontext(),
+        closing(tracker),
+        Lifeline(t.run_dir, cfg.trainer, steps, cfg.trainer.save_freq, save, cfg.guard) as lifeline,
+    ):
+        for step in tqdm(steps, desc="GRPO", unit="step", initial=first_step, total=total):
+            indices = data.batch_indices(len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
+            metrics = grpo_step(t, step, [examples[i] for i in indices])
+            metrics |= meter.of_grpo(cfg, rollouts.lengths(t.run_dir, step), metrics)
+            done = step + 1
+            if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
+                metrics |= validate(t, held_out)
+            tracker.log(step, metrics)
+            if tracker.shows_tables and cfg.trainer.sample_table_freq > 0 and step % cfg.trainer.sample_table_freq == 0:
+                tracker.samples(step, rollouts.table(t.run_dir, step, cfg.actor_rollout_ref.rollout.n))
+            lifeline.after_step(step, metrics)
 
 
 def encode(cfg: GrpoConfig, tokenizer: Any, examples: list[Example]) -> tuple[list[Example], dict[str, tuple[int, ...]]]:
@@ -111,7 +117,7 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
     """The policy (from the newest checkpoint where there is one), the step it stands at, and the frozen reference."""
     model, actor = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.actor
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
-    step, source = (found[0], str(found[1])) if found else (0, model.path)
+    step, source = found[0] if found else 0, checkpoint.model_folder(found, model.path)
     options: dict[str, Any] = {"temperature": cfg.actor_rollout_ref.rollout.temperature, "bf16": model.dtype == "bf16"}
     policy = Policy(
         load_model(source, trust_remote_code=model.trust_remote_code),
@@ -126,7 +132,7 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
         **options,
     )
     if found:
-        checkpoint.restore_optimizer(found[1], policy)
+        checkpoint.restore(found[1], policy)
         print(f"resumed from {found[1]}")
     cfg.check_context(policy.causal_lm.config.max_position_embeddings)
     if not actor.use_kl_loss:

@@ -47,7 +47,8 @@ class OneStepAhead:
         self.sampler.load_weights(source, version)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Waits for what is under way: its thread must not outlive the workers that it talks to."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _draw(self, request: Request) -> list[Finished]:
         return list(self.sampler.stream(*request))

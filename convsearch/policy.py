@@ -169,5 +169,6 @@ class Policy:
         for name, parameter in self.named_parameters().items():
             entries = {moment: state[f"{moment}/{name}"] for moment in ("step", "exp_avg", "exp_avg_sq") if f"{moment}/{name}" in state}
             self.optimizer.state[parameter] = {
-                moment: value.clone() if moment == "step" else distributed.like(parameter, value) for moment, value in entries.items()
+                moment: value.to(parameter.device, copy=True) if moment == "step" else distributed.like(parameter, value)
+                for moment, value in entries.items()
             }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from convsearch.files import atomic_write
@@ -73,6 +74,36 @@ def load(run_dir: Path, step: int) -> list[Rollout]:
     if not path.is_file():
         raise ValueError(f"{path}: no rollouts of step {step} to replay")
     return [_rollout(row) for row in pq.read_table(path).to_pylist()]
+
+
+def lengths(run_dir: Path, step: int) -> list[tuple[int, int]]:
+    """(prompt, response) tokens of every sample of a step, without reading more of the dump than that."""
+    columns = pq.read_table(path_of(run_dir, step), columns=["prompt_ids", "token_ids"])
+    sizes = [pc.list_value_length(columns[name]).to_pylist() for name in ("prompt_ids", "token_ids")]
+    return list(zip(*sizes, strict=True))
+
+
+def table(run_dir: Path, step: int, n: int, groups: int = 4) -> list[dict[str, Any]]:
+    """The best and the worst sample of the first ``groups`` groups of ``n``, for a person to read."""
+    loaded, rows = load(run_dir, step)[: groups * n], []
+    for start in range(0, len(loaded), n):
+        group = loaded[start : start + n]
+        for which, chosen in (("best", max(group, key=_reward)), ("worst", min(group, key=_reward))):
+            rows.append(
+                {
+                    "query": chosen.qid,
+                    "sample": which,
+                    "reward": round(chosen.reward, 4),
+                    "rank": "-" if chosen.rank is None else str(chosen.rank),
+                    "rewrite": chosen.rewrite.text or f"({chosen.rewrite.error})",
+                    "output": chosen.completion.text[:2000],
+                }
+            )
+    return rows
+
+
+def _reward(rollout: Rollout) -> float:
+    return rollout.reward
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:

@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from convsearch.config.alive import GuardConfig
 from convsearch.config.base import Betas, CountOrMinusOne, Dtype, Section, Text, Texts, TrainerSection, require_fit, require_multiple
 
 EMBEDDED = "embedded:"
@@ -290,6 +291,9 @@ class GrpoTrainerConfig(TrainerSection):
     total_epochs: int = Field(default=6, ge=1, description="passes over the training prompts")
     total_training_steps: int | None = Field(default=None, ge=1, description="stop after so many steps; null: total_epochs decides")
     critic_warmup: Literal[0] = Field(default=0, description="0 only: GRPO has no critic")
+    sample_table_freq: CountOrMinusOne = Field(
+        default=50, description="a table of samples to wandb and TensorBoard every so many steps; -1: never"
+    )
     seed: int = Field(default=1, ge=0, description="seed of everything random; data.seed and rollout.seed follow it unless set")
 
     @property
@@ -308,6 +312,7 @@ class GrpoConfig(Section):
     custom_reward_function: CustomRewardFunctionConfig = CustomRewardFunctionConfig()
     retriever: RetrieverConfig = RetrieverConfig()
     trainer: GrpoTrainerConfig = GrpoTrainerConfig()
+    guard: GuardConfig = GuardConfig()
 
     @model_validator(mode="after")
     def _batches(self) -> Self:
