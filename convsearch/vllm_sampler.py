@@ -160,7 +160,7 @@ def sample_seed(seed: int, key: int, number: int) -> int:
 
 
 def _gpu_options(memory_share: float, transfer: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"gpu_memory_utilization": memory_share, "enable_sleep_mode": True}
+    options: dict[str, Any] = {"gpu_memory_utilization": memory_share, "enable_sleep_mode": transfer != "nccl"}
     if transfer is not None:
         from vllm.config import WeightTransferConfig
 

@@ -42,7 +42,8 @@ def why_absent() -> str | None:
 
 
 def environment() -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "tests"), str(FOLDER), os.environ.get("PYTHONPATH", "")]
+    beside = "" if importlib.util.find_spec("vllm") else str(FOLDER)  # the extra "gpu" has brought the real one
+    paths = [str(ROOT), str(ROOT / "tests"), beside, os.environ.get("PYTHONPATH", "")]
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     return helpers.environment() | quiet | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -190,8 +191,10 @@ def kill_at_random(arguments: Sequence[object], run_dir: Path, steps: int, kind:
     status, output = end(process)
     restarts, commands = output.count("starting the workers again"), 1
     if status != 0:
-        commands = 2
+        commands, first = 2, output
         status, output = end(start(arguments))
+        if status != 0:
+            print(first, output, sep="\n----\n", file=sys.stderr)
     seconds = round(time.monotonic() - begun, 1)
     return {"kind": kind, "step": at, "struck": struck, "commands": commands, "restarts": restarts, "status": status, "seconds": seconds}
 
@@ -211,22 +214,29 @@ def largest_difference(left: Sequence[dict[str, float]], right: Sequence[dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="runs, each with one kill")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where the runs are; one that has the unbroken run already is gone on with"
+    )
     options = parser.parse_args()
-    draw, folder = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="kills-"))
-    helpers.teach_form(vllm_model(folder / "model", spread=0.02), folder / "form")
-    parquet, index = helpers.write_parquet(folder / "train.parquet", helpers.grpo_rows(list(helpers.GOLDS))), helpers.build_index(folder)
+    folder: Path = options.folder or Path(tempfile.mkdtemp(prefix="kills-"))
 
     def arguments(run_dir: Path) -> list[str]:
         changed = {"cluster": "cpu2", "total_training_steps": options.steps, "trainer__save_freq": 4}
-        return helpers.grpo_overrides(folder / "form", parquet, run_dir, f"embedded:{index}", **changed)
+        return helpers.grpo_overrides(folder / "form", folder / "train.parquet", run_dir, f"embedded:{folder / 'index'}", **changed)
 
-    status, output = end(start(arguments(folder / "unbroken")))
-    assert status == 0, output
+    if not (folder / "unbroken" / "model" / "model.safetensors").is_file():
+        helpers.teach_form(vllm_model(folder / "model", spread=0.02), folder / "form")
+        helpers.write_parquet(folder / "train.parquet", helpers.grpo_rows(list(helpers.GOLDS)))
+        helpers.build_index(folder)
+        status, output = end(start(arguments(folder / "unbroken")))
+        assert status == 0, output
     right, kinds = curves(folder / "unbroken"), ["driver", *KINDS]
-    for number in range(options.kills):
-        run_dir, kind = folder / f"run{number}", kinds[number] if number < len(kinds) else draw.choice(kinds)
+    for number in range(options.first, options.first + options.kills):
+        draw, run_dir = random.Random(1000 * options.seed + number), folder / f"run{number}"
+        kind = kinds[number] if number < len(kinds) else draw.choice(kinds)
         report = kill_at_random(arguments(run_dir), run_dir, options.steps, kind, draw)
         difference = largest_difference(right, curves(run_dir)) if report["status"] == 0 else None
         print(json.dumps({"run": number, **report, "difference": difference}), flush=True)

@@ -4,6 +4,7 @@
 2. With vLLM samplers: log-probs agree before and after each update, the first step's invariants hold, and one process goes on where two ranks stopped.
 3. A process that is killed is a clear error or a restart from the last checkpoint, and the losses are those of an unbroken run.
 4. One step ahead, samples are one step old, and truncated importance sampling sees it.
+5. On GPUs (marked): weights go over by vLLM's transfer, the sampler sleeps and wakes, and the log-probs agree.
 """
 
 import random
@@ -20,7 +21,7 @@ from convsearch.grpo_loop import train
 from convsearch.tracking import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(cluster.why_absent() is not None, reason=str(cluster.why_absent()))]
-ALONE = "actor_rollout_ref__rollout__replay_from"
+REPLAY = "actor_rollout_ref__rollout__replay_from"
 
 
 def trained(model: Path, parquet: Path, run_dir: Path, url: str, **changed: Any) -> list[dict[str, Any]]:
@@ -42,7 +43,7 @@ def test_ranks_have_the_losses_and_gradients_of_one(form_llama: Path, toy_parque
     lengths = {len(rollout.completion.token_ids) for step in range(5) for rollout in rollouts.load(tmp_path / "one", step)}
     assert len(lengths) > 5
     for ranks in (2, 4):  # two trees an update: of four ranks two have nothing to do
-        changed = steps | {ALONE: tmp_path / "one", "trainer__n_gpus_per_node": ranks}
+        changed = steps | {REPLAY: tmp_path / "one", "trainer__n_gpus_per_node": ranks}
         several = on_ray(form_llama, toy_parquet, tmp_path / str(ranks), "", **changed)
         assert len(several) == 5
         for left, right in zip(one, several, strict=True):
@@ -68,7 +69,7 @@ def test_a_run_with_vllm(toy_parquet: Path, toy_server: str, tmp_path: Path) -> 
             assert sum(rollout.advantage for rollout in samples[start : start + 4]) == pytest.approx(0, abs=1e-9)
             assert len({rollout.completion.token_ids for rollout in samples[start : start + 4]}) > 1
     # what two ranks have learned goes on in one process, given the same samples
-    whole = trained(tmp_path / "form", toy_parquet, tmp_path / "one", "", total_training_steps=3, **{ALONE: run_dir})
+    whole = trained(tmp_path / "form", toy_parquet, tmp_path / "one", "", total_training_steps=3, **{REPLAY: run_dir})
     for left, right in zip(whole, metrics, strict=True):
         assert right["loss"] == pytest.approx(left["loss"], rel=1e-4, abs=1e-7)
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-4)
@@ -114,3 +115,31 @@ def test_one_step_ahead(form_llama: Path, toy_parquet: Path, toy_server: str, tm
     assert metrics[0]["importance_weight"] == pytest.approx(1, abs=1e-4)
     assert all(line["sampler_gap"] > 1e-3 for line in metrics[1:])
     assert all(abs(line["importance_weight"] - 1) > 1e-4 for line in metrics[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.parametrize("layout", ["colocated", "disaggregated"])
+def test_weights_reach_the_samplers_of_gpus(layout: str, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
+    """vLLM's own transfer: CUDA IPC with sleep and wake on one GPU, NCCL between two."""
+    import torch
+
+    needed = 1 if layout == "colocated" else 2
+    if torch.cuda.device_count() < needed:
+        pytest.skip(f"needs {needed} CUDA devices")
+    helpers.teach_form(cluster.vllm_model(tmp_path / "model", spread=0.02), tmp_path / "form")
+    exact = {"actor_rollout_ref__model__dtype": "fp32", "actor_rollout_ref__rollout__dtype": "fp32", "trainer__n_gpus_per_node": 1}
+    own = {"cluster": "gpu8", "actor_rollout_ref__rollout__gpu_memory_utilization": 0.3}
+    if layout == "disaggregated":
+        own = {"cluster": "disaggregated", "actor_rollout_ref__rollout__n_gpus_per_node": 1, "actor_rollout_ref__rollout__overlap": False}
+    steps = {"total_training_steps": 4, "data__val_files": toy_parquet, "trainer__test_freq": 2}
+    metrics = on_ray(tmp_path / "form", toy_parquet, tmp_path / "run", toy_server, **own, **exact, **steps)
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics[3]["kl"] > 1e-6
+    assert all(line["sampler_gap"] < 5e-3 for line in metrics)
+    assert [{rollout.completion.weights_version for rollout in rollouts.load(tmp_path / "run", step)} for step in range(4)] == [
+        {0},
+        {1},
+        {2},
+        {3},
+    ]
