@@ -53,40 +53,39 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
     clock = Clock()
     completions_N, scores_N = sample_and_score(t, step, examples_P, clock)
     advantages_N = group_advantages([scored.reward for scored in scores_N], n, by_std=t.cfg.algorithm.norm_adv_by_std)
-    rollouts_N = assemble(t, examples_N, completions_N, scores_N, advantages_N)
+    rollouts_N = assemble(t, step, examples_N, completions_N, scores_N, advantages_N)
     rollouts.dump(t.run_dir, step, rollouts_N)  # every step can be replayed
 
     lr = lr_at(step, t.total_steps, actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.lr_scheduler, actor.optim.min_lr_ratio)
-    tight = {"remove_padding": t.cfg.actor_rollout_ref.model.use_remove_padding}
-    packed = [
-        [with_references(t, micro) for micro in pack(trees, max_tokens_of(t.cfg), **tight)] for trees in minibatches(t.cfg, rollouts_N)
-    ]
+    how = {"ranks": t.cfg.trainer.world_size, "remove_padding": t.cfg.actor_rollout_ref.model.use_remove_padding}
+    packed = [[with_references(t, micro) for micro in pack(trees, max_tokens_of(t.cfg), **how)] for trees in minibatches(t.cfg, rollouts_N)]
     clock.lap("reference_s")
     updates = []
     for micros in packed:
         reports = [t.policy.forward_backward(micro, grpo_loss(t.cfg)) for micro in micros]
         updates.append({**summed(reports), **t.policy.optim_step(lr)})
     clock.lap("update_s")
-    t.sampler.load_weights({}, version=step + 1)  # the sampler reads the policy's own tensors
+    t.sampler.load_weights(t.policy, version=step + 1)
     return {**rollout_metrics(rollouts_N, n), **mean_of(updates), **clock.laps}
 
 
 def sample_and_score(t: Trainer, step: int, examples_P: Sequence["Example"], clock: "Clock") -> tuple[list["Completion"], list["Score"]]:
-    """n samples a prompt with what they earn, group-major; under ``algorithm.filter_groups`` equal groups are drawn again."""
+    """n samples a prompt with what they earn, group-major; under ``algorithm.filter_groups`` equal groups are drawn again.
+
+    What is finished is scored while the rest is still being generated.
+    """
     from convsearch.algorithms.dynamic_sampling import draw_with_spread
-    from convsearch.rewarder import score
+    from convsearch.rewarder import score_stream
 
     rollout, filters = t.cfg.actor_rollout_ref.rollout, t.cfg.algorithm.filter_groups
 
     def draw(chosen_P: list[int], number: int) -> list[tuple["Completion", "Score"]]:
         examples = [examples_P[p] for p in chosen_P]
         prompts = [t.prompt_ids[example.qid] for example in examples]
-        completions = t.sampler.generate(prompts, rollout.n, seed=(rollout.seed + 7919 * number) * 1_000_003 + step)
-        clock.lap("sample_s")
-        asked = [example for example in examples for _ in range(rollout.n)]
-        scores = score(t.cfg.reward_model.reward, t.retriever, asked, completions, progress=step / t.total_steps)
+        parts = t.sampler.stream(prompts, rollout.n, seed=(rollout.seed + 7919 * number) * 1_000_003 + step)
+        scored = score_stream(t.cfg.reward_model.reward, t.retriever, examples, parts, step / t.total_steps, lambda: clock.lap("sample_s"))
         clock.lap("rank_s")
-        return list(zip(completions, scores, strict=True))
+        return scored
 
     rounds = filters.max_num_gen_batches if filters.enable and not rollout.replay_from else 1
     pairs_N = draw_with_spread(draw, lambda pair: pair[1].reward, len(examples_P), rollout.n, rounds)
@@ -95,14 +94,21 @@ def sample_and_score(t: Trainer, step: int, examples_P: Sequence["Example"], clo
 
 def assemble(
     t: Trainer,
+    step: int,
     examples_N: Sequence["Example"],
     completions_N: Sequence["Completion"],
     scores_N: Sequence["Score"],
     advantages_N: Sequence[float],
 ) -> list["Rollout"]:
-    """The columns of a step as rollouts."""
+    """The columns of a step as rollouts. A sample of other weights than the step's would spoil the ratio unnoticed: it ends the run."""
     from convsearch.types import Rollout
 
+    allowed = 1 if t.cfg.actor_rollout_ref.rollout.overlap else 0
+    versions = {completion.weights_version for completion in completions_N}
+    if not all(step - allowed <= version <= step for version in versions):
+        raise RuntimeError(
+            f"step {step} got samples of the weights of step {sorted(versions)}, {allowed} behind at most are allowed: a sampler has missed an update"
+        )
     return [
         Rollout(example.qid, t.prompt_ids[example.qid], completion, scored.rewrite, scored.rank, scored.reward, advantage, scored.gain)
         for example, completion, scored, advantage in zip(examples_N, completions_N, scores_N, advantages_N, strict=True)

@@ -19,6 +19,13 @@ _FREE = (
     "trainer.num_threads",
     "trainer.resume_mode",
     "trainer.default_local_dir",
+    "trainer.nnodes",
+    "trainer.n_gpus_per_node",
+    "trainer.max_restarts",
+    "trainer.worker_timeout_s",
+    "actor_rollout_ref.rollout.n_gpus_per_node",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
 )
 
 

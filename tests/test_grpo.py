@@ -342,7 +342,9 @@ def test_mistakes_are_one_sentence(form_llama: Path, toy_parquet: Path, toy_serv
     assert "python -m retriever_server" in error
     assert "retriever.url is empty" in failed(form_llama, toy_parquet, run_dir, "")
     assert str(tmp_path / "no") in failed(form_llama, toy_parquet, run_dir, f"embedded:{tmp_path / 'no'}")
-    assert "this version trains GRPO in one process" in failed(form_llama, toy_parquet, run_dir, toy_server, trainer__n_gpus_per_node=2)
+    assert "samplers that share the policy's GPUs sleep" in failed(
+        form_llama, toy_parquet, run_dir, toy_server, actor_rollout_ref__rollout__overlap=True
+    )
     short = failed(form_llama, toy_parquet, run_dir, toy_server, max_prompt_length=5)
     assert "all 18 prompts are longer than data.max_prompt_length=5" in short
     assert not list(run_dir.glob("global_step_*"))

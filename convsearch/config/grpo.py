@@ -140,6 +140,14 @@ class RolloutConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1, description="share of the probability that is sampled from")
     seed: int = Field(default=1, ge=0, description="seed of the samples; step and prompt are added to it")
     max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once by one sampler")
+    n_gpus_per_node: int = Field(
+        default=0, ge=0, description="GPUs a node (processes, on CPU) for samplers alone; 0: they share those of the policy's ranks"
+    )
+    overlap: bool = Field(
+        default=False,
+        description="one step off-policy: the next step's samples are drawn while the policy trains, by weights one step old; needs n_gpus_per_node "
+        "of its own, and wants algorithm.rollout_correction",
+    )
     tensor_model_parallel_size: int = Field(default=1, ge=1, description="GPUs that share one sampler (vllm)")
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1, description="share of a GPU's memory for the sampler (vllm)")
     log_prob_micro_batch_size_per_gpu: int = Field(
@@ -266,7 +274,13 @@ class RetrieverConfig(Section):
 class GrpoTrainerConfig(TrainerSection):
     project_name: Text = Field(default="convsearch-grpo", description="project in wandb")
     n_gpus_per_node: int = Field(default=8, ge=1, description="ranks a node (processes, on CPU)")
-    nnodes: int = Field(default=1, ge=1, description="number of nodes")
+    nnodes: int = Field(default=1, ge=1, description="number of nodes; more than one: of the Ray cluster that `ray start` has made")
+    max_restarts: int = Field(
+        default=3, ge=0, description="how often lost worker processes are started again from the newest checkpoint before the run ends"
+    )
+    worker_timeout_s: float = Field(
+        default=1800.0, gt=0, description="seconds without an answer after which a worker process counts as lost"
+    )
     save_freq: CountOrMinusOne = Field(default=100, description="checkpoint every so many steps; -1: at the end alone")
     test_freq: CountOrMinusOne = Field(default=-1, description="validation every so many steps; -1: never")
     val_before_train: bool = Field(default=False, description="validation before the first step")
@@ -278,6 +292,7 @@ class GrpoTrainerConfig(TrainerSection):
 
     @property
     def world_size(self) -> int:
+        """Ranks of the policy."""
         return self.nnodes * self.n_gpus_per_node
 
 
@@ -305,8 +320,16 @@ class GrpoConfig(Section):
             require_multiple(
                 "sequences an update on one rank", mini * n // world, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", micro
             )
-        tensor_parallel = self.actor_rollout_ref.rollout.tensor_model_parallel_size
-        require_multiple("trainer.n_gpus_per_node", self.trainer.n_gpus_per_node, "rollout.tensor_model_parallel_size", tensor_parallel)
+        rollout = self.actor_rollout_ref.rollout
+        name, gpus = "trainer.n_gpus_per_node", self.trainer.n_gpus_per_node
+        if rollout.n_gpus_per_node:
+            name, gpus = "actor_rollout_ref.rollout.n_gpus_per_node", rollout.n_gpus_per_node
+        require_multiple(name, gpus, "rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size)
+        if rollout.overlap and not rollout.n_gpus_per_node:
+            raise ValueError(
+                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers that share the policy's GPUs sleep while it trains; "
+                "give them some of their own (cluster=disaggregated), or set overlap=false"
+            )
         return self
 
     @model_validator(mode="after")
