@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convsearch import distributed
-from convsearch.attention import TreeContext
+from convsearch.attention import Kernel, packed_context
 from convsearch.batch import MicroBatch
 
 # A loss takes the micro-batch, its log-probs [R] and entropies [R], and gives the weighted sum to minimise and named sums to report.
@@ -24,9 +24,10 @@ class ResponseLogprobs(nn.Module):
     def __init__(self, causal_lm: Any, temperature: float, chunk: int = 1024):
         super().__init__()
         self.causal_lm, self.temperature, self.chunk = causal_lm, temperature, chunk
+        self.kernel: Kernel = "auto"
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        context = TreeContext(micro.attention_mask())
+        context = packed_context(micro, self.kernel)
         hidden_BTX = self.causal_lm.model(
             input_ids=micro.token_ids_BT, position_ids=micro.position_ids_BT, use_cache=False, context=context
         ).last_hidden_state

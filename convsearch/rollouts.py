@@ -4,7 +4,7 @@
 separates a fault of the trainer from one of the sampling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,11 @@ class Replay:
         self.step += 1
         return [rollout.completion for rollout in self.rollouts_N]
 
-    def load_weights(self, named_tensors: dict[str, Any], version: int) -> None:
+    def stream(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> Iterator[tuple[list[int], list[Completion]]]:
+        """All at once: the ranks are those of the whole step."""
+        yield list(range(len(prompts))), self.generate(prompts, n, seed)
+
+    def load_weights(self, source: Any, version: int) -> None:
         """Nothing to load: the samples are fixed."""
 
     def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:

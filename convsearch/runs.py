@@ -28,6 +28,11 @@ _FREE = (
     "trainer.max_skipped_steps",
     "trainer.peak_tflops",
     "trainer.sample_table_freq",
+    "trainer.max_restarts",
+    "trainer.worker_timeout_s",
+    "actor_rollout_ref.rollout.n_gpus_per_node",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
 )
 _FREE_SECTIONS = ("guard.",)
 

@@ -6,14 +6,17 @@
 4. Weights and optimizer state that are saved and restored continue to the last bit.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from convsearch.batch import Branch, MicroBatch, Tree, collate, pack, unshared
 from convsearch.model import encode_chat, load_model, load_tokenizer
@@ -114,6 +117,10 @@ def test_gradients_are_those_of_plain_transformers(folder: Path, trees: list[Tre
         pytest.param(lambda trees: list(pack(trees, 10_000)), id="packed, one"),
         pytest.param(lambda trees: list(pack(trees, 1)), id="packed, least"),
         pytest.param(lambda trees: list(pack(unshared(trees), 90)), id="packed, unshared"),
+        pytest.param(lambda trees: list(pack(trees, 10_000, remove_padding=True)), id="one row"),
+        pytest.param(lambda trees: list(pack(trees, 10_000, ranks=2, remove_padding=True)), id="a row a rank"),
+        pytest.param(lambda trees: list(pack(trees, 130, remove_padding=True)), id="short rows"),
+        pytest.param(lambda trees: list(pack(unshared(trees), 150, ranks=3, remove_padding=True)), id="unshared rows"),
         pytest.param(lambda trees: [collate(trees, pad_id=5)], id="other padding"),
         pytest.param(lambda trees: [collate(trees[::-1])], id="other order"),
     ],
@@ -123,12 +130,44 @@ def test_the_split_changes_no_gradient(folder: Path, trees: list[Tree], split: C
     assert_equal_gradients(gradients(policy, split(trees)), gradients(policy, [collate(trees)]))
 
 
+def test_flash_attention_is_given_the_sequences(folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its call, played by SDPA: every sequence of unshared rows, without the padding between rows; gradients as without it."""
+
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, softmax_scale: float, causal: bool
+    ) -> Tensor:
+        assert torch.equal(cu_q, cu_k)
+        assert (causal, max_q, cu_q[0].item(), cu_q[-1].item()) == (True, int(cu_q.diff().max()), 0, len(q))
+        pieces = []
+        for start, end in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
+            one = (tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v))
+            pieces.append(scaled_dot_product_attention(*one, is_causal=True, scale=softmax_scale, enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    plain, flash = make(folder), make(folder)
+    flash.module.kernel = "flash"
+    micros = list(pack(unshared(trees), 150, ranks=3, remove_padding=True))
+    assert any(bool((micro.branch_BT < 0).any()) for micro in micros)
+    assert_equal_gradients(gradients(flash, micros), gradients(plain, micros))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_sees_what_the_masks_show(folder: Path, trees: list[Tree]) -> None:
+    plain, flex = make(folder), make(folder)
+    flex.module.kernel = "flex"
+    for micro in [*pack(trees, 10_000, remove_padding=True), collate(trees), *pack(unshared(trees), 150, ranks=2, remove_padding=True)]:
+        torch.testing.assert_close(flex.logprobs(micro), plain.logprobs(micro), atol=1e-5, rtol=0)
+
+
 def test_packing_keeps_to_its_limit(trees: list[Tree]) -> None:
     rows = unshared(trees)
     for limit in (1, 60, 100, 400):
         micros = list(pack(rows, limit))
         assert sum(len(micro.token_ids_BT) for micro in micros) == len(rows)
         assert all(micro.num_tokens <= limit or len(micro.token_ids_BT) == 1 for micro in micros)
+        assert not any((micro.branch_BT < 0).any() for micro in pack(rows, limit, remove_padding=True))
 
 
 def test_gradient_checkpointing_changes_no_gradient(folder: Path, trees: list[Tree]) -> None:
