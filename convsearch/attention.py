@@ -1,6 +1,6 @@
 """One attention function for the three shapes of work that the trainers have, registered with transformers under the name ``tree``.
 
-* a tree of samples behind one prompt (training): ``TreeContext`` with a mask;
+* a tree of samples behind one prompt (training): ``TreeContext`` with a mask; ``PackedContext`` for rows of several trees;
 * reading the prompts (the sampler's prefill): ``TreeContext`` too, and the keys and values are kept;
 * decoding one token a sample: ``DecodeContext``. The keys of a prompt are read once for all its samples and all query heads that share them.
 
@@ -9,14 +9,19 @@ Shapes: ``_H`` key-value heads, ``_g`` query heads a key-value head, ``_D`` head
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from convsearch.batch import STRIDE, MicroBatch, related
+
 NAME = "tree"
+Kernel = Literal["auto", "sdpa", "flex", "flash"]
 
 
 @dataclass(slots=True)
@@ -43,6 +48,93 @@ class TreeContext:
             self.keys.append(key)
             self.values.append(value)
         return key, value
+
+
+@dataclass(slots=True)
+class PackedContext:
+    """A forward pass over rows of several trees that do not see each other.
+
+    One of three: SDPA a tree at a time under its own small mask; FlexAttention, whose block mask skips what is not seen (GPU); flash-attn's kernel for
+    sequences of different lengths, where every tree is a plain sequence (GPU, half precision).
+    """
+
+    segments: list[tuple[int, int, int, Tensor]]  # row, start, end, mask [1, 1, length, length]
+    block_mask: Any = None
+    cu_seqlens: Tensor | None = None  # [trees + 1] int32: where each tree begins in the flattened rows
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [B, H*g, T, D], key and value [B, H, T, D] -> [B, H*g, T, D]; zeros in the padding (undefined there with FlexAttention)."""
+        grouped = query.shape[1] != key.shape[1]
+        if self.cu_seqlens is not None:
+            return self._flash(query, key, value, scaling)
+        if self.block_mask is not None:
+            flexed: Tensor = flex()(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=grouped)
+            return flexed
+        parts: list[Tensor] = []
+        rows: list[list[Tensor]] = [[] for _ in range(len(query))]
+        for row, start, end, mask in self.segments:
+            q, k, v = (tensor[row : row + 1, :, start:end] for tensor in (query, key, value))
+            rows[row].append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped))
+        for pieces in rows:
+            whole = torch.cat(pieces, dim=2)
+            parts.append(pad(whole, (0, 0, 0, query.shape[2] - whole.shape[2])))
+        return torch.cat(parts)
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+        assert self.cu_seqlens is not None
+        # Padding stands between rows: only the trees' own positions are handed over.
+        kept = [(row, slice(start, end)) for row, start, end, _ in self.segments]
+        flat = [torch.cat([tensor[row, :, span] for row, span in kept], dim=1).transpose(0, 1) for tensor in (query, key, value)]
+        longest = max(span.stop - span.start for _, span in kept)
+        seqlens = (self.cu_seqlens, self.cu_seqlens, longest, longest)
+        found = flash_attn_varlen_func(*flat, *seqlens, softmax_scale=scaling, causal=True).transpose(0, 1)
+        out, begin = torch.zeros_like(query), 0
+        for row, span in kept:
+            out[row, :, span] = found[:, begin : begin + span.stop - span.start]
+            begin += span.stop - span.start
+        return out
+
+
+@lru_cache(maxsize=1)
+def flex() -> Any:
+    """FlexAttention, compiled on a GPU: only then does it skip blocks. On a CPU as it is, for tests (it has no backward pass there)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
+
+
+def packed_context(micro: MicroBatch, kernel: Kernel = "auto") -> PackedContext:
+    """The context of a micro-batch whose rows may hold several trees, on the device of its tensors.
+
+    ``auto``: SDPA on a CPU; on a GPU flash-attn where it is installed and every tree has one branch, else FlexAttention.
+    """
+    branch_BT = micro.branch_BT
+    if kernel == "auto":
+        kernel = "sdpa"
+        if branch_BT.is_cuda:
+            sequences = bool((branch_BT % STRIDE <= 1).logical_or(branch_BT < 0).all())
+            kernel = "flash" if sequences and find_spec("flash_attn") else "flex"
+    if kernel == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) & related(branch_BT[b, q], branch_BT[b, k])
+
+        rows, length = branch_BT.shape
+        return PackedContext([], create_block_mask(visible, rows, None, length, length, device=branch_BT.device))
+    spans = micro.segments
+    if kernel == "flash":
+        lengths = torch.tensor([0, *(end - start for _, start, end in spans)], device=branch_BT.device)
+        empty = torch.empty(0, device=branch_BT.device)
+        return PackedContext([(*span, empty) for span in spans], cu_seqlens=lengths.cumsum(0).to(torch.int32))
+    segments = []
+    for row, start, end in spans:
+        branch_T = branch_BT[row, start:end]
+        mask_TT = related(branch_T[:, None], branch_T[None]).tril()
+        segments.append((row, start, end, mask_TT[None, None]))
+    return PackedContext(segments)
 
 
 @dataclass(slots=True)
@@ -83,11 +175,13 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    context: TreeContext | DecodeContext | None = None,
+    context: TreeContext | PackedContext | DecodeContext | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H*g, T, D], key and value [B, H, T, D] -> [B, T, H*g, D]."""
     assert context is not None, "the 'tree' attention needs a context; call the model through Policy or HfSampler"
+    if isinstance(context, PackedContext):
+        return context.attend(query, key, value, scaling).transpose(1, 2), None
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(context, TreeContext):
         key, value = context.extend(layer, key, value)

@@ -1,8 +1,11 @@
 """Rollouts -> micro-batches in which each prompt stands once, with its samples behind it as the branches of a tree.
 
-A row is ``prompt | branch 1 | branch 2 | ...``; positions restart at the prompt's end in every branch, and the attention mask lets a branch
+A tree is ``prompt | branch 1 | branch 2 | ...``; positions restart at the prompt's end in every branch, and the attention mask lets a branch
 see the prompt and itself alone. That is exact, and with prompts several times as long as the samples it saves most of the compute. An
 unshared row is a tree of one branch; supervised fine-tuning uses those.
+
+A row holds one tree, or several one after another: then nothing is computed for padding. Rows never see each other, so that ranks can share
+a micro-batch by rows. The k-th tree of a row numbers its branches from k x ``STRIDE``.
 
 Worked example: prompt [7, 8], branches [1, 2] and [3]::
 
@@ -18,6 +21,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+STRIDE = 1 << 16  # above the number of branches of any tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,7 @@ class MicroBatch:
 
     token_ids_BT: Tensor
     position_ids_BT: Tensor
-    branch_BT: Tensor  # 0: prompt, k: k-th branch, -1: padding
+    branch_BT: Tensor  # 0: prompt, k: k-th branch, -1: padding; the row's next tree from STRIDE on
     row_R: Tensor
     source_R: Tensor
     target_ids_R: Tensor
@@ -66,13 +71,29 @@ class MicroBatch:
         """Computed positions, padding included."""
         return self.token_ids_BT.numel()
 
+    @property
+    def sequence_R(self) -> Tensor:
+        """Number of the sample that each response token belongs to, from 0 in the order of the columns: a sample's first token is predicted
+        from its prompt."""
+        first_R = self.branch_BT[self.row_R, self.source_R] % STRIDE == 0
+        return first_R.cumsum(0) - 1
+
+    @property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """(row, start, end) of every tree, in order."""
+        found = []
+        for row, tree_T in enumerate((self.branch_BT // STRIDE).tolist()):
+            length = len(tree_T)
+            starts = [t for t in range(length) if tree_T[t] >= 0 and (t == 0 or tree_T[t] != tree_T[t - 1])]
+            end = next((t for t in range(length) if tree_T[t] < 0), length)
+            found += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
+        return found
+
     def attention_mask(self) -> Tensor:
         """[B, 1, T, T] bool, True where a query position (third axis) may see a key position (last axis)."""
         length = self.branch_BT.shape[1]
         causal_TT = torch.ones(length, length, dtype=torch.bool, device=self.branch_BT.device).tril()
-        key_B1T = self.branch_BT[:, None, :]
-        visible_BTT = causal_TT & ((key_B1T == 0) | (key_B1T == self.branch_BT[:, :, None]))
-        return visible_BTT[:, None]
+        return (causal_TT & related(self.branch_BT[:, :, None], self.branch_BT[:, None, :]))[:, None]
 
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {name: getattr(self, name).to(device) for name in self.__slots__ if isinstance(getattr(self, name), Tensor)}
@@ -84,16 +105,48 @@ def unshared(trees: Sequence[Tree]) -> list[Tree]:
     return [Tree(tree.prompt_ids, (branch,)) for tree in trees for branch in tree.branches]
 
 
-def pack(trees: Sequence[Tree], max_tokens: int, pad_id: int = 0) -> Iterator[MicroBatch]:
-    """Micro-batches of at most ``max_tokens`` positions (a longer tree stands alone), rows of like length together, in a fixed order."""
-    rows: list[Tree] = []
+def related(query: Tensor, key: Tensor) -> Tensor:
+    """Whether positions of these branches are of one tree, and the key is of its prompt or of the query's own branch."""
+    return (key == query) | (key == query - query % STRIDE)
+
+
+def pack(trees: Sequence[Tree], max_tokens: int, pad_id: int = 0, ranks: int = 1, remove_padding: bool = False) -> Iterator[MicroBatch]:
+    """Micro-batches of at most ``max_tokens`` positions a rank (a longer tree stands alone), in a fixed order.
+
+    With padding, rows of like length stand together, a tree each. Without, a rank gets one row of several trees, and the rows are of like length.
+    """
+    if remove_padding:
+        rows = balanced([len(tree) for tree in trees], max_tokens, ranks)
+        for start in range(0, len(rows), ranks):
+            yield collate_rows([[trees[i] for i in row] for row in rows[start : start + ranks]], pad_id)
+        return
+    chunk: list[Tree] = []
     for tree in sorted(trees, key=len):
-        if rows and len(tree) * (len(rows) + 1) > max_tokens:
-            yield collate(rows, pad_id)
-            rows = []
-        rows.append(tree)
-    if rows:
-        yield collate(rows, pad_id)
+        if chunk and len(chunk) >= ranks * max(1, max_tokens // len(tree)):
+            yield collate(chunk, pad_id)
+            chunk = []
+        chunk.append(tree)
+    if chunk:
+        yield collate(chunk, pad_id)
+
+
+def balanced(lengths: Sequence[int], max_tokens: int, ranks: int = 1) -> list[list[int]]:
+    """Positions of ``lengths`` in as few bins as ``ranks`` x whole micro-batches allow, none above ``max_tokens`` but those of one item.
+
+    The longest goes where least is, again and again; bins come in the order of their loads, so that neighbours are of like size.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    micros = max(1, -(-sum(lengths) // (ranks * max_tokens)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(micros * ranks)]
+        loads = [0] * len(bins)
+        for i in order:
+            least = loads.index(min(loads))
+            bins[least].append(i)
+            loads[least] += lengths[i]
+        if all(load <= max_tokens or len(mine) == 1 for load, mine in zip(loads, bins, strict=True)):
+            return [sorted(bins[k]) for k in sorted(range(len(bins)), key=lambda k: (-loads[k], k)) if bins[k]]
+        micros += 1
 
 
 @dataclass(slots=True)
@@ -105,31 +158,44 @@ class _Columns:
     weight: list[float] = field(default_factory=list)
     logprob: list[float] = field(default_factory=list)
 
+    def add(self, row: int, start: int, tree: Tree) -> None:
+        """The response tokens of a tree that begins at ``start``."""
+        last = start + len(tree.prompt_ids) - 1
+        begin = last + 1
+        for branch in tree.branches:
+            size = len(branch.token_ids)
+            self.row += [row] * size
+            self.source += [last, *range(begin, begin + size - 1)]
+            self.target += branch.token_ids
+            self.advantage += [branch.advantage] * size
+            self.weight += [branch.weight] * size
+            self.logprob += branch.sampler_logprobs or ()
+            begin += size
+
 
 def collate(trees: Sequence[Tree], pad_id: int = 0) -> MicroBatch:
     """One micro-batch of these trees, a row each, padded on the right."""
-    length = max(map(len, trees))
-    token_ids_BT = torch.full((len(trees), length), pad_id)
-    position_ids_BT = torch.zeros(len(trees), length, dtype=torch.long)
-    branch_BT = torch.full((len(trees), length), -1)
+    return collate_rows([[tree] for tree in trees], pad_id)
+
+
+def collate_rows(rows: Sequence[Sequence[Tree]], pad_id: int = 0) -> MicroBatch:
+    """One micro-batch of rows that hold one tree or several, padded on the right to the longest row."""
+    length = max(sum(map(len, row)) for row in rows)
+    token_ids_BT = torch.full((len(rows), length), pad_id)
+    position_ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
+    branch_BT = torch.full((len(rows), length), -1)
     columns = _Columns()
-    for row, tree in enumerate(trees):
-        end = len(tree.prompt_ids)
-        token_ids_BT[row, :end] = torch.tensor(tree.prompt_ids)
-        position_ids_BT[row, :end] = torch.arange(end)
-        branch_BT[row, :end] = 0
-        for number, branch in enumerate(tree.branches, start=1):
-            start, size = end, len(branch.token_ids)
-            end = start + size
-            token_ids_BT[row, start:end] = torch.tensor(branch.token_ids)
-            position_ids_BT[row, start:end] = torch.arange(size) + len(tree.prompt_ids)
-            branch_BT[row, start:end] = number
-            columns.row += [row] * size
-            columns.source += [len(tree.prompt_ids) - 1, *range(start, end - 1)]
-            columns.target += branch.token_ids
-            columns.advantage += [branch.advantage] * size
-            columns.weight += [branch.weight] * size
-            columns.logprob += branch.sampler_logprobs or ()
+    for row, trees in enumerate(rows):
+        start = 0
+        for number, tree in enumerate(trees):
+            assert len(tree.branches) < STRIDE
+            span = slice(start, start + len(tree))
+            positions, branches = _layout(tree)
+            token_ids_BT[row, span] = torch.tensor([*tree.prompt_ids, *(i for branch in tree.branches for i in branch.token_ids)])
+            position_ids_BT[row, span] = torch.tensor(positions)
+            branch_BT[row, span] = torch.tensor(branches) + number * STRIDE
+            columns.add(row, start, tree)
+            start += len(tree)
     has_logprobs = bool(columns.logprob)
     assert not has_logprobs or len(columns.logprob) == len(columns.target), "either all branches bring log-probs or none"
     return MicroBatch(
@@ -143,3 +209,13 @@ def collate(trees: Sequence[Tree], pad_id: int = 0) -> MicroBatch:
         weights_R=torch.tensor(columns.weight),
         sampler_logprobs_R=torch.tensor(columns.logprob) if has_logprobs else None,
     )
+
+
+def _layout(tree: Tree) -> tuple[list[int], list[int]]:
+    """Position and branch of every token of a tree."""
+    end = len(tree.prompt_ids)
+    positions, branches = list(range(end)), [0] * end
+    for number, branch in enumerate(tree.branches, start=1):
+        positions += range(end, end + len(branch.token_ids))
+        branches += [number] * len(branch.token_ids)
+    return positions, branches

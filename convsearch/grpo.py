@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convsearch.cli import run
 from convsearch.config import GrpoConfig, load_grpo_config
@@ -44,44 +44,74 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
     """Samples, ranks, rewards and learns once; returns what is worth a curve. ``step`` counts from 0."""
     from convsearch import rollouts
     from convsearch.algorithms import group_advantages
+    from convsearch.algorithms.loss import grpo_loss
     from convsearch.batch import pack
-    from convsearch.rewarder import score
     from convsearch.schedule import lr_at
 
     actor, n = t.cfg.actor_rollout_ref.actor, t.cfg.actor_rollout_ref.rollout.n
     examples_N = [example for example in examples_P for _ in range(n)]
     clock = Clock()
-    prompts_P = [t.prompt_ids[example.qid] for example in examples_P]
-    completions_N = t.sampler.generate(prompts_P, n, seed=t.cfg.actor_rollout_ref.rollout.seed * 1_000_003 + step)
-    clock.lap("sample_s")
-    scores_N = score(t.cfg.reward_model.reward, t.retriever, examples_N, completions_N, progress=step / t.total_steps)
-    clock.lap("rank_s")
+    completions_N, scores_N = sample_and_score(t, step, examples_P, clock)
     advantages_N = group_advantages([scored.reward for scored in scores_N], n, by_std=t.cfg.algorithm.norm_adv_by_std)
-    rollouts_N = assemble(t, examples_N, completions_N, scores_N, advantages_N)
+    rollouts_N = assemble(t, step, examples_N, completions_N, scores_N, advantages_N)
     rollouts.dump(t.run_dir, step, rollouts_N)  # every step can be replayed
 
     lr = lr_at(step, t.total_steps, actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.lr_scheduler, actor.optim.min_lr_ratio)
-    packed = [[with_references(t, micro) for micro in pack(trees, max_tokens_of(t.cfg))] for trees in minibatches(t.cfg, rollouts_N)]
+    ranks, limit, tight = t.cfg.trainer.world_size, max_tokens_of(t.cfg), t.cfg.actor_rollout_ref.model.use_remove_padding
+    packed = [
+        [with_references(t, micro) for micro in pack(trees, limit, ranks=ranks, remove_padding=tight)]
+        for trees in minibatches(t.cfg, rollouts_N)
+    ]
     clock.lap("reference_s")
     updates = []
     for micros in packed:
         reports = [t.policy.forward_backward(micro, grpo_loss(t.cfg)) for micro in micros]
         updates.append({**summed(reports), **t.policy.optim_step(lr)})
     clock.lap("update_s")
-    t.sampler.load_weights({}, version=step + 1)  # the sampler reads the policy's own tensors
+    t.sampler.load_weights(t.policy, version=step + 1)
     return {**rollout_metrics(rollouts_N, n), **mean_of(updates), **clock.laps}
+
+
+def sample_and_score(t: Trainer, step: int, examples_P: Sequence["Example"], clock: "Clock") -> tuple[list["Completion"], list["Score"]]:
+    """n samples a prompt with what they earn, group-major; under ``algorithm.filter_groups`` equal groups are drawn again.
+
+    What is finished is scored while the rest is still being generated.
+    """
+    from convsearch.algorithms.dynamic_sampling import draw_with_spread
+    from convsearch.rewarder import score_stream
+
+    rollout, filters = t.cfg.actor_rollout_ref.rollout, t.cfg.algorithm.filter_groups
+
+    def draw(chosen_P: list[int], number: int) -> list[tuple["Completion", "Score"]]:
+        examples = [examples_P[p] for p in chosen_P]
+        prompts = [t.prompt_ids[example.qid] for example in examples]
+        parts = t.sampler.stream(prompts, rollout.n, seed=(rollout.seed + 7919 * number) * 1_000_003 + step)
+        scored = score_stream(t.cfg.reward_model.reward, t.retriever, examples, parts, step / t.total_steps, lambda: clock.lap("sample_s"))
+        clock.lap("rank_s")
+        return scored
+
+    rounds = filters.max_num_gen_batches if filters.enable and not rollout.replay_from else 1
+    pairs_N = draw_with_spread(draw, lambda pair: pair[1].reward, len(examples_P), rollout.n, rounds)
+    return [completion for completion, _ in pairs_N], [scored for _, scored in pairs_N]
 
 
 def assemble(
     t: Trainer,
+    step: int,
     examples_N: Sequence["Example"],
     completions_N: Sequence["Completion"],
     scores_N: Sequence["Score"],
     advantages_N: Sequence[float],
 ) -> list["Rollout"]:
-    """The columns of a step as rollouts."""
+    """The columns of a step as rollouts. A sample of other weights than the step's would spoil the ratio unnoticed: it ends the run."""
     from convsearch.types import Rollout
 
+    allowed = 1 if t.cfg.actor_rollout_ref.rollout.overlap else 0
+    versions = {completion.weights_version for completion in completions_N}
+    if not all(step - allowed <= version <= step for version in versions):
+        raise RuntimeError(
+            f"step {step} got samples of the weights of step {sorted(versions)}, {allowed} behind at most are allowed: a sampler has missed an update"
+        )
     return [
         Rollout(example.qid, t.prompt_ids[example.qid], completion, scored.rewrite, scored.rank, scored.reward, advantage, scored.gain)
         for example, completion, scored, advantage in zip(examples_N, completions_N, scores_N, advantages_N, strict=True)
@@ -91,6 +121,7 @@ def assemble(
 def minibatches(cfg: GrpoConfig, rollouts_N: Sequence["Rollout"]) -> list[list["Tree"]]:
     """Rollouts -> one list of trees an optimiser step, with the weight that the loss aggregation gives to each sample's tokens."""
     from convsearch.algorithms import token_weights
+    from convsearch.algorithms.dynamic_sampling import groups_without_spread
     from convsearch.batch import Branch, Tree, unshared
 
     actor, n = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.rollout.n
@@ -98,8 +129,12 @@ def minibatches(cfg: GrpoConfig, rollouts_N: Sequence["Rollout"]) -> list[list["
     result = []
     for start in list(range(0, len(rollouts_N), size)) * actor.ppo_epochs:
         mini = rollouts_N[start : start + size]
+        if cfg.algorithm.filter_groups.enable:
+            equal = set(groups_without_spread([rollout.reward for rollout in mini], n))
+            mini = [rollout for i, rollout in enumerate(mini) if i // n not in equal] or mini[:n]
         lengths = [len(rollout.completion.token_ids) for rollout in mini]
-        weights = token_weights(lengths, cfg.algorithm.loss_agg, actor.ppo_micro_batch_size_per_gpu)
+        scale = cfg.algorithm.loss_scale_factor or cfg.data.max_response_length
+        weights = token_weights(lengths, cfg.algorithm.loss_agg, actor.ppo_micro_batch_size_per_gpu, scale)
         branches = [
             Branch(rollout.completion.token_ids, rollout.advantage, weight, rollout.completion.logprobs)
             for rollout, weight in zip(mini, weights, strict=True)
@@ -127,30 +162,6 @@ def with_references(t: Trainer, micro: "MicroBatch") -> "MicroBatch":
     return micro
 
 
-def grpo_loss(cfg: GrpoConfig) -> Any:
-    """The loss of a micro-batch: clipped policy loss + KL coefficient x KL - entropy coefficient x entropy, each token by its weight."""
-    import torch
-
-    from convsearch.algorithms import clipped_loss, kl_penalty
-
-    actor = cfg.actor_rollout_ref.actor
-    high = actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high
-
-    def loss(micro: "MicroBatch", logprobs_R: Any, entropy_R: Any) -> tuple[Any, dict[str, float]]:
-        old_R = logprobs_R.detach() if micro.old_logprobs_R is None else micro.old_logprobs_R  # on-policy: the ratio is 1
-        policy_R, clipped_R = clipped_loss(logprobs_R, old_R, micro.advantages_R, actor.clip_ratio, high)
-        kl_R = torch.zeros_like(policy_R)
-        if micro.ref_logprobs_R is not None:
-            kl_R = kl_penalty(logprobs_R, micro.ref_logprobs_R, actor.kl_loss_type)
-        total = (micro.weights_R * (policy_R + actor.kl_loss_coef * kl_R - actor.entropy_coeff * entropy_R)).sum()
-        gap_R = (logprobs_R.detach() - micro.sampler_logprobs_R).abs()
-        sums = {"policy_loss": policy_R, "kl": kl_R, "entropy": entropy_R, "clip_rate": clipped_R, "sampler_gap": gap_R}
-        report = {name: float((micro.weights_R * value_R.detach()).sum()) for name, value_R in sums.items()}
-        return total, {"loss": float(total.detach()), **report}
-
-    return loss
-
-
 class Clock:
     """Seconds by phase; a phase that comes twice adds up."""
 
@@ -175,6 +186,8 @@ def mean_of(reports: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def rollout_metrics(rollouts_N: Sequence["Rollout"], n: int) -> "Metrics":
     """Means over the samples, and the share of groups whose rewards differ (those that teach)."""
+    from convsearch.rewards import non_latin_share
+
     total = len(rollouts_N)
     groups = [rollouts_N[i : i + n] for i in range(0, total, n)]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts_N]
@@ -187,6 +200,7 @@ def rollout_metrics(rollouts_N: Sequence["Rollout"], n: int) -> "Metrics":
         "mrr": sum(1 / rollout.rank if rollout.rank else 0.0 for rollout in rollouts_N) / total,
         "spread_rate": sum(len({rollout.reward for rollout in group}) > 1 for group in groups) / len(groups),
         "response_tokens": sum(lengths) / total,
+        "non_latin_share": sum(non_latin_share(rollout.completion.text) for rollout in rollouts_N) / total,
         "truncated_rate": sum(rollout.completion.finish_reason == "length" for rollout in rollouts_N) / total,
     }
 

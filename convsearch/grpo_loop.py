@@ -2,21 +2,25 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from convsearch import checkpoint, data, rollouts, runs
+from convsearch import checkpoint, data, distributed, rollouts, runs
+from convsearch.cluster import Parts, open_cluster, with_restarts
 from convsearch.config import GrpoConfig
 from convsearch.grpo import Trainer, grpo_step
-from convsearch.model import encode_chat, load_model, load_tokenizer, pick_device, stop_token_ids
+from convsearch.lifeline import Lifeline
+from convsearch.model import encode_chat, load_model, load_tokenizer, pick_device
+from convsearch.overlap import OneStepAhead, Request
 from convsearch.policy import Policy
 from convsearch.retriever import open_retriever
 from convsearch.rewarder import score
-from convsearch.sampler import HfSampler, SamplingConfig
+from convsearch.throughput import meter_of
 from convsearch.tracking import Metrics, Tracker
 from convsearch.types import Example
 
@@ -25,14 +29,7 @@ def train(cfg: GrpoConfig) -> None:
     """Runs or resumes the whole training; leaves checkpoints, ``metrics.jsonl``, ``rollouts/`` and the exported ``model/`` in the run folder."""
     run_dir, replay_from = Path(cfg.trainer.default_local_dir), cfg.actor_rollout_ref.rollout.replay_from
     url = "" if replay_from else cfg.retriever.resolved_url()
-    if cfg.trainer.world_size > 1 or cfg.actor_rollout_ref.rollout.name == "vllm":
-        raise ValueError(
-            f"{cfg.trainer.world_size} ranks with rollout.name={cfg.actor_rollout_ref.rollout.name}: this version trains GRPO in one process; "
-            "set cluster=cpu, or trainer.n_gpus_per_node=1 trainer.nnodes=1 actor_rollout_ref.rollout.name=hf"
-        )
-    if cfg.trainer.num_threads:
-        torch.set_num_threads(cfg.trainer.num_threads)
-    device = pick_device(cfg.trainer.device)
+    pick_device(cfg.trainer.device)  # an error now rather than in a worker
     examples = data.read_examples(cfg.data.train_files, cfg.data.prompt_key)
     held_out = data.read_examples(cfg.data.val_files, cfg.data.prompt_key) if cfg.data.val_files and not replay_from else []
     tokenizer = load_tokenizer(cfg.actor_rollout_ref.model.path, trust_remote_code=cfg.actor_rollout_ref.model.trust_remote_code)
@@ -50,33 +47,55 @@ def train(cfg: GrpoConfig) -> None:
     replay = nullcontext(rollouts.Replay(Path(replay_from), 0)) if replay_from else None
     encoder = r.similarity_model if cfg.reward_model.reward.weights[1] else None
     with replay or open_retriever(url, depth=r.topk, index=r.index, similarity_model=encoder, **wait) as retriever:
-        first_step, policy, ref = build_policy(cfg, run_dir, device)
-        if isinstance(retriever, rollouts.Replay):
-            retriever.step = first_step
-        sampler = retriever if isinstance(retriever, rollouts.Replay) else build_sampler(cfg, policy.causal_lm, tokenizer)
-        sampler.load_weights({}, version=first_step)  # it samples from the policy's own tensors
-        trainer = Trainer(cfg, run_dir, prompt_ids | held_out_ids, sampler, retriever, policy, ref, total_steps)
-        learn(trainer, tokenizer, examples, held_out, first_step)
-    checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, policy.weights())
+
+        def work() -> None:
+            with open_cluster(cfg, run_dir, tokenizer) as parts:
+                sampler = parts.sampler
+                if isinstance(retriever, rollouts.Replay):
+                    sampler, retriever.step = retriever, parts.first_step
+                assert sampler is not None
+                trainer = Trainer(cfg, run_dir, prompt_ids | held_out_ids, sampler, retriever, parts.policy, parts.ref, total_steps)
+                sampler.load_weights(parts.policy, version=parts.first_step)
+                learn(trainer, parts, tokenizer, examples, held_out)
+                parts.on_ranks(export, run_dir / "model", tokenizer)
+
+        with_restarts(cfg, work)
     print(f"trained {total_steps} steps; the model is in {run_dir / 'model'}")
 
 
-def learn(t: Trainer, tokenizer: Any, examples: list[Example], held_out: list[Example], first_step: int) -> None:
-    """The steps from ``first_step`` on, with validation, metrics and checkpoints."""
-    cfg, total = t.cfg, t.total_steps
+def export(policy: Policy, folder: Path, tokenizer: Any) -> None:
+    """Every rank helps to gather the weights, the first one writes."""
+    weights = policy.weights()
+    if distributed.rank() == 0:
+        checkpoint.export(folder, policy.causal_lm, tokenizer, weights)
+
+
+def learn(t: Trainer, parts: Parts, tokenizer: Any, examples: list[Example], held_out: list[Example]) -> None:
+    """The steps that are left, with validation, metrics and checkpoints."""
+    cfg, total, first_step = t.cfg, t.total_steps, parts.first_step
+    ahead = OneStepAhead(t.sampler, partial(request, t, examples), first_step) if cfg.actor_rollout_ref.rollout.overlap else None
+    t.sampler = ahead or t.sampler
     tracker = Tracker(t.run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, first_step, cfg.model_dump())
     if cfg.trainer.val_before_train and first_step == 0 and held_out:
         tracker.log(-1, validate(t, held_out))
-    for step in tqdm(range(first_step, total), desc="GRPO", unit="step", initial=first_step, total=total):
-        indices = data.batch_indices(len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
-        metrics = grpo_step(t, step, [examples[i] for i in indices])
-        done = step + 1
-        if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
-            metrics |= validate(t, held_out)
-        tracker.log(step, metrics)
-        if done == total or (cfg.trainer.save_freq > 0 and done % cfg.trainer.save_freq == 0):
-            checkpoint.save(t.run_dir, done, t.policy, tokenizer, keep=cfg.trainer.keep_checkpoints)
-    tracker.close()
+    meter = meter_of(cfg.actor_rollout_ref.model.path, cfg.trainer.peak_tflops, cfg.trainer.device, cfg.trainer.world_size)
+    steps, save = range(first_step, total), partial(parts.on_ranks, checkpoint.save_by, t.run_dir, tokenizer, cfg.trainer)
+    with (
+        closing(ahead) if ahead else nullcontext(),
+        closing(tracker),
+        Lifeline(t.run_dir, cfg.trainer, steps, cfg.trainer.save_freq, save, cfg.guard) as lifeline,
+    ):
+        for step in tqdm(steps, desc="GRPO", unit="step", initial=first_step, total=total):
+            indices = data.batch_indices(len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
+            metrics = grpo_step(t, step, [examples[i] for i in indices])
+            metrics |= meter.of_grpo(cfg, rollouts.lengths(t.run_dir, step), metrics)
+            done = step + 1
+            if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
+                metrics |= validate(t, held_out)
+            tracker.log(step, metrics)
+            if tracker.shows_tables and cfg.trainer.sample_table_freq > 0 and step % cfg.trainer.sample_table_freq == 0:
+                tracker.samples(step, rollouts.table(t.run_dir, step, cfg.actor_rollout_ref.rollout.n))
+            lifeline.after_step(step, metrics)
 
 
 def encode(cfg: GrpoConfig, tokenizer: Any, examples: list[Example]) -> tuple[list[Example], dict[str, tuple[int, ...]]]:
@@ -98,7 +117,7 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
     """The policy (from the newest checkpoint where there is one), the step it stands at, and the frozen reference."""
     model, actor = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.actor
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
-    step, source = (found[0], str(found[1])) if found else (0, model.path)
+    step, source = found[0] if found else 0, checkpoint.model_folder(found, model.path)
     options: dict[str, Any] = {"temperature": cfg.actor_rollout_ref.rollout.temperature, "bf16": model.dtype == "bf16"}
     policy = Policy(
         load_model(source, trust_remote_code=model.trust_remote_code),
@@ -108,22 +127,27 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
         weight_decay=actor.optim.weight_decay,
         grad_clip=actor.grad_clip,
         gradient_checkpointing=model.enable_gradient_checkpointing,
+        param_offload=actor.fsdp_config.param_offload,
+        optimizer_offload=actor.fsdp_config.optimizer_offload,
         **options,
     )
     if found:
-        checkpoint.restore_optimizer(found[1], policy)
+        checkpoint.restore(found[1], policy)
         print(f"resumed from {found[1]}")
     cfg.check_context(policy.causal_lm.config.max_position_embeddings)
     if not actor.use_kl_loss:
         return step, policy, None
     reference = load_model(model.path, trust_remote_code=model.trust_remote_code).requires_grad_(False)
-    return step, policy, Policy(reference, device, **options)
+    return step, policy, Policy(reference, device, param_offload=cfg.actor_rollout_ref.ref.fsdp_config.param_offload, **options)
 
 
-def build_sampler(cfg: GrpoConfig, causal_lm: Any, tokenizer: Any) -> HfSampler:
-    rollout = cfg.actor_rollout_ref.rollout
-    sampling = SamplingConfig(rollout.temperature, rollout.top_p, 0, cfg.data.max_response_length, rollout.max_num_seqs)
-    return HfSampler(causal_lm, tokenizer, sampling, stop_token_ids(causal_lm, tokenizer), bf16=rollout.dtype == "bf16")
+def request(t: Trainer, examples: list[Example], step: int) -> Request | None:
+    """What step ``step`` asks the sampler for first."""
+    if step >= t.total_steps:
+        return None
+    rollout = t.cfg.actor_rollout_ref.rollout
+    indices = data.batch_indices(len(examples), t.cfg.data.train_batch_size, step, t.cfg.data.seed, t.cfg.data.shuffle)
+    return tuple(t.prompt_ids[examples[i].qid] for i in indices), rollout.n, rollout.seed * 1_000_003 + step
 
 
 def validate(t: Trainer, held_out: Sequence[Example]) -> Metrics:

@@ -1,6 +1,7 @@
 """Completions -> parsed, ranked, compared, rewarded: what a GRPO step and its validation ask of a retriever and of ``rewards``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +9,8 @@ from convsearch.config.grpo import RewardConfig
 from convsearch.parsing import PARSERS
 from convsearch.rewards import reward
 from convsearch.types import Completion, Example, Rewrite
+
+SCORERS = 8  # requests to the judge that are under way at once
 
 
 class Judge(Protocol):
@@ -53,6 +56,39 @@ def score(
         Score(rewrite, rank, gain, rewarded(cfg, example, rewrite, rank, gain, progress))
         for example, rewrite, rank, gain in zip(examples_N, rewrites_N, ranks_N, gains_N, strict=True)
     ]
+
+
+def score_stream(
+    cfg: RewardConfig,
+    judge: Judge,
+    examples_P: Sequence[Example],
+    parts: Iterable[tuple[list[int], list[Completion]]],
+    progress: float = 0.0,
+    sampled: Callable[[], None] = lambda: None,
+) -> list[tuple[Completion, Score]]:
+    """Every completion with its score, group-major; each part is scored as soon as it comes, while the others are still being generated.
+
+    Args:
+        parts: (places among the examples, their completions), each place once; see ``convsearch.sampler.Sampler.stream``.
+        sampled: called when the last part has come.
+    """
+    under_way: list[tuple[list[int], list[Completion], Future[list[Score]]]] = []
+    pool = ThreadPoolExecutor(SCORERS)
+    try:
+        for places, completions in parts:
+            n = len(completions) // len(places)
+            examples = [examples_P[p] for p in places for _ in range(n)]
+            under_way.append((places, completions, pool.submit(score, cfg, judge, examples, completions, progress)))
+        sampled()
+        groups: dict[int, list[tuple[Completion, Score]]] = {}
+        for places, completions, future in under_way:
+            pairs = list(zip(completions, future.result(), strict=True))
+            n = len(pairs) // len(places)
+            groups |= {p: pairs[i * n : (i + 1) * n] for i, p in enumerate(places)}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other answers
+    assert sorted(groups) == list(range(len(examples_P))), "a stream must bring every prompt once"
+    return [pair for p in range(len(examples_P)) for pair in groups[p]]
 
 
 def rewarded(cfg: RewardConfig, example: Example, rewrite: Rewrite, rank: int | None, gain: float | None, progress: float) -> float:

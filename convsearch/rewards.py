@@ -70,6 +70,8 @@ SHAPES: Final[dict[str, RankReward]] = {
 
 def non_latin_share(text: str) -> float:
     """Share of the letters of ``text`` that are not Latin, 0 where it has no letters."""
+    if text.isascii():  # nearly every text is, and this is done for every sample of a step
+        return 0.0
     letters = [char for char in text if char.isalpha()]
     foreign = sum(not unicodedata.name(char, "").startswith("LATIN") for char in letters)
     return foreign / len(letters) if letters else 0.0

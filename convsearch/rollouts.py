@@ -4,11 +4,12 @@
 separates a fault of the trainer from one of the sampling.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from convsearch.files import atomic_write
@@ -75,6 +76,36 @@ def load(run_dir: Path, step: int) -> list[Rollout]:
     return [_rollout(row) for row in pq.read_table(path).to_pylist()]
 
 
+def lengths(run_dir: Path, step: int) -> list[tuple[int, int]]:
+    """(prompt, response) tokens of every sample of a step, without reading more of the dump than that."""
+    columns = pq.read_table(path_of(run_dir, step), columns=["prompt_ids", "token_ids"])
+    sizes = [pc.list_value_length(columns[name]).to_pylist() for name in ("prompt_ids", "token_ids")]
+    return list(zip(*sizes, strict=True))
+
+
+def table(run_dir: Path, step: int, n: int, groups: int = 4) -> list[dict[str, Any]]:
+    """The best and the worst sample of the first ``groups`` groups of ``n``, for a person to read."""
+    loaded, rows = load(run_dir, step)[: groups * n], []
+    for start in range(0, len(loaded), n):
+        group = loaded[start : start + n]
+        for which, chosen in (("best", max(group, key=_reward)), ("worst", min(group, key=_reward))):
+            rows.append(
+                {
+                    "query": chosen.qid,
+                    "sample": which,
+                    "reward": round(chosen.reward, 4),
+                    "rank": "-" if chosen.rank is None else str(chosen.rank),
+                    "rewrite": chosen.rewrite.text or f"({chosen.rewrite.error})",
+                    "output": chosen.completion.text[:2000],
+                }
+            )
+    return rows
+
+
+def _reward(rollout: Rollout) -> float:
+    return rollout.reward
+
+
 def _rollout(row: dict[str, Any]) -> Rollout:
     completion = Completion(tuple(row["token_ids"]), tuple(row["logprobs"]), row["text"], row["finish_reason"], row["weights_version"])
     rewrite = Rewrite(row["rewrite"], row["error"])  # below, dumps of older runs have no gain
@@ -97,7 +128,11 @@ class Replay:
         self.step += 1
         return [rollout.completion for rollout in self.rollouts_N]
 
-    def load_weights(self, named_tensors: dict[str, Any], version: int) -> None:
+    def stream(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> Iterator[tuple[list[int], list[Completion]]]:
+        """All at once: the ranks are those of the whole step."""
+        yield list(range(len(prompts))), self.generate(prompts, n, seed)
+
+    def load_weights(self, source: Any, version: int) -> None:
         """Nothing to load: the samples are fixed."""
 
     def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:

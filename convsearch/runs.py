@@ -17,9 +17,24 @@ _FREE = (
     "trainer.save_freq",
     "trainer.keep_checkpoints",
     "trainer.num_threads",
+    "trainer.n_gpus_per_node",
+    "trainer.nnodes",
     "trainer.resume_mode",
     "trainer.default_local_dir",
+    "trainer.max_restarts",
+    "trainer.worker_timeout_s",
+    "actor_rollout_ref.rollout.n_gpus_per_node",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "trainer.best_metric",
+    "trainer.best_mode",
+    "trainer.checkpoint_format",
+    "trainer.async_checkpoints",
+    "trainer.max_skipped_steps",
+    "trainer.peak_tflops",
+    "trainer.sample_table_freq",
 )
+_FREE_SECTIONS = ("guard.",)
 
 
 def claim(run_dir: Path, cfg: SftConfig | GrpoConfig) -> None:
@@ -39,7 +54,7 @@ def claim(run_dir: Path, cfg: SftConfig | GrpoConfig) -> None:
     if saved and path.is_file():
         before = _flat(json.loads(path.read_text()))
         for key in sorted(now.keys() | before.keys()):
-            if now.get(key) != before.get(key) and key not in _FREE:
+            if now.get(key) != before.get(key) and key not in _FREE and not key.startswith(_FREE_SECTIONS):
                 raise ValueError(
                     f"{run_dir} was made with {key}={before.get(key)}, now it is {now.get(key)}: set it back, or choose another trainer.default_local_dir"
                 )

@@ -4,7 +4,7 @@ Randomness is one stream of uniform numbers a sample, seeded by (seed, key of th
 what else stands in its batch, and a run that is resumed draws what it would have drawn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,12 +20,44 @@ from convsearch.types import Completion
 FIRST_CAPACITY = 256  # decoded tokens a sample for which memory is taken at first; doubled when they are used up
 
 
+Finished = tuple[list[int], list[Completion]]  # places of prompts, and all their samples, group-major
+
+
+class WeightSource(Protocol):
+    """Who has the newest weights: a policy."""
+
+    def weights(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Weights that are at hand."""
+
+    named: dict[str, Tensor]
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.named
+
+
 class Sampler(Protocol):
     """What a trainer asks of an engine. Completions come group-major: those of prompt p at p * n ... p * n + n - 1."""
 
     def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]: ...
 
-    def load_weights(self, named_tensors: dict[str, Tensor], version: int) -> None: ...
+    def stream(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> Iterator[Finished]:
+        """The same samples in parts, each as soon as it is finished, so that they can be judged while others are still in the making."""
+
+    def load_weights(self, source: WeightSource, version: int) -> None:
+        """Takes over the weights; completions carry ``version`` from now on."""
+
+
+def collect(parts: Iterator[Finished], prompts: int, n: int) -> list[Completion]:
+    """All parts of a stream, put in order."""
+    found: dict[int, list[Completion]] = {}
+    for places, completions in parts:
+        found |= {p: completions[i * n : (i + 1) * n] for i, p in enumerate(places)}
+    assert sorted(found) == list(range(prompts)), "a stream must bring every prompt once"
+    return [completion for p in range(prompts) for completion in found[p]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,34 +128,43 @@ class HfSampler:
                 "raise it or lower the budgets of thinking and rewrite"
             )
 
-    def load_weights(self, named_tensors: dict[str, Tensor], version: int) -> None:
-        """Takes over the policy's weights; where sampler and policy are one module, an empty dictionary only moves the version."""
-        if named_tensors:
-            self.model.load_state_dict(named_tensors, strict=True)
+    def load_weights(self, source: WeightSource, version: int) -> None:
+        """Takes over the policy's weights; where sampler and policy are one module, only the version moves."""
+        if getattr(source, "causal_lm", None) is not self.model:
+            self._take(source.weights())
         self.version = version
 
-    @torch.inference_mode()
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        missing, unknown = self.model.load_state_dict(tensors, strict=False)
+        absent = set(missing) & {name for name, _ in self.model.named_parameters()}  # which names tied weights once
+        assert not absent, f"weights without {sorted(absent)[:3]}"
+        assert not unknown, f"weights with {unknown[:3]}, which the sampler's model lacks"
+
     def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None) -> list[Completion]:
         """n samples of every prompt, group-major; prompts of like length are decoded together.
 
         Args:
             keys: a number a prompt that stands for it in the random seed; the prompt's position where left out.
         """
-        completions: list[Completion | None] = [None] * (len(prompts) * n)
+        return collect(self.stream(prompts, n, seed, keys), len(prompts), n)
+
+    @torch.inference_mode()
+    def stream(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None) -> Iterator[Finished]:
+        """The same, a batch of prompts at a time."""
         order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
         per_chunk = max(1, self.config.batch_size // n)
         was_training = self.model.training
         self.model.eval()
-        with tqdm(total=len(completions), desc="sampling", unit="sample", disable=not self.progress) as bar:
-            for start in range(0, len(order), per_chunk):
-                chunk = order[start : start + per_chunk]
-                with self._autocast:
-                    groups = self._generate_chunk([prompts[p] for p in chunk], [keys[p] if keys else p for p in chunk], n, seed)
-                for p, group in zip(chunk, groups, strict=True):
-                    completions[p * n : (p + 1) * n] = group
-                bar.update(len(chunk) * n)
-        self.model.train(was_training)
-        return [completion for completion in completions if completion is not None]
+        try:
+            with tqdm(total=len(prompts) * n, desc="sampling", unit="sample", disable=not self.progress) as bar:
+                for start in range(0, len(order), per_chunk):
+                    chunk = order[start : start + per_chunk]
+                    with self._autocast:
+                        groups = self._generate_chunk([prompts[p] for p in chunk], [keys[p] if keys else p for p in chunk], n, seed)
+                    bar.update(len(chunk) * n)
+                    yield chunk, [completion for group in groups for completion in group]
+        finally:
+            self.model.train(was_training)
 
     def _generate_chunk(self, prompts: list[tuple[int, ...]], keys: list[int], n: int, seed: int) -> list[list[Completion]]:
         limit = self.config.max_tokens if self._script is None else self._script.max_tokens

@@ -5,9 +5,12 @@ micro-batch means) in that the number of ranks and the micro-batch size cannot c
 """
 
 import sys
+import time
+from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from convsearch.cli import run
+from convsearch.cli import Ended, run
 from convsearch.config import SftConfig, load_sft_config
 
 if TYPE_CHECKING:
@@ -149,12 +152,11 @@ def build_policy(cfg: SftConfig, run_dir: "Path", device: Any) -> tuple[int, "Po
     """The model to train, from the newest checkpoint where there is one, and the step at which it stands."""
     from convsearch import checkpoint, distributed
     from convsearch.model import load_model
-    from convsearch.policy import Policy
+    from convsearch.policy import SFT_KNOBS, Policy
 
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
-    source = str(found[1]) if found else cfg.model.partial_pretrain
     policy = Policy(
-        load_model(source, trust_remote_code=cfg.model.trust_remote_code),
+        load_model(checkpoint.model_folder(found, cfg.model.partial_pretrain), trust_remote_code=cfg.model.trust_remote_code),
         device,
         lr=cfg.optim.lr,
         betas=cfg.optim.betas,
@@ -162,11 +164,12 @@ def build_policy(cfg: SftConfig, run_dir: "Path", device: Any) -> tuple[int, "Po
         grad_clip=cfg.optim.clip_grad,
         gradient_checkpointing=cfg.model.enable_gradient_checkpointing,
         bf16=cfg.model.dtype == "bf16",
+        memory_knobs=SFT_KNOBS,
     )
     cfg.check_context(policy.causal_lm.config.max_position_embeddings)
     if found is None:
         return 0, policy
-    checkpoint.restore_optimizer(found[1], policy)
+    checkpoint.restore(found[1], policy)
     if distributed.rank() == 0:
         print(f"resumed from {found[1]}")
     return found[0], policy
@@ -178,9 +181,12 @@ def learn(
     """The optimiser steps ``steps``, with validation, metrics and checkpoints."""
     from tqdm import tqdm
 
-    from convsearch import checkpoint, distributed
+    from convsearch import distributed
+    from convsearch.checkpoint import save_by
     from convsearch.data import batch_indices
+    from convsearch.lifeline import Lifeline
     from convsearch.schedule import lr_at
+    from convsearch.throughput import meter_of
     from convsearch.tracking import Tracker
 
     rank, world, micro_batch_size = distributed.rank(), distributed.world_size(), cfg.data.micro_batch_size_per_gpu
@@ -190,24 +196,35 @@ def learn(
     test_every = cfg.trainer.test_freq if cfg.trainer.test_freq > 0 else epoch
     warmup = int(cfg.optim.warmup_steps_ratio * total)
     tracker = Tracker(run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, steps.start, cfg.model_dump())
-    for step in tqdm(steps, desc="SFT", unit="step", initial=steps.start, total=total, disable=rank > 0):
-        batch = [rows[i] for i in batch_indices(len(rows), size, step, cfg.data.seed, cfg.data.shuffle)]
-        lr = lr_at(step, total, cfg.optim.lr, warmup, cfg.optim.lr_scheduler, cfg.optim.min_lr_ratio)
-        metrics = sft_step(policy, batch, rank, world, micro_batch_size, lr)
-        done = step + 1
-        if held_out and (done % test_every == 0 or done == total):
-            metrics["val_loss"] = validation_loss(policy, held_out, rank, world, micro_batch_size)
-        tracker.log(step, metrics)
-        if done == total or done % save_every == 0:
-            checkpoint.save(run_dir, done, policy, tokenizer, keep=cfg.trainer.keep_checkpoints)
-    tracker.close()
+    save = partial(save_by, policy, run_dir, tokenizer, cfg.trainer)
+    meter = meter_of(cfg.model.partial_pretrain, cfg.trainer.peak_tflops, cfg.trainer.device, world)
+    with closing(tracker), Lifeline(run_dir, cfg.trainer, steps, save_every, save) as lifeline:
+        for step in tqdm(steps, desc="SFT", unit="step", initial=steps.start, total=total, disable=rank > 0):
+            batch = [rows[i] for i in batch_indices(len(rows), size, step, cfg.data.seed, cfg.data.shuffle)]
+            lr = lr_at(step, total, cfg.optim.lr, warmup, cfg.optim.lr_scheduler, cfg.optim.min_lr_ratio)
+            start = time.monotonic()
+            metrics = sft_step(policy, batch, rank, world, micro_batch_size, lr)
+            lengths = [(len(row.prompt_ids), len(row.branches[0].token_ids)) for row in batch]
+            metrics |= meter.of_sft(lengths, time.monotonic() - start)
+            if held_out and ((step + 1) % test_every == 0 or step + 1 == total):
+                metrics["val_loss"] = validation_loss(policy, held_out, rank, world, micro_batch_size)
+            tracker.log(step, metrics)
+            lifeline.after_step(step, metrics)
 
 
 def main() -> None:
     """Composes the configuration, then trains (torch is imported there)."""
-    train(load_sft_config(sys.argv[1:]))
+    cfg = load_sft_config(sys.argv[1:])
     from convsearch import distributed
 
+    try:
+        train(cfg)
+    except Ended as end:
+        if distributed.world_size() == 1:
+            raise
+        if distributed.rank() == 0:
+            print(f"stopped: {end}", file=sys.stderr)
+        distributed.stop(end.status)
     distributed.stop()
 
 

@@ -4,11 +4,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
-# The oracles in folders of their own, for they ask for other versions than are pinned here: verl and TRL for the losses, Lucene for BM25.
-for name in oracles lucene; do
+# In folders of their own, for they ask for other versions than are pinned here: verl and TRL for the losses, Lucene for BM25, Ray and vLLM for the cluster.
+for name in oracles lucene vllm; do
   stamp=.venv/$name-$(sha256sum < tests/requirements-$name.txt | cut -c1-16)
   [ -f "$stamp" ] && continue
-  echo "installing what tests/requirements-$name.txt lists into .venv/$name (0.3 GB) ..."
+  [ $name = vllm ] && .venv/bin/python -c 'import importlib.util as u; raise SystemExit(u.find_spec("vllm") is None)' && continue # .[gpu] brings its own
+  echo "installing what tests/requirements-$name.txt lists into .venv/$name ..."
   rm -rf .venv/$name .venv/$name-*
   .venv/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --target .venv/$name -r tests/requirements-$name.txt \
     2> >(grep -v WARNING >&2 || true)

@@ -15,9 +15,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Java takes seconds to start: whatever needs Lucene belongs to the slow tier."""
+    """Java and vLLM take seconds to start: whatever needs them belongs to the slow tier."""
     for item in items:
-        if item.get_closest_marker("lucene"):
+        if item.get_closest_marker("lucene") or item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.slow)
 
 

@@ -50,8 +50,11 @@ def training_texts() -> list[str]:
     return [*prompts, EXAMPLE_OUTPUT, *(text for town, aspect in GOLDS for text in [question(town, aspect), answer(town, aspect)] * 20)]
 
 
-def build_model(folder: Path, kind: str = "llama", spread: float = 0.15, positions: int = 1024) -> None:
-    """Saves a random model of two layers beside the tokenizer that is already in ``folder``; a wide ``spread`` gives uneven distributions."""
+def build_model(folder: Path, kind: str = "llama", spread: float = 0.15, positions: int = 1024, head_size: int = 16) -> None:
+    """Saves a random model of two layers beside the tokenizer that is already in ``folder``; a wide ``spread`` gives uneven distributions.
+
+    vLLM's CPU attention takes no ``head_size`` below 32.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -63,6 +66,7 @@ def build_model(folder: Path, kind: str = "llama", spread: float = 0.15, positio
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": head_size,
         "max_position_embeddings": positions,
         "initializer_range": spread,
         "bos_token_id": tokenizer.convert_tokens_to_ids("<|im_start|>"),
@@ -71,6 +75,7 @@ def build_model(folder: Path, kind: str = "llama", spread: float = 0.15, positio
     }
     torch.manual_seed(7)
     if kind == "qwen2":
+        shape["num_attention_heads"] = 64 // shape.pop("head_dim")  # its attention has no head size of its own
         model: Any = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=False))
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

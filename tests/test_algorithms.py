@@ -220,5 +220,8 @@ def test_one_micro_batch_is_the_token_mean() -> None:
 
 
 def test_an_unknown_average_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^loss aggregation 'seq-mean' is not one of token-mean, micro-batch-mean$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^loss aggregation 'seq-mean' is not one of token-mean, micro-batch-mean, seq-mean-token-mean, seq-mean-token-sum-norm$",
+    ):
         token_weights([1], "seq-mean")  # type: ignore[arg-type]

@@ -6,14 +6,14 @@
 """
 
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsearch.batch import Branch, MicroBatch, Tree, collate, pack, unshared
+from convsearch.batch import STRIDE, Branch, MicroBatch, Tree, balanced, collate, collate_rows, pack, unshared
 
 WORKED = Tree((7, 8), (Branch((1, 2), advantage=0.5, weight=0.1), Branch((3,), advantage=-1.0, weight=0.2)))
 
@@ -155,3 +155,44 @@ def test_moving_a_batch_moves_every_tensor() -> None:
     batch = collate([WORKED]).to(torch.device("meta"))
     assert {getattr(batch, name).device.type for name in MicroBatch.__slots__ if getattr(batch, name) is not None} == {"meta"}
     assert batch.ref_logprobs_R is None
+
+
+def test_two_trees_in_a_row_worked_by_hand() -> None:
+    other = Tree((9,), (Branch((4, 5)),))
+    batch = collate_rows([[WORKED, other], [other]])
+    assert batch.token_ids_BT.tolist() == [[7, 8, 1, 2, 3, 9, 4, 5], [9, 4, 5, 0, 0, 0, 0, 0]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2], [0, 1, 2, 0, 0, 0, 0, 0]]
+    assert batch.branch_BT.tolist() == [[0, 0, 1, 1, 2, STRIDE, STRIDE + 1, STRIDE + 1], [0, 1, 1, -1, -1, -1, -1, -1]]
+    assert batch.source_R.tolist() == [1, 2, 1, 5, 6, 0, 1]
+    assert batch.target_ids_R.tolist() == [1, 2, 3, 4, 5, 4, 5]
+    assert batch.row_R.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert batch.sequence_R.tolist() == [0, 0, 1, 2, 2, 3, 3]
+    assert batch.segments == [(0, 0, 5), (0, 5, 8), (1, 0, 3)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(trees)
+def test_trees_of_one_row_do_not_see_each_other(given_trees: list[Tree]) -> None:
+    """The row's mask is that of each tree by itself, with nothing between them."""
+    row = collate_rows([given_trees])
+    expected = torch.block_diag(*(collate([tree]).attention_mask()[0, 0].int() for tree in given_trees))
+    assert torch.equal(row.attention_mask()[0, 0].int(), expected)
+    assert row.segments == [(0, end - len(tree), end) for tree, end in zip(given_trees, accumulate(map(len, given_trees)), strict=True)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 100), st.integers(1, 4))
+def test_balanced_bins_lose_nothing_and_keep_to_their_limit(lengths: list[int], limit: int, ranks: int) -> None:
+    bins = balanced(lengths, limit, ranks)
+    assert sorted(i for mine in bins for i in mine) == list(range(len(lengths)))
+    loads = [sum(lengths[i] for i in mine) for mine in bins]
+    assert loads == sorted(loads, reverse=True)
+    assert all(load <= limit or len(mine) == 1 for load, mine in zip(loads, bins, strict=True))
+
+
+def test_balanced_bins_worked_by_hand() -> None:
+    # Two bins of 13 would do for 26 tokens, but longest-first ends at 14 and 12: three. 9 | 5 | 4, then 3 to the 4, 3 to the 5, 2 to the 7.
+    assert balanced([9, 5, 4, 3, 3, 2], 13) == [[0], [2, 3, 5], [1, 4]]
+    assert balanced([9, 5, 4, 3, 3, 2], 14) == [[0, 3, 5], [1, 2, 4]]
+    assert balanced([20, 1], 13) == [[0], [1]]
+    assert balanced([], 13) == []

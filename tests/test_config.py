@@ -187,7 +187,10 @@ def test_defaults_are_the_papers():
     seed_sft, seed_grpo = load_sft_config(overrides(SFT_BLOCK)), load_grpo_config(overrides(GRPO_BLOCK))
     assert sft.optim == seed_sft.optim
     assert (sft.optim.lr, sft.optim.betas, sft.optim.weight_decay, sft.optim.warmup_steps_ratio) == (1e-5, (0.9, 0.95), 0.01, 0.1)
-    assert grpo.actor_rollout_ref.actor == seed_grpo.actor_rollout_ref.actor
+    seed_actor = seed_grpo.actor_rollout_ref.actor.model_copy(
+        update={"entropy_coeff": 0.001}
+    )  # its trainer's default, not in its command line
+    assert grpo.actor_rollout_ref.actor == seed_actor
     assert grpo.actor_rollout_ref.rollout == seed_grpo.actor_rollout_ref.rollout
     assert grpo.reward_model == seed_grpo.reward_model
     assert grpo.trainer.total_epochs == 9
@@ -286,7 +289,7 @@ def test_a_misspelt_key_is_answered_with_the_right_one(kind):
         (["actor_rollout_ref.rollout.n=1"], ["rollout.n=1", "2"]),
         (["trainer.critic_warmup=5"], ["trainer.critic_warmup=5"]),
         (["trainer.save_freq=0"], ["trainer.save_freq", "-1"]),
-        (["trainer.logger=[tensorboard]"], ["tensorboard", "jsonl"]),
+        (["trainer.logger=[mlflow]"], ["mlflow", "jsonl"]),
         (["trainer.default_hdfs_dir=hdfs://x"], ["trainer.default_hdfs_dir", "hdfs://x", "null"]),
         (["custom_reward_function.path=my_reward.py"], ["my_reward.py", "reward_model.reward.name"]),
         (["custom_reward_function.name=mine"], ["custom_reward_function.name", "mine"]),
@@ -380,7 +383,7 @@ def test_help_shows_every_key_with_its_meaning_and_value():
     assert "  actor_rollout_ref.actor.clip_ratio=0.2  [float]\n      the policy ratio" in text
     assert "  trainer.total_training_steps=null  [int|null]\n" in text
     assert "  actor_rollout_ref.actor.optim.betas=[0.9,0.999]  [[float, float]]\n" in text
-    assert "  trainer.logger=[console,jsonl]  [list of console|jsonl|wandb]\n" in text
+    assert "  trainer.logger=[console,jsonl]  [list of console|jsonl|wandb|tensorboard]\n" in text
     assert "  data.max_response_length=64  [int]" in help_text("grpo", CPU)
     for kind in ("sft", "grpo"):
         lines = help_text(kind).splitlines()

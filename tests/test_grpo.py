@@ -288,6 +288,21 @@ def test_groups_without_advantage_can_be_left_out(form_llama: Path, toy_parquet:
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-3)
 
 
+def test_equal_groups_are_drawn_again(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
+    """DAPO: more groups differ than at first; those that stay equal are left out; the run replays from its dump."""
+    sizes = {"n": 2, "train_batch_size": 8, "ppo_mini_batch_size": 8, "total_training_steps": 2, "algorithm": "dapo"}
+    once = trained(form_llama, toy_parquet, tmp_path / "once", toy_server, algorithm__filter_groups__max_num_gen_batches=1, **sizes)
+    more = trained(form_llama, toy_parquet, tmp_path / "more", toy_server, algorithm__filter_groups__max_num_gen_batches=3, **sizes)
+    assert once[0]["spread_rate"] < more[0]["spread_rate"]
+    kept = {
+        rollout.qid for group in groups(rollouts.load(tmp_path / "once", 0), 2) if group[0].reward != group[1].reward for rollout in group
+    }
+    first, second = ({r.qid: r.completion for r in rollouts.load(tmp_path / name, 0)[::2]} for name in ("once", "more"))
+    assert all((first[qid] == second[qid]) == (qid in kept) for qid in first)
+    played = trained(form_llama, toy_parquet, tmp_path / "played", "", actor_rollout_ref__rollout__replay_from=tmp_path / "more", **sizes)
+    assert curves(played) == curves(more)
+
+
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_reward_rises(seed: int, form_llama: Path, toy_server: str, tmp_path: Path) -> None:
     """All gold passages are about one town of six: 24 steps find that out (measured: reward 0.5 -> 1.3 and more on each of three seeds)."""
@@ -327,7 +342,9 @@ def test_mistakes_are_one_sentence(form_llama: Path, toy_parquet: Path, toy_serv
     assert "python -m retriever_server" in error
     assert "retriever.url is empty" in failed(form_llama, toy_parquet, run_dir, "")
     assert str(tmp_path / "no") in failed(form_llama, toy_parquet, run_dir, f"embedded:{tmp_path / 'no'}")
-    assert "this version trains GRPO in one process" in failed(form_llama, toy_parquet, run_dir, toy_server, trainer__n_gpus_per_node=2)
+    assert "samplers that share the policy's GPUs sleep" in failed(
+        form_llama, toy_parquet, run_dir, toy_server, actor_rollout_ref__rollout__overlap=True
+    )
     short = failed(form_llama, toy_parquet, run_dir, toy_server, max_prompt_length=5)
     assert "all 18 prompts are longer than data.max_prompt_length=5" in short
     assert not list(run_dir.glob("global_step_*"))

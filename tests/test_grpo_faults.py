@@ -1,7 +1,7 @@
 """Real trainer processes that are killed, starved of their server, and run out of disk: nothing is lost, and what goes on is the same run.
 
 1. After kill -9 (at any moment, in the middle of an update, in the middle of a checkpoint), SIGTERM or Ctrl-C the same command ends with the
-   metrics, rollouts and weights of a run that nothing disturbed.
+   metrics, rollouts and weights of a run that nothing disturbed. SIGTERM saves first.
 2. A server that is killed and comes back is waited for. One that stays dead, and a full disk, end in one sentence with status 2; with the
    server or the room back, the run goes on likewise.
 3. A damaged checkpoint is named, with the remedy.
@@ -152,10 +152,13 @@ def test_kill_dash_nine_five_times_in_a_row(form_llama: Path, toy_parquet: Path,
         torn += job.updating(start_s)
         assert job.steps_logged() < STEPS
     assert torn > 0  # at least one step was broken off behind its samples
+    (job.run_dir / "rollouts" / "000000.parquet.tmp-1").touch()
+    (job.run_dir / ".tmp-global_step_2").mkdir()
     status, output = job.finish()
     assert status == 0, output
     assert f"resumed from {job.run_dir / 'global_step_'}" in output
     assert_same_run(job.run_dir, unbroken)
+    assert not list(job.run_dir.glob("**/*tmp*"))
     deadline = time.monotonic() + 20
     while servers_of(index) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -172,8 +175,13 @@ def test_sigterm_and_ctrl_c_in_the_middle_of_a_step(
     job = Job(form_llama, toy_parquet, tmp_path / "run", toy_server)
     process = job.start()
     wait_for(lambda: job.steps_logged() >= 4 and job.updating(), process, "step 5")
-    end(process, signal.SIGTERM)
-    assert process.returncode == -signal.SIGTERM
+    output = end(process, signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in output
+    saved = checkpoint.latest(job.run_dir)
+    assert saved is not None
+    assert saved[0] == job.steps_logged() >= 5  # the running step was finished and saved
+    assert f"stopped: SIGTERM after step {saved[0]} of {STEPS}, which is saved" in output
     process = job.start()
     wait_for(lambda: job.steps_logged() >= 8 and job.updating(), process, "step 9")
     output = end(process, signal.SIGINT)
@@ -300,9 +308,10 @@ def test_a_full_disk_for_the_other_commands(form_llama: Path, tmp_path: Path) ->
     turns = helpers.conversation_rows(list(helpers.GOLDS))
     rows = [row | {"qid": f"{row['qid']}_{copy}", "answer": "long " * 100} for copy in range(20) for row in turns]
     source = helpers.write_jsonl(tmp_path / "dev.json", rows)
-    for kilobytes in (12, 600, 1000):
-        with small_disk(tmp_path / f"sft{kilobytes}", kilobytes) as resize:
-            arguments = helpers.sft_overrides(form_llama, train, tmp_path / f"sft{kilobytes}" / "run", trainer__save_freq=1)
+    for kilobytes, form in ((12, "auto"), (600, "auto"), (1000, "auto"), (600, "dcp"), (1500, "dcp")):
+        with small_disk(tmp_path / f"sft{kilobytes}{form}", kilobytes) as resize:
+            options = {"trainer__save_freq": 1, "trainer__checkpoint_format": form}
+            arguments = helpers.sft_overrides(form_llama, train, tmp_path / f"sft{kilobytes}{form}" / "run", **options)
             assert FULL in helpers.one_sentence(*helpers.call(sft.main, arguments))
             resize(20_000)
             assert helpers.call(sft.main, arguments)[0] == 0

@@ -3,19 +3,24 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers_oracles import CASES, HORIZON, WEIGHT_CAP
 
 from convsearch.algorithms import clipped_loss, group_advantages, kl_penalty, token_weights
+from convsearch.algorithms.loss import grpo_loss
+from convsearch.batch import Branch, Tree, collate
+from convsearch.config import GrpoConfig, load_grpo_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLES = Path(os.environ.get("CONVSEARCH_ORACLES", Path(sys.prefix) / "oracles"))
 INSTALL = f"{sys.executable} -m pip install --no-deps --only-binary :all: --target {ORACLES} -r tests/requirements-oracles.txt"
-CLIP, BETA, MICRO_BATCH_SIZE, GROUP_SIZES = (0.2, 0.28), 0.04, 5, (1, 3, 4, 12)
+CLIP, MICRO_BATCH_SIZE, GROUP_SIZES = (0.2, 0.28), 5, (1, 3, 4, 12)
 N, T = 24, 11
 
 pytestmark = [
@@ -44,10 +49,11 @@ def given() -> Arrays:
         "ref_NT": far_NT + draw.normal(0, 1, (N, T)) * draw.choice([0.0, 0.1, 1.0, 5.0, 50.0], (N, T)),
         "near_logprobs_NT": old_NT + draw.uniform(-0.9, 0.9, (N, T)),
         "near_ref_NT": old_NT + draw.uniform(-1, 1, (N, T)),
+        "sampler_NT": old_NT + draw.normal(0, 0.3, (N, T)),
+        "entropies_NT": draw.uniform(0, 5, (N, T)),
         "advantages_NT": np.repeat(draw.normal(0, 1, (N, 1)), T, axis=1),
         "losses_NT": draw.normal(0, 1, (N, T)),
         "clip": np.array(CLIP),
-        "beta": np.array(BETA),
         "micro_batch_size": np.array(MICRO_BATCH_SIZE),
     }
 
@@ -129,14 +135,52 @@ def test_averages_are_verl_s(given: Arrays, theirs: Arrays, aggregation: str) ->
     same((weights(given, aggregation) * responses(given, "losses_NT")).sum(), theirs[f"verl/{aggregation}"])
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "micro-batch-mean"])
-def test_the_whole_loss_is_trl_s(given: Arrays, theirs: Arrays, aggregation: str) -> None:
-    """Clip, KL and average together, with the gradient, over five micro-batches of which the last is short."""
+# What selects each case here, beyond its clip, KL and entropy.
+OURS = {
+    "grpo_faithful": ["algorithm=grpo_faithful"],
+    "grpo": ["algorithm=grpo"],
+    "grpo_published": ["algorithm.loss_agg=seq-mean-token-mean"],
+    "dr_grpo": ["algorithm=dr_grpo", f"algorithm.loss_scale_factor={HORIZON}"],
+    "dapo": ["algorithm=dapo"],
+    "gspo": ["algorithm=gspo"],
+    "grpo_token_weights": ["algorithm=grpo", "algorithm.rollout_correction.rollout_is=token"],
+    "grpo_sequence_weights": ["algorithm=grpo", "algorithm.rollout_correction.rollout_is=sequence"],
+    "gspo_sequence_weights": ["algorithm=gspo", "algorithm.rollout_correction.rollout_is=sequence"],
+}
+
+
+def configured(name: str) -> GrpoConfig:
+    case, actor = CASES[name], "actor_rollout_ref.actor"
+    numbers = [f"{actor}.clip_ratio={case.clip[0]}", f"{actor}.clip_ratio_high={case.clip[1]}", f"{actor}.kl_loss_coef={case.beta}"]
+    numbers += [f"{actor}.entropy_coeff={case.entropy}", f"algorithm.rollout_correction.rollout_is_threshold={WEIGHT_CAP}"]
+    sizes = [f"{actor}.ppo_micro_batch_size_per_gpu=4", "trainer.n_gpus_per_node=1", "data.train_files=a", "actor_rollout_ref.model.path=m"]
+    return load_grpo_config([*OURS[name], *numbers, *sizes])
+
+
+@pytest.mark.parametrize("library", ["verl", "trl"])
+@pytest.mark.parametrize("name", CASES)
+def test_each_algorithm_s_loss_and_gradient_are_theirs(given: Arrays, theirs: Arrays, name: str, library: str) -> None:
+    """What the step minimises under each preset: clip, weights against the sampler, KL, entropy and average together."""
+    cfg, case = configured(name), CASES[name]
+    assert (cfg.actor_rollout_ref.actor.use_kl_loss, cfg.actor_rollout_ref.actor.entropy_coeff) == (case.beta > 0, case.entropy)
+    lengths_N = given["mask_NT"].sum(axis=1).astype(int).tolist()
+    weights_N = token_weights(lengths_N, cfg.algorithm.loss_agg, MICRO_BATCH_SIZE, HORIZON)
+    micro = collate([Tree((1, 2), tuple(Branch((3,) * length) for length in lengths_N[i : i + 4])) for i in range(0, N, 4)])
+    columns = {
+        "advantages_R": responses(given, "advantages_NT"),
+        "weights_R": torch.tensor(weights_N, dtype=torch.float64).repeat_interleave(torch.tensor(lengths_N)),
+        "old_logprobs_R": responses(given, "old_NT"),
+        "sampler_logprobs_R": responses(given, "sampler_NT"),
+        "ref_logprobs_R": responses(given, "near_ref_NT") if case.beta else None,
+    }
     logprobs_R = responses(given, "near_logprobs_NT", grad=True)
-    policy_R, _ = clipped_loss(logprobs_R, responses(given, "old_NT"), responses(given, "advantages_NT"), *CLIP)
-    kl_R = kl_penalty(logprobs_R, responses(given, "near_ref_NT"))
-    loss = (weights(given, aggregation) * (policy_R + BETA * kl_R)).sum()
-    loss.backward()
-    same(loss.item(), theirs[f"trl/{aggregation}_loss"])
+    loss, report = grpo_loss(cfg)(replace(micro, **columns), logprobs_R, responses(given, "entropies_NT"))
+    torch.autograd.backward(loss)
+    tolerance = {"rtol": 1e-7, "atol": 1e-9}  # verl divides by a length + 1e-8, TRL by a float32 normaliser
+    np.testing.assert_allclose(report["loss"], theirs[f"{library}/{name}_loss"], **tolerance)
     assert logprobs_R.grad is not None
-    same(logprobs_R.grad, on_responses(given, theirs[f"trl/{aggregation}_gradient"]))
+    np.testing.assert_allclose(logprobs_R.grad, on_responses(given, theirs[f"{library}/{name}_gradient"]), **tolerance)
+    assert 0.05 < report["clip_rate"] / float((weights_N * np.array(lengths_N)).sum()) < 0.95  # both sides of the clip were tried
+    if case.weighted:
+        weight = report["importance_weight"]
+        assert 0 < weight < WEIGHT_CAP  # some weights are truncated, some are not

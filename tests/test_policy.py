@@ -6,18 +6,23 @@
 4. Weights and optimizer state that are saved and restored continue to the last bit.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import scaled_dot_product_attention
 
+from convsearch import distributed
 from convsearch.batch import Branch, MicroBatch, Tree, collate, pack, unshared
 from convsearch.model import encode_chat, load_model, load_tokenizer
-from convsearch.policy import Policy, ResponseLogprobs
+from convsearch.policy import SFT_KNOBS, Policy, ResponseLogprobs, memory_advice
 from convsearch.sampler import HfSampler, SamplingConfig
 
 TEMPERATURE = 0.7
@@ -114,6 +119,10 @@ def test_gradients_are_those_of_plain_transformers(folder: Path, trees: list[Tre
         pytest.param(lambda trees: list(pack(trees, 10_000)), id="packed, one"),
         pytest.param(lambda trees: list(pack(trees, 1)), id="packed, least"),
         pytest.param(lambda trees: list(pack(unshared(trees), 90)), id="packed, unshared"),
+        pytest.param(lambda trees: list(pack(trees, 10_000, remove_padding=True)), id="one row"),
+        pytest.param(lambda trees: list(pack(trees, 10_000, ranks=2, remove_padding=True)), id="a row a rank"),
+        pytest.param(lambda trees: list(pack(trees, 130, remove_padding=True)), id="short rows"),
+        pytest.param(lambda trees: list(pack(unshared(trees), 150, ranks=3, remove_padding=True)), id="unshared rows"),
         pytest.param(lambda trees: [collate(trees, pad_id=5)], id="other padding"),
         pytest.param(lambda trees: [collate(trees[::-1])], id="other order"),
     ],
@@ -123,12 +132,44 @@ def test_the_split_changes_no_gradient(folder: Path, trees: list[Tree], split: C
     assert_equal_gradients(gradients(policy, split(trees)), gradients(policy, [collate(trees)]))
 
 
+def test_flash_attention_is_given_the_sequences(folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its call, played by SDPA: every sequence of unshared rows, without the padding between rows; gradients as without it."""
+
+    def varlen(
+        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, softmax_scale: float, causal: bool
+    ) -> Tensor:
+        assert torch.equal(cu_q, cu_k)
+        assert (causal, max_q, cu_q[0].item(), cu_q[-1].item()) == (True, int(cu_q.diff().max()), 0, len(q))
+        pieces = []
+        for start, end in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
+            one = (tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v))
+            pieces.append(scaled_dot_product_attention(*one, is_causal=True, scale=softmax_scale, enable_gqa=True)[0].transpose(0, 1))
+        return torch.cat(pieces)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    plain, flash = make(folder), make(folder)
+    flash.module.kernel = "flash"
+    micros = list(pack(unshared(trees), 150, ranks=3, remove_padding=True))
+    assert any(bool((micro.branch_BT < 0).any()) for micro in micros)
+    assert_equal_gradients(gradients(flash, micros), gradients(plain, micros))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_sees_what_the_masks_show(folder: Path, trees: list[Tree]) -> None:
+    plain, flex = make(folder), make(folder)
+    flex.module.kernel = "flex"
+    for micro in [*pack(trees, 10_000, remove_padding=True), collate(trees), *pack(unshared(trees), 150, ranks=2, remove_padding=True)]:
+        torch.testing.assert_close(flex.logprobs(micro), plain.logprobs(micro), atol=1e-5, rtol=0)
+
+
 def test_packing_keeps_to_its_limit(trees: list[Tree]) -> None:
     rows = unshared(trees)
     for limit in (1, 60, 100, 400):
         micros = list(pack(rows, limit))
         assert sum(len(micro.token_ids_BT) for micro in micros) == len(rows)
         assert all(micro.num_tokens <= limit or len(micro.token_ids_BT) == 1 for micro in micros)
+        assert not any((micro.branch_BT < 0).any() for micro in pack(rows, limit, remove_padding=True))
 
 
 def test_gradient_checkpointing_changes_no_gradient(folder: Path, trees: list[Tree]) -> None:
@@ -218,3 +259,98 @@ def test_bfloat16_arithmetic_is_near_and_keeps_float32_weights(folder: Path, tre
     policy.forward_backward(collate(trees), toy_loss)
     policy.optim_step(1e-3)
     assert {value.dtype for value in [*policy.weights().values(), *policy.optimizer_state().values()]} == {torch.float32}
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone, so that FSDP2 shards over a mesh of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def sharded(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Policy:
+    """A policy under FSDP2 although there is one rank: the module, not the wrapper, is asked how many there are."""
+    with monkeypatch.context() as patched:
+        patched.setattr(distributed, "world_size", lambda: 2)
+        patched.setattr("torch.distributed.device_mesh.init_device_mesh", lambda kind, _: DeviceMesh(kind, [0]))
+        return make(folder, **options)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_sharding_changes_no_gradient_and_no_step(folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fsdp = make(folder), sharded(folder, monkeypatch, gradient_checkpointing=True)
+    assert distributed.is_sharded(fsdp.module)
+    for micro in pack(trees, 200, remove_padding=True):
+        assert torch.equal(fsdp.logprobs(micro), plain.logprobs(micro))
+        reports = [policy.forward_backward(micro, toy_loss) for policy in (plain, fsdp)]
+        assert reports[0] == reports[1]
+        assert fsdp.optim_step(1e-3) == plain.optim_step(1e-3)
+    assert all(torch.equal(value, fsdp.weights()[name]) for name, value in plain.weights().items())
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_mixed_precision_multiplies_in_bfloat16_and_keeps_float32(folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, mixed = make(folder), sharded(folder, monkeypatch, bf16=True)
+    micro = collate(trees)
+    seen = set()
+    mixed.causal_lm.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda module, inputs, output: seen.add((module.weight.dtype, output.dtype))
+    )
+    assert 0 < float((mixed.logprobs(micro) - plain.logprobs(micro)).abs().mean()) < 0.1
+    assert seen == {(torch.bfloat16, torch.bfloat16)}
+    mixed.forward_backward(micro, toy_loss)
+    grads = {parameter.grad.dtype for parameter in mixed.named_parameters().values() if parameter.grad is not None}
+    mixed.optim_step(1e-3)
+    assert grads | {value.dtype for value in [*mixed.weights().values(), *mixed.optimizer_state().values()]} == {torch.float32}
+
+
+def test_running_out_of_memory_says_which_knob_to_turn(folder: Path, trees: list[Tree]) -> None:
+    policy, micro = make(folder), collate(trees)
+
+    def greedy(*_: Any) -> tuple[Tensor, dict[str, float]]:
+        return torch.empty(1 << 60), {}
+
+    with pytest.raises(
+        ValueError,
+        match=rf"^out of memory in a forward and backward pass over {micro.num_tokens} positions: lower .*ppo_max_token_len_per_gpu",
+    ):
+        policy.forward_backward(micro, greedy)
+    with pytest.raises(ValueError, match=r"data\.micro_batch_size_per_gpu"), memory_advice("a test", SFT_KNOBS):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    with pytest.raises(RuntimeError, match="another"), memory_advice("a test", SFT_KNOBS):
+        raise RuntimeError("another")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "options", [{"param_offload": True}, {"optimizer_offload": True}, {"param_offload": True, "optimizer_offload": True}]
+)
+def test_offloading_changes_no_step(folder: Path, trees: list[Tree], options: dict[str, bool]) -> None:
+    """On a GPU: what lives in CPU memory between uses does so, and the steps are those without it."""
+    gpu = torch.device("cuda")
+    plain, offloaded = (Policy(load_model(str(folder)), gpu, temperature=TEMPERATURE, **each) for each in ({}, options))
+    for micro in pack(trees, 200, remove_padding=True):
+        torch.testing.assert_close(offloaded.logprobs(micro), plain.logprobs(micro), atol=1e-4, rtol=0)
+        for policy in (plain, offloaded):
+            policy.forward_backward(micro, toy_loss)
+            policy.optim_step(1e-3)
+    assert offloaded.optimizer is not None
+    assert {value.device.type for state in offloaded.optimizer.state.values() for value in state.values() if value.dim()} == {"cpu"}
+    expected = plain.weights()
+    for name, value in offloaded.weights().items():
+        assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-4, name
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernel", ["flex", "auto"])
+def test_kernels_of_the_gpu_change_no_gradient(folder: Path, trees: list[Tree], kernel: Any) -> None:
+    gpu = torch.device("cuda")
+    plain, fast = (Policy(load_model(str(folder)), gpu, temperature=TEMPERATURE) for _ in range(2))
+    plain.module.kernel, fast.module.kernel = "sdpa", kernel
+    micros = list(pack(trees, 10_000, remove_padding=True))
+    assert_equal_gradients(gradients(fast, micros), gradients(plain, micros), 1e-3)

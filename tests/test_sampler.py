@@ -21,7 +21,7 @@ from convsearch.attention import DecodeContext
 from convsearch.generation import Rewriter
 from convsearch.model import encode_chat, load_model, load_tokenizer, stop_token_ids
 from convsearch.parsing import parse_rewrite
-from convsearch.sampler import HfSampler, SamplingConfig, Scaffold, _inverse_cdf
+from convsearch.sampler import HfSampler, SamplingConfig, Scaffold, Tensors, _inverse_cdf
 from convsearch.types import Completion, Conversation
 
 CHATS = ("Q: where is rome? Q: its food?", "oslo", "Q: where is lima?\nQ: its rivers? and its history? and its food?", "tokyo tokyo tokyo")
@@ -279,7 +279,7 @@ def test_load_weights_takes_over_a_policy(llama: World) -> None:
     theirs = HfSampler(other, llama.tokenizer, SamplingConfig(1.0, max_tokens=6), ()).generate(llama.prompts, 1, seed=1)
     sampler = HfSampler(load_model(str(llama.folder)), llama.tokenizer, SamplingConfig(1.0, max_tokens=6), ())
     before = sampler.generate(llama.prompts, 1, seed=1)
-    sampler.load_weights(other.state_dict(), version=7)
+    sampler.load_weights(Tensors(other.state_dict()), version=7)
     after = sampler.generate(llama.prompts, 1, seed=1)
     assert [c.logprobs for c in after] == [c.logprobs for c in theirs] != [c.logprobs for c in before]
     assert {c.weights_version for c in before} == {0}

@@ -8,8 +8,11 @@
 """
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,8 +255,11 @@ def test_starting_anew_beside_old_checkpoints_is_refused(tiny_llama: Path, files
     assert "trainer.default_local_dir" in error
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "convsearch.sft"]
+
+
 def torchrun(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "convsearch.sft", *arguments]
+    command = [sys.executable, "-m", *TORCHRUN, *arguments]
     done = subprocess.run(command, cwd=helpers.ROOT, env=helpers.environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
@@ -273,12 +279,42 @@ def test_two_ranks_have_the_losses_of_one(tiny_llama: Path, files: tuple[Path, P
     assert [record["step"] for record in two] == list(range(6))
     for name in ("loss", "val_loss", "grad_norm"):
         assert [record[name] for record in two] == pytest.approx([record[name] for record in one], rel=1e-5), name
-    # what two ranks have saved goes on with one, and the other way round
-    for path in (tmp_path / "two" / "global_step_6", tmp_path / "one" / "global_step_6"):
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
-    on_one = trained(tiny_llama, files, tmp_path / "two", **options)
+    # what two ranks have saved (each its shards) goes on with one, and the other way round
+    assert sorted(path.name for path in (tmp_path / "two" / "global_step_3" / "shards").iterdir()) == [
+        "shard-00001-model-00001-of-00001.safetensors",
+        "shard-00002-model-00001-of-00001.safetensors",
+    ]
+    for run_dir in (tmp_path / "two", tmp_path / "one"):
+        shutil.rmtree(run_dir / "global_step_6")
+    on_one = trained(tiny_llama, files, tmp_path / "two", trainer__checkpoint_format="dcp", **options)
     torchrun(helpers.sft_overrides(tiny_llama, files[0], tmp_path / "one", **options))
     for continued in (on_one, read_metrics(tmp_path / "one")):
         assert [record["loss"] for record in continued] == pytest.approx([record["loss"] for record in one], rel=1e-5)
+    # one rank's shards on two ranks: nothing is left to train, the export is the same to the bit
+    exported = tmp_path / "two" / "model" / "model.safetensors"
+    before = exported.read_bytes()
+    exported.unlink()
+    torchrun(helpers.sft_overrides(tiny_llama, files[0], tmp_path / "two", trainer__checkpoint_format="dcp", **options))
+    assert exported.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_told_to_stop_save_and_go_on_as_one(tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    options = {"total_training_steps": 120, "trainer__save_freq": 1000, "optim__lr": 1e-4}
+    process = helpers.start(TORCHRUN[0], [*TORCHRUN[1:], *helpers.sft_overrides(tiny_llama, files[0], tmp_path / "run", **options)])
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "run")) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output  # torchrun's own; scripts/reproduce.sh makes 143 of it
+    done = len(read_metrics(tmp_path / "run"))
+    assert done < 120
+    assert f"stopped: SIGTERM after step {done} of 120" in output
+    assert (tmp_path / "run" / "latest").read_text() == f"global_step_{done}\n"
+    assert len(list((tmp_path / "run" / f"global_step_{done}" / "shards").iterdir())) == 2
+    continued = trained(tiny_llama, files, tmp_path / "run", **options)
+    unbroken = trained(tiny_llama, files, tmp_path / "unbroken", **options)
+    assert [record["loss"] for record in continued] == pytest.approx([record["loss"] for record in unbroken], rel=1e-4)

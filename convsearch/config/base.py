@@ -39,7 +39,7 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
 """One string, a list of strings, or null for none."""
 Betas = Annotated[tuple[float, float], BeforeValidator(_pair)]
 """Adam's two decay rates."""
-Loggers = Annotated[tuple[Literal["console", "jsonl", "wandb"], ...], BeforeValidator(_as_tuple)]
+Loggers = Annotated[tuple[Literal["console", "jsonl", "wandb", "tensorboard"], ...], BeforeValidator(_as_tuple)]
 """Where metrics go; one name, a list of them, or null for nowhere."""
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["fp32", "bf16"]
@@ -64,11 +64,29 @@ def require_fit(names: str, tokens: int, model_max: int) -> None:
 class TrainerSection(Section):
     """What both trainers are told of a run."""
 
-    logger: Loggers = Field(default=("console", "jsonl"), description="where metrics go: list of console, jsonl, wandb")
+    logger: Loggers = Field(default=("console", "jsonl"), description="where metrics go: list of console, jsonl, wandb, tensorboard")
     experiment_name: Text = Field(default="run", description="run in wandb and in the logs")
     default_hdfs_dir: Text | None = Field(default=None, description="null only: copies to HDFS are not offered")
     resume_mode: Literal["auto", "disable"] = Field(default="auto", description="go on from the newest complete checkpoint, or start anew")
     keep_checkpoints: int = Field(default=2, ge=1, description="newest complete checkpoints that stay on disk")
+    best_metric: Text | None = Field(
+        default=None, description="metric of the validation whose best checkpoint stays on disk too (val_reward, val_loss, ..); null: none"
+    )
+    best_mode: Literal["max", "min"] = Field(default="max", description="whether the larger or the smaller best_metric is the better one")
+    checkpoint_format: Literal["auto", "safetensors", "dcp"] = Field(
+        default="auto",
+        description="safetensors: whole tensors, a Hugging Face folder; dcp: each rank its shard (torch.distributed.checkpoint); "
+        "auto: dcp with several ranks; a run goes on from either",
+    )
+    async_checkpoints: bool = Field(default=True, description="dcp: write in the background, from a copy in CPU memory")
+    max_skipped_steps: int = Field(
+        default=10,
+        ge=1,
+        description="steps in a row whose gradients are not finite (such steps are skipped) before the run ends with status 3",
+    )
+    peak_tflops: float | None = Field(
+        default=None, gt=0, description="10^12 operations a second at which one device counts as fully used (MFU); null: by the GPU's name"
+    )
     device: Device = Field(default="auto", description="auto: cuda where there is one")
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads a rank; null: torch decides")
 

@@ -1,6 +1,7 @@
 """The configuration of the RL stage (``python -m convsearch.grpo``): the key tree of the seed's ``main_ppo`` command lines.
 
-Defaults are the paper's preset for 8 GPUs, except that its entropy bonus, which the paper does not mention, was the default of its trainer.
+Defaults are the paper's preset for 8 GPUs without the entropy bonus: the paper does not mention it, but it was the default of its trainer, so
+``algorithm=grpo_faithful`` (which the paper's experiments choose) turns it on.
 """
 
 import os
@@ -8,6 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from convsearch.config.alive import GuardConfig
 from convsearch.config.base import Betas, CountOrMinusOne, Dtype, Section, Text, Texts, TrainerSection, require_fit, require_multiple
 
 EMBEDDED = "embedded:"
@@ -20,15 +22,38 @@ class KlCtrlConfig(Section):
     )
 
 
+class FilterGroupsConfig(Section):
+    enable: bool = Field(default=False, description="DAPO's dynamic sampling: groups whose rewards are all equal are drawn again")
+    max_num_gen_batches: int = Field(
+        default=10, ge=1, description="draws of a step at most; groups that stay equal are left out of the update and of its mean"
+    )
+
+
+class RolloutCorrectionConfig(Section):
+    rollout_is: Literal["token", "sequence"] | None = Field(
+        default=None, description="importance weight of policy against sampler, by token or by sequence; null: none"
+    )
+    rollout_is_threshold: float = Field(default=2.0, gt=0, description="the largest such weight: above it is truncated")
+
+
 class AlgorithmConfig(Section):
     name: Literal["grpo"] = Field(default="grpo", description="the step function")
     adv_estimator: Literal["grpo"] = Field(default="grpo", description="advantage: reward against the group's mean")
     norm_adv_by_std: bool = Field(default=True, description="divide the advantage by the group's unbiased standard deviation + 1e-6")
-    loss_agg: Literal["micro-batch-mean", "token-mean"] = Field(
+    loss_mode: Literal["vanilla", "gspo"] = Field(
+        default="vanilla", description="vanilla: a ratio and clip a token; gspo: one a sequence, length-normalised"
+    )
+    loss_agg: Literal["micro-batch-mean", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = Field(
         default="micro-batch-mean",
         description="micro-batch-mean: token mean of each micro-batch, then their mean (the paper's code); "
-        "token-mean: mean over all tokens of the mini-batch, on all ranks",
+        "token-mean: mean over all tokens of the mini-batch, on all ranks; seq-mean-token-mean: mean of the sequences' token means; "
+        "seq-mean-token-sum-norm: mean of the sequences' token sums over loss_scale_factor (Dr. GRPO)",
     )
+    loss_scale_factor: int | None = Field(
+        default=None, ge=1, description="tokens that seq-mean-token-sum-norm divides by; null: data.max_response_length"
+    )
+    filter_groups: FilterGroupsConfig = FilterGroupsConfig()
+    rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
     kl_ctrl: KlCtrlConfig = KlCtrlConfig()
 
 
@@ -52,7 +77,7 @@ class GrpoDataConfig(Section):
 
 class PolicyModelConfig(Section):
     path: Text = Field(description="folder or hub name of the policy to start from; also the frozen reference")
-    use_remove_padding: bool = Field(default=True, description="pack rows without padding where the attention kernel can")
+    use_remove_padding: bool = Field(default=True, description="several prompts' trees in one row and no padding; false: a row each")
     enable_gradient_checkpointing: bool = Field(
         default=True, description="recompute activations in the backward pass: less memory, about a third more time"
     )
@@ -70,8 +95,10 @@ class GrpoOptimConfig(Section):
 
 
 class ActorFsdpConfig(Section):
-    param_offload: bool = Field(default=False, description="keep the weights in CPU memory between uses")
-    optimizer_offload: bool = Field(default=False, description="keep Adam's state in CPU memory between uses")
+    param_offload: bool = Field(
+        default=False, description="keep weights, gradients and Adam's state in CPU memory; layers come to the GPU for each pass"
+    )
+    optimizer_offload: bool = Field(default=False, description="keep Adam's state in CPU memory between updates")
 
 
 class RefFsdpConfig(Section):
@@ -98,7 +125,7 @@ class ActorConfig(Section):
     )
     clip_ratio_high: float | None = Field(default=None, gt=0, description="upper clip; null: clip_ratio")
     entropy_coeff: float = Field(
-        default=0.001, ge=0, description="weight of the entropy bonus (on in the reference's trainer, not in the paper)"
+        default=0.0, ge=0, description="weight of the entropy bonus; 0.001 in algorithm=grpo_faithful, as in the reference's trainer"
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     share_prompts: bool = Field(default=True, description="compute each prompt once for its whole group; exact (not in verl)")
@@ -116,6 +143,14 @@ class RolloutConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1, description="share of the probability that is sampled from")
     seed: int = Field(default=1, ge=0, description="seed of the samples; step and prompt are added to it")
     max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once by one sampler")
+    n_gpus_per_node: int = Field(
+        default=0, ge=0, description="GPUs a node (processes, on CPU) for samplers alone; 0: they share those of the policy's ranks"
+    )
+    overlap: bool = Field(
+        default=False,
+        description="one step off-policy: the next step's samples are drawn while the policy trains, by weights one step old; needs n_gpus_per_node "
+        "of its own, and wants algorithm.rollout_correction",
+    )
     tensor_model_parallel_size: int = Field(default=1, ge=1, description="GPUs that share one sampler (vllm)")
     gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1, description="share of a GPU's memory for the sampler (vllm)")
     log_prob_micro_batch_size_per_gpu: int = Field(
@@ -242,7 +277,13 @@ class RetrieverConfig(Section):
 class GrpoTrainerConfig(TrainerSection):
     project_name: Text = Field(default="convsearch-grpo", description="project in wandb")
     n_gpus_per_node: int = Field(default=8, ge=1, description="ranks a node (processes, on CPU)")
-    nnodes: int = Field(default=1, ge=1, description="number of nodes")
+    nnodes: int = Field(default=1, ge=1, description="number of nodes; more than one: of the Ray cluster that `ray start` has made")
+    max_restarts: int = Field(
+        default=3, ge=0, description="how often lost worker processes are started again from the newest checkpoint before the run ends"
+    )
+    worker_timeout_s: float = Field(
+        default=1800.0, gt=0, description="seconds without an answer after which a worker process counts as lost"
+    )
     save_freq: CountOrMinusOne = Field(default=100, description="checkpoint every so many steps; -1: at the end alone")
     test_freq: CountOrMinusOne = Field(default=-1, description="validation every so many steps; -1: never")
     val_before_train: bool = Field(default=False, description="validation before the first step")
@@ -250,10 +291,14 @@ class GrpoTrainerConfig(TrainerSection):
     total_epochs: int = Field(default=6, ge=1, description="passes over the training prompts")
     total_training_steps: int | None = Field(default=None, ge=1, description="stop after so many steps; null: total_epochs decides")
     critic_warmup: Literal[0] = Field(default=0, description="0 only: GRPO has no critic")
+    sample_table_freq: CountOrMinusOne = Field(
+        default=50, description="a table of samples to wandb and TensorBoard every so many steps; -1: never"
+    )
     seed: int = Field(default=1, ge=0, description="seed of everything random; data.seed and rollout.seed follow it unless set")
 
     @property
     def world_size(self) -> int:
+        """Ranks of the policy."""
         return self.nnodes * self.n_gpus_per_node
 
 
@@ -267,6 +312,7 @@ class GrpoConfig(Section):
     custom_reward_function: CustomRewardFunctionConfig = CustomRewardFunctionConfig()
     retriever: RetrieverConfig = RetrieverConfig()
     trainer: GrpoTrainerConfig = GrpoTrainerConfig()
+    guard: GuardConfig = GuardConfig()
 
     @model_validator(mode="after")
     def _batches(self) -> Self:
@@ -281,8 +327,16 @@ class GrpoConfig(Section):
             require_multiple(
                 "sequences an update on one rank", mini * n // world, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", micro
             )
-        tensor_parallel = self.actor_rollout_ref.rollout.tensor_model_parallel_size
-        require_multiple("trainer.n_gpus_per_node", self.trainer.n_gpus_per_node, "rollout.tensor_model_parallel_size", tensor_parallel)
+        rollout = self.actor_rollout_ref.rollout
+        name, gpus = "trainer.n_gpus_per_node", self.trainer.n_gpus_per_node
+        if rollout.n_gpus_per_node:
+            name, gpus = "actor_rollout_ref.rollout.n_gpus_per_node", rollout.n_gpus_per_node
+        require_multiple(name, gpus, "rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size)
+        if rollout.overlap and not rollout.n_gpus_per_node:
+            raise ValueError(
+                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers that share the policy's GPUs sleep while it trains; "
+                "give them some of their own (cluster=disaggregated), or set overlap=false"
+            )
         return self
 
     @model_validator(mode="after")

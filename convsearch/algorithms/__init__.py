@@ -1,0 +1,32 @@
+"""The arithmetic of GRPO and its relatives, a file each; ``loss.grpo_loss`` puts together what ``algorithm.*`` selects.
+
+Everything is per token and flat: ``_R`` counts the response tokens of a micro-batch, prompts and padding never appear. How a loss is averaged is
+a matter of token weights alone (``token_weights``), so packing, micro-batches and ranks cannot change it.
+
+| algorithm   | preset                       | keys                                                                          |
+|-------------|------------------------------|-------------------------------------------------------------------------------|
+| GRPO        | algorithm=grpo_faithful      | the reference's trainer: mean of micro-batch means, entropy bonus              |
+| GRPO        | algorithm=grpo               | loss_agg=token-mean, no entropy bonus                                         |
+| Dr. GRPO    | algorithm=dr_grpo            | norm_adv_by_std=false, loss_agg=seq-mean-token-sum-norm                       |
+| DAPO        | algorithm=dapo               | actor.clip_ratio_high, filter_groups.enable, no KL                            |
+| GSPO        | algorithm=gspo               | loss_mode=gspo, loss_agg=seq-mean-token-mean                                  |
+| (any)       | algorithm.rollout_correction | truncated importance sampling for stale samplers, or samplers of another engine |
+"""
+
+from convsearch.algorithms.advantages import group_advantages
+from convsearch.algorithms.averages import LossAggregation, token_weights
+from convsearch.algorithms.clip import clipped_loss
+from convsearch.algorithms.gspo import gspo_loss
+from convsearch.algorithms.importance import importance_weights
+from convsearch.algorithms.kl import KlEstimator, kl_penalty
+
+__all__ = [
+    "KlEstimator",
+    "LossAggregation",
+    "clipped_loss",
+    "group_advantages",
+    "gspo_loss",
+    "importance_weights",
+    "kl_penalty",
+    "token_weights",
+]

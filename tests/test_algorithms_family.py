@@ -1,0 +1,118 @@
+"""What sets GRPO's relatives apart, by hand: GSPO's ratio, weights against the sampler, Dr. GRPO's average, DAPO's dynamic sampling, the presets.
+
+1. GSPO's ratio is the geometric mean over its sequence; the clip acts on whole sequences; sequences are found in trees as they are packed.
+2. A sample of another policy is weighted by min(pi_old / pi_sampler, cap); the weight has no gradient.
+3. Equal groups are drawn again until they differ or the rounds are spent; the rest is neither redrawn nor moved.
+4. Each preset is the algorithm it is named after, and only the faithful one has an entropy bonus.
+Parity with verl and TRL is in test_parity_verl_trl.py.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from convsearch.algorithms import gspo_loss, importance_weights, token_weights
+from convsearch.algorithms.dynamic_sampling import draw_with_spread, groups_without_spread
+from convsearch.algorithms.loss import grpo_loss
+from convsearch.batch import Branch, Tree, collate, unshared
+from convsearch.config import load_grpo_config
+
+near = pytest.approx
+SEQUENCES = torch.tensor([0, 0, 1, 1, 1])
+SMALL = ["actor_rollout_ref.model.path=m", "data.train_files=a"]
+
+
+def tensor(*values: float, grad: bool = False) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
+
+
+def test_gspo_worked_by_hand() -> None:
+    # Sequence 0: ratios 4 and 1, geometric mean 2, clipped at 1.5: loss -1.5 x 1. Sequence 1: ratios 2, 1/2, 1: mean 1, advantage -3.
+    logprobs_R = tensor(math.log(0.4), math.log(0.1), math.log(0.2), math.log(0.1), math.log(0.3), grad=True)
+    old_R = tensor(math.log(0.1), math.log(0.1), math.log(0.1), math.log(0.2), math.log(0.3))
+    losses_R, clipped_R = gspo_loss(logprobs_R, old_R, tensor(1, 1, -3, -3, -3), SEQUENCES, 0.2, 0.5)
+    assert losses_R.tolist() == near([-1.5, -1.5, 3, 3, 3])
+    assert clipped_R.tolist() == [True, True, False, False, False]
+    torch.autograd.backward(losses_R.sum() / 3)
+    assert logprobs_R.grad is not None
+    assert logprobs_R.grad.tolist() == near([0, 0, 1, 1, 1])  # a clipped sequence has none, the other -advantage x ratio a token
+
+
+def test_weights_against_the_sampler_worked_by_hand() -> None:
+    old_R, sampler_R = (tensor(*map(math.log, values)) for values in ((0.6, 0.1, 0.2, 0.3, 0.5), (0.2, 0.2, 0.2, 0.2, 0.4)))
+    assert importance_weights(old_R, sampler_R, SEQUENCES, "token", 2.0).tolist() == near([2.0, 0.5, 1.0, 1.5, 1.25])
+    products = [3 * 0.5] * 2 + [1.5 * 1.25] * 3
+    assert importance_weights(old_R, sampler_R, SEQUENCES, "sequence", 1.6).tolist() == near([products[0]] * 2 + [1.6] * 3)
+    assert not importance_weights(old_R.requires_grad_(), sampler_R, SEQUENCES, "token", 2.0).requires_grad
+    assert importance_weights(tensor(0.0), tensor(-1e4), torch.tensor([0]), "token", 1e12).item() == near(math.exp(20))
+
+
+def test_averages_of_sequences_worked_by_hand() -> None:
+    assert token_weights([1, 4], "seq-mean-token-mean") == near([1 / 2, 1 / 8])
+    assert token_weights([1, 4, 5], "seq-mean-token-sum-norm", scale=10) == near([1 / 30] * 3)
+    assert token_weights([], "seq-mean-token-mean") == token_weights([], "seq-mean-token-sum-norm") == []
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=4))
+def test_sequences_are_found_in_trees(lengths: list[list[int]]) -> None:
+    trees = [Tree((7,) * (p + 1), tuple(Branch((8,) * size) for size in group)) for p, group in enumerate(lengths)]
+    expected = [number for number, size in enumerate(size for group in lengths for size in group) for _ in range(size)]
+    assert collate(trees).sequence_R.tolist() == collate(unshared(trees)).sequence_R.tolist() == expected
+
+
+def test_groups_without_spread_are_found() -> None:
+    assert groups_without_spread([1, 1, 0, 1, 2, 2], 2) == [0, 2]
+    assert groups_without_spread([1, 0], 2) == []
+
+
+def test_equal_groups_are_drawn_again_in_place() -> None:
+    # Round by round what each prompt draws: prompt 1 differs at once, prompt 0 in round 2, prompt 2 never.
+    draws = {0: [(1, 1), (0, 0), (1, 0)], 1: [(0, 2)], 2: [(5, 5), (6, 6), (7, 7), (8, 8)]}
+    asked = []
+
+    def draw(chosen_P: list[int], number: int) -> list[int]:
+        asked.append((number, chosen_P))
+        return [reward for p in chosen_P for reward in draws[p][number]]
+
+    assert draw_with_spread(draw, float, 3, 2, max_rounds=4) == [1, 0, 0, 2, 8, 8]
+    assert asked == [(0, [0, 1, 2]), (1, [0, 2]), (2, [0, 2]), (3, [2])]
+    asked.clear()
+    assert draw_with_spread(draw, float, 3, 2, max_rounds=1) == [1, 1, 0, 2, 5, 5]
+    assert asked == [(0, [0, 1, 2])]
+
+
+def test_presets_are_what_they_are_named() -> None:
+    presets = {name: load_grpo_config([f"algorithm={name}", *SMALL]) for name in ("grpo_faithful", "grpo", "dr_grpo", "dapo", "gspo")}
+    assert {name: cfg.actor_rollout_ref.actor.entropy_coeff for name, cfg in presets.items()} == dict.fromkeys(presets, 0.0) | {
+        "grpo_faithful": 0.001
+    }
+    averages = {name: cfg.algorithm.loss_agg for name, cfg in presets.items()}
+    assert averages == {
+        "grpo_faithful": "micro-batch-mean",
+        "grpo": "token-mean",
+        "dr_grpo": "seq-mean-token-sum-norm",
+        "dapo": "token-mean",
+        "gspo": "seq-mean-token-mean",
+    }
+    assert [name for name, cfg in presets.items() if not cfg.algorithm.norm_adv_by_std] == ["dr_grpo"]
+    assert [name for name, cfg in presets.items() if cfg.algorithm.loss_mode == "gspo"] == ["gspo"]
+    assert [name for name, cfg in presets.items() if cfg.algorithm.filter_groups.enable] == ["dapo"]
+    assert [name for name, cfg in presets.items() if not cfg.actor_rollout_ref.actor.use_kl_loss] == ["dapo"]
+    assert presets["dapo"].actor_rollout_ref.actor.clip_ratio_high == 0.28
+    assert load_grpo_config([*SMALL]).actor_rollout_ref.actor.entropy_coeff == 0
+    assert load_grpo_config(["experiment=paper_qrecc_llama_bm25"]).actor_rollout_ref.actor.entropy_coeff == 0.001
+
+
+def test_without_a_weight_the_entropy_has_no_gradient() -> None:
+    """Its backward pass would cost as much as that of the log-probs."""
+    micro = collate([Tree((1, 2), (Branch((3, 4), advantage=1.0, sampler_logprobs=(-1.0, -1.0)),))])
+    for coefficient in (0.0, 0.5):
+        cfg = load_grpo_config([*SMALL, f"actor_rollout_ref.actor.entropy_coeff={coefficient}"])
+        logprobs_R, entropy_R = tensor(-1, -1, grad=True), tensor(2, 3, grad=True)
+        loss, report = grpo_loss(cfg)(micro, logprobs_R, entropy_R)
+        torch.autograd.backward(loss)
+        assert (None if entropy_R.grad is None else entropy_R.grad.tolist()) == ([-coefficient] * 2 if coefficient else None)
+        assert report["entropy"] == near(5)
