@@ -8,7 +8,7 @@ bash scripts/install.sh
 for name in oracles lucene; do
   stamp=.venv/$name-$(sha256sum < tests/requirements-$name.txt | cut -c1-16)
   [ -f "$stamp" ] && continue
-  echo "installing what tests/requirements-$name.txt lists into .venv/$name (0.3 GB) ..."
+  echo "installing what tests/requirements-$name.txt lists into .venv/$name (0.3 to 0.4 GB) ..."
   rm -rf .venv/$name .venv/$name-*
   .venv/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --target .venv/$name -r tests/requirements-$name.txt \
     2> >(grep -v WARNING >&2 || true)
