@@ -219,7 +219,9 @@ def test_all_12_tasks_from_the_release_to_the_table(capsys, monkeypatch, tmp_pat
     for queries, found in (([], 50.0), (["--queries", f"{tmp_path}/{{task}}.json"], 100.0)):
         monkeypatch.setattr("sys.argv", ["bright", *given, *queries, "--bm25", "query-weighted"])
         bright.main()
-        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        printed = capsys.readouterr().out.splitlines()
+        assert len(set(map(len, printed))) == 1  # the columns stand under one another
+        lines = [line.split() for line in printed]
         assert lines[0] == ["nDCG@10", *bright_data.TASKS.values(), "mean"]
         assert lines[1][-1] == "14.5"  # the published mean of the raw queries
         assert lines[4][-13:] == [f"{found:.1f}"] * 13
