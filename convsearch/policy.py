@@ -47,7 +47,8 @@ class ResponseLogprobs(nn.Module):
         self.kernel: Kernel = "auto"
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        context = packed_context(micro, self.kernel)
+        half = torch.is_autocast_enabled(micro.branch_BT.device.type) or self.causal_lm.lm_head.weight.dtype == torch.bfloat16
+        context = packed_context(micro, self.kernel, half)
         hidden_BTX = self.causal_lm.model(
             input_ids=micro.token_ids_BT, position_ids=micro.position_ids_BT, use_cache=False, context=context
         ).last_hidden_state
