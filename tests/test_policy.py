@@ -348,6 +348,10 @@ def test_offloading_changes_no_step(folder: Path, trees: list[Tree], options: di
     expected = plain.weights()
     for name, value in offloaded.weights().items():
         assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-4, name
+    resumed = Policy(load_model(str(folder)), gpu, temperature=TEMPERATURE, **options)
+    resumed.load_optimizer_state(offloaded.optimizer_state())
+    resumed.forward_backward(collate(trees), toy_loss)
+    assert resumed.optim_step(1e-3)["skipped"] == 0
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
