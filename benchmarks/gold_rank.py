@@ -155,6 +155,7 @@ def rounds(contestants: dict[str, Contestant], queries: Sequence[str], count: in
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     answers: dict[str, Any] = {}
     for number in range(count + 1):
+        print(f"round {number} of {count}", flush=True)
         for name, call in contestants.items():
             start = time.monotonic()
             answers[name] = call(queries)

@@ -177,16 +177,17 @@ def table(outcomes: Mapping[str, Outcome], label: str) -> str:
     rows[label] = {task: 100 * outcome.means[lead] for task, outcome in outcomes.items()}
     if lead != "nDCG@10":
         rows = {label: rows[label]}
-    lines = [f"{lead:<26}" + "".join(f"{TASKS[task]:>7}" for task in outcomes) + (f"{'mean':>7}" if len(outcomes) > 1 else "")]
+    width = max(26, 2 + max(map(len, rows)))
+    lines = [f"{lead:<{width}}" + "".join(f"{TASKS[task]:>7}" for task in outcomes) + (f"{'mean':>7}" if len(outcomes) > 1 else "")]
     for name, values in rows.items():
         shown = [values[task] for task in outcomes]
         shown += [sum(shown) / len(shown)] if len(shown) > 1 else []
-        lines.append(f"{name:<26}" + "".join(f"{value:>7.1f}" for value in shown))
+        lines.append(f"{name:<{width}}" + "".join(f"{value:>7.1f}" for value in shown))
     for measure in measures:
         if measure != lead:
             shown = [100 * outcome.means[measure] for outcome in outcomes.values()]
             shown += [sum(shown) / len(shown)] if len(shown) > 1 else []
-            lines.append(f"{measure:<26}" + "".join(f"{value:>7.1f}" for value in shown))
+            lines.append(f"{measure:<{width}}" + "".join(f"{value:>7.1f}" for value in shown))
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retriever_server import bm25_build, bm25_kernels
+from retriever_server import bm25_build, bm25_gold, bm25_kernels, bm25_ranks
 from retriever_server.analyzer import analyze
 from retriever_server.storage import load_array, load_dictionary, load_strings
 
@@ -59,7 +59,7 @@ class Bm25Index:
         )
         if int(self._frequencies.sum(dtype=np.int64)) != manifest.num_postings:
             raise ValueError(f"{folder / 'term_frequencies.npy'} is damaged: build the index again with --overwrite")
-        self._postings = docs, codes, tf, inverse_norm, gain
+        self._postings = bm25_kernels.Postings(docs, codes, tf, inverse_norm, gain)
         self._term = lru_cache(maxsize=1 << 18)(terms.find)
         self._threads = threads or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="bm25")
@@ -109,10 +109,8 @@ class Bm25Index:
 
     def _search(self, text: str, k: int) -> list[tuple[str, float]]:
         (starts, ends, weights, _), _ = self._lists([self._bag(text)])
-        docs, codes, tf, inverse_norm, _ = self._postings
         found, scores = np.empty(k, np.int64), np.empty(k, np.float32)
-        sums = self._zeros("float64")
-        count = bm25_kernels.best(starts, ends, weights, k, self.num_passages, docs, codes, tf, inverse_norm, sums, found, scores)
+        count = bm25_kernels.best(starts, ends, weights, k, self.num_passages, self._postings, self._zeros(), found, scores)
         return [(self._docids[doc], score) for doc, score in zip(found[:count].tolist(), scores[:count].tolist(), strict=True)]
 
     def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
@@ -135,27 +133,26 @@ class Bm25Index:
         return [int(ranks[number]) or None for number in which]
 
     def _ranks(self, items: Sequence[Item], depth: int) -> npt.NDArray[np.int64]:
-        """Each item's rank, 0 where there is none. The threads get about as many postings each."""
-        lists, ends = self._lists([bag for bag, _ in items])
-        golds = np.array([gold for _, golds in items for gold in golds], np.int64)
-        gold_ends = np.cumsum([0, *(len(golds) for _, golds in items)])
-        postings = np.r_[0, np.cumsum(lists[1] - lists[0])][ends]
-        longest_first = np.argsort(-np.diff(postings), kind="stable")
-        ranks = np.zeros(len(items), np.int64)
+        """Each item's rank, 0 where there is none."""
+        (starts, ends, weights, max_codes), term_ends = self._lists([bag for bag, _ in items])
+        batch = bm25_gold.Batch(
+            term_ends=term_ends,
+            starts=starts,
+            ends=ends,
+            times=np.array([times for bag, _ in items for _, times in bag], np.int64),
+            weights=weights,
+            max_codes=max_codes,
+            gold_ends=np.cumsum([0, *(len(golds) for _, golds in items)]),
+            golds=np.array([gold for _, golds in items for gold in golds], np.int64),
+        )
+        return bm25_ranks.ranks(batch, depth, self._postings, self.num_passages, self._pool, self._threads)
 
-        def work(part: npt.NDArray[np.int64]) -> None:
-            scratch = self._zeros("float32"), self._zeros("int32")
-            bm25_kernels.gold_ranks(part, ends, *lists, gold_ends, golds, depth, self.num_passages, *self._postings, *scratch, ranks)
-
-        list(self._pool.map(work, (longest_first[thread :: self._threads] for thread in range(min(self._threads, len(items))))))
-        return ranks
-
-    def _zeros(self, kind: str) -> npt.NDArray[Any]:
+    def _zeros(self) -> npt.NDArray[np.float64]:
         """This thread's accumulators; the kernels leave sums as they find them, at zero."""
-        if not hasattr(self._scratch, kind):
-            setattr(self._scratch, kind, np.zeros(self.window, kind))
-        found: npt.NDArray[Any] = getattr(self._scratch, kind)
-        return found
+        if not hasattr(self._scratch, "zeros"):
+            self._scratch.zeros = np.zeros(self.window)
+        zeros: npt.NDArray[np.float64] = self._scratch.zeros
+        return zeros
 
     def _gold_indices(self, docids: Sequence[str]) -> tuple[int, ...]:
         if isinstance(docids, str) or not docids:

@@ -49,10 +49,13 @@ class DenseIndex:
         max_length: int = QUERY_LENGTH,
         batch_size: int = 64,
         backend: str = "flat",
+        ray_parts: int = 0,
+        ray_address: str | None = None,
     ) -> "DenseIndex":
         """Opens the folder and the encoder of its queries (by default the one that the manifest names).
 
         ``n_gpu``: devices that share the vectors, where there is CUDA. ``backend``: "flat" (ours), or "faiss" for searches (see dense_faiss).
+        ``ray_parts``: spread the vectors over so many actors of the Ray cluster at ``ray_address`` instead (see dense_ray).
 
         Raises:
             ValueError: as the constructor; the encoder is not the one of the passages, or its vectors are of another size.
@@ -77,10 +80,16 @@ class DenseIndex:
             return encoder.encode(texts, max_length, batch_size)
 
         scanners: list[tuple[int, Scanner]] | None = None
-        if device.startswith("cuda"):
+        if ray_parts:
+            from retriever_server.dense_ray import spread
+
+            scanners = spread(Path(folder), manifest, ray_parts, device, ray_address)
+        elif device.startswith("cuda"):
             from retriever_server.dense_device import split
 
             scanners = split(*read_vectors(Path(folder), manifest), n_gpu)
+        if backend == "faiss" and ray_parts:
+            raise ValueError("the faiss backend searches in this process: leave out --ray_parts, or --faiss_gpu")
         if backend == "faiss":
             from retriever_server.dense_faiss import FaissTop
 

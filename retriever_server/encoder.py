@@ -6,6 +6,7 @@ is read from its modules.json: Transformer, Pooling (first token or mean), Dense
 
 import hashlib
 import json
+import pickle
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -174,12 +175,17 @@ def _positions(model: Any) -> int:
 def read_weights(folder: Path) -> dict[str, Any]:
     """Parameter name -> tensor of a folder's one weight file; a wrapper's "model." or "module." before all names is taken off."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")
-    weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is damaged, or holds more than tensors, and is not read ({reason}): get the weights again") from error
     for wrapper in ("module.", "model."):
         if all(name.startswith(wrapper) for name in weights):
             weights = {name.removeprefix(wrapper): value for name, value in weights.items()}

@@ -27,6 +27,8 @@ DENSE_OPTIONS = {
     "n_gpu": "n_gpu",
     "max_length": "max_length",
     "retrieval_batch_size": "batch_size",
+    "ray_parts": "ray_parts",
+    "ray_address": "ray_address",
 }
 
 
@@ -75,6 +77,10 @@ def parser() -> argparse.ArgumentParser:
     dense.add_argument("--n_gpu", type=int, help="GPUs to use")
     dense.add_argument("--max_length", type=int, help="tokens that are kept of a query")
     dense.add_argument("--retrieval_batch_size", type=int, help="queries that are encoded at a time")
+    dense.add_argument(
+        "--ray_parts", type=int, metavar="N", help="spread the vectors over N actors (a GPU or CPU core each) of a Ray cluster"
+    )
+    dense.add_argument("--ray_address", metavar="ADDRESS", help="that cluster (default: RAY_ADDRESS, or one started here)")
     similarity = top.add_argument_group("similarity", "how much nearer a text stands to its positives than its question (/similarity)")
     similarity.add_argument("--similarity_model", metavar="MODEL", help="encoder: an ANCE or sentence-transformers folder, or a hub name")
     similarity.add_argument("--similarity_device", default="auto", metavar="DEVICE", help="where it runs (default: auto)")

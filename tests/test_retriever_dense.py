@@ -347,3 +347,34 @@ def test_ranks_on_a_gpu_are_those_of_float32() -> None:
     flat = Flat(vectors)
     for ours, theirs in zip(device.top(queries, 100), flat.top(queries, 100), strict=True):
         assert ours[1].tolist() == theirs[1].tolist()
+
+
+@pytest.mark.slow
+def test_parts_in_ray_actors_agree_and_outlive_a_kill(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed (extra `cluster`)")
+    from retriever_server.dense_build import Manifest
+    from retriever_server.dense_ray import spread
+
+    rng = np.random.default_rng(3)
+    vectors, queries = rng.integers(-1, 2, (60, 6)).astype(np.float32), rng.integers(-2, 3, (25, 6)).astype(np.float32)
+    folder = import_folder(tmp_path, vectors, [f"p{number}" for number in range(60)], "whole")
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    try:
+        with pytest.raises(ValueError, match="--ray_parts 3 needs as many CPUs, the Ray cluster has 2"):
+            spread(folder, Manifest.read(folder), 3, "cpu")
+        scanners = spread(folder, Manifest.read(folder), 2, "cpu")
+        index = DenseIndex(folder, lambda texts: queries[[int(text) for text in texts]], scanners)
+        texts, golds = [str(number) for number in range(25)], [[int(gold)] for gold in rng.integers(60, size=25)]
+        expected = [count + 1 for count in brute_beating(brute(vectors, queries), golds)]
+        named = [[f"p{gold}" for gold in some] for some in golds]
+        assert index.gold_ranks(texts, named, 100) == expected
+        whole = DenseIndex(folder, lambda texts: queries[[int(text) for text in texts]])
+        assert index.search(texts, 7) == whole.search(texts, 7)
+        ray.kill(scanners[1][1]._actor, no_restart=False)  # type: ignore[attr-defined]
+        assert index.gold_ranks(texts, named, 100) == expected
+        (folder / "manifest.json").unlink()
+        ray.kill(scanners[0][1]._actor, no_restart=True)  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="has no manifest"):
+            spread(folder, whole.manifest, 1, "cpu")
+    finally:
+        ray.shutdown()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import helpers_encoders
+import helpers_rqr_oracles
 import helpers_trainers
 import numpy as np
 import pytest
@@ -162,19 +163,13 @@ def words(rng: np.random.Generator, most: int) -> str:
 
 
 @pytest.mark.slow
-def test_equal_to_a_loop_over_sentence_transformers() -> None:
-    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+def test_equal_to_a_loop_over_sentence_transformers(tmp_path: Path) -> None:
     path, rng = minilm(), np.random.default_rng(1)
     items = [Item(words(rng, 400), words(rng, 60), tuple(words(rng, 300) for _ in range(rng.integers(1, 4)))) for _ in range(12)]
-    model = library.SentenceTransformer(path, device="cpu")
-    expected = []
-    for item in items:
-        question, output = (model.encode([text], normalize_embeddings=True) for text in (item.question, item.output))
-        near = model.encode(list(item.positives), normalize_embeddings=True)
-        expected.append(float(np.sum(output @ near.T - question @ near.T) / len(item.positives) * 10))
+    expected = helpers_rqr_oracles.ask("sentence_transformers", {"model": path, "items": items}, tmp_path)
     found = [10 * gain for gain in Similarity.load(path, "cpu").gains(items)]
     assert np.ptp(expected) > 1
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
