@@ -65,6 +65,9 @@ class PackedContext:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [B, H*g, T, D], key and value [B, H, T, D] -> [B, H*g, T, D]; zeros in the padding (undefined there with FlexAttention)."""
         grouped = query.shape[1] != key.shape[1]
+        if (self.cu_seqlens is not None or self.block_mask is not None) and torch.is_autocast_enabled(query.device.type):
+            # Autocast knows SDPA alone: rotary embeddings leave queries and keys in float32.
+            query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
         if self.cu_seqlens is not None:
             return self._flash(query, key, value, scaling)
         if self.block_mask is not None:
@@ -105,25 +108,33 @@ def flex() -> Any:
     return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
 
 
-def packed_context(micro: MicroBatch, kernel: Kernel = "auto") -> PackedContext:
+@lru_cache(maxsize=1)
+def block_masks() -> Any:
+    """FlexAttention's maker of block masks, compiled on a GPU: as it is it would hold a number for every pair of positions."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=True) if torch.cuda.is_available() else create_block_mask
+
+
+def packed_context(micro: MicroBatch, kernel: Kernel = "auto", half: bool = False) -> PackedContext:
     """The context of a micro-batch whose rows may hold several trees, on the device of its tensors.
 
-    ``auto``: SDPA on a CPU; on a GPU flash-attn where it is installed and every tree has one branch, else FlexAttention.
+    ``auto``: SDPA on a CPU; on a GPU flash-attn where it is installed, every tree has one branch and the arithmetic is of ``half`` precision, else
+    FlexAttention.
     """
     branch_BT = micro.branch_BT
     if kernel == "auto":
         kernel = "sdpa"
         if branch_BT.is_cuda:
             sequences = bool((branch_BT % STRIDE <= 1).logical_or(branch_BT < 0).all())
-            kernel = "flash" if sequences and find_spec("flash_attn") else "flex"
+            kernel = "flash" if half and sequences and find_spec("flash_attn") else "flex"
     if kernel == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (q >= k) & related(branch_BT[b, q], branch_BT[b, k])
 
         rows, length = branch_BT.shape
-        return PackedContext([], create_block_mask(visible, rows, None, length, length, device=branch_BT.device))
+        return PackedContext([], block_masks()(visible, rows, None, length, length, device=branch_BT.device))
     spans = micro.segments
     if kernel == "flash":
         lengths = torch.tensor([0, *(end - start for _, start, end in spans)], device=branch_BT.device)

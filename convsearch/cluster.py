@@ -163,7 +163,7 @@ def _place(ray: Any, cfg: GrpoConfig, run_dir: Path, *, on_gpu: bool) -> Parts:
         where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)
         environment = {"env_vars": _environment(cfg, on_gpu=on_gpu)}
         options = {"num_cpus": 1, "num_gpus": num_gpus if on_gpu else 0, "max_restarts": 0}
-        return ray.remote(kind).options(**options, scheduling_strategy=where, runtime_env=environment).remote(*arguments)
+        return ray.remote(kind).options(**options, scheduling_strategy=where, runtime_env=environment).remote(os.getcwd(), *arguments)
 
     world = cfg.trainer.world_size
     ranks = [start(PolicyRank, rank // ranks_a_node, 1, config, str(run_dir), rank, world) for rank in range(world)]
@@ -189,18 +189,17 @@ def _place(ray: Any, cfg: GrpoConfig, run_dir: Path, *, on_gpu: bool) -> Parts:
     step, model_config, generation_config = built[0]
     model = SimpleNamespace(config=model_config, generation_config=generation_config)
     policy, reference = (RayPolicy(ranks, name, model, limit_s) for name in ("policy", "reference"))
-    sampler = RaySampler(workers, on_gpu=on_gpu, shared=shared, timeout_s=limit_s) if workers else None
+    sampler = RaySampler(workers, transfer=transfer is not None, shared=shared, timeout_s=limit_s) if workers else None
     return Parts(step, policy, reference if cfg.actor_rollout_ref.actor.use_kl_loss else None, sampler)
 
 
 def _environment(cfg: GrpoConfig, *, on_gpu: bool) -> dict[str, str]:
     """What a worker process is started with: threads have to be counted, and vLLM told, before anything is imported."""
     passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    threads = {"OMP_NUM_THREADS": str(cfg.trainer.num_threads)} if cfg.trainer.num_threads else {}
-    on_cpu = {
-        "TORCHDYNAMO_DISABLE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }  # compiling costs more than it brings; several processes share the cores
+    share = max(1, (os.cpu_count() or 1) // _seats(cfg)[0]) if on_gpu else 1  # Adam's step runs on CPUs where its state is kept there
+    threads = {"OMP_NUM_THREADS": str(cfg.trainer.num_threads or share)}
+    # compiling costs more than it brings there, and several processes share the cores
+    on_cpu = {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | ({} if on_gpu else on_cpu) | passed | threads
 
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 
-from convsearch import checkpoint, data, distributed, rollouts, runs
+from convsearch import checkpoint, data, distributed, lora, rollouts, runs
 from convsearch.cluster import Parts, open_cluster, with_restarts
 from convsearch.config import GrpoConfig
 from convsearch.grpo import Trainer, grpo_step
@@ -117,10 +117,13 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
     """The policy (from the newest checkpoint where there is one), the step it stands at, and the frozen reference."""
     model, actor = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.actor
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
-    step, source = found[0] if found else 0, checkpoint.model_folder(found, model.path)
+    step, source = found[0] if found else 0, model.path if model.lora_rank else checkpoint.model_folder(found, model.path)
     options: dict[str, Any] = {"temperature": cfg.actor_rollout_ref.rollout.temperature, "bf16": model.dtype == "bf16"}
+    causal_lm = load_model(source, trust_remote_code=model.trust_remote_code)
+    if model.lora_rank:  # the base stays as it was; a checkpoint's adapters come with the optimizer's state
+        lora.add_adapters(causal_lm, model.lora_rank, model.lora_alpha, model.target_modules, cfg.trainer.seed)
     policy = Policy(
-        load_model(source, trust_remote_code=model.trust_remote_code),
+        causal_lm,
         device,
         lr=actor.optim.lr,
         betas=actor.optim.betas,
@@ -137,6 +140,8 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
     cfg.check_context(policy.causal_lm.config.max_position_embeddings)
     if not actor.use_kl_loss:
         return step, policy, None
+    if model.lora_rank:
+        return step, policy, cast(Policy, lora.Reference(policy))  # only asked for log-probs
     reference = load_model(model.path, trust_remote_code=model.trust_remote_code).requires_grad_(False)
     return step, policy, Policy(reference, device, param_offload=cfg.actor_rollout_ref.ref.fsdp_config.param_offload, **options)
 

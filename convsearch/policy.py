@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from convsearch import distributed
+from convsearch import distributed, lora
 from convsearch.attention import Kernel, packed_context
 from convsearch.batch import MicroBatch
 
@@ -47,7 +47,8 @@ class ResponseLogprobs(nn.Module):
         self.kernel: Kernel = "auto"
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        context = packed_context(micro, self.kernel)
+        half = torch.is_autocast_enabled(micro.branch_BT.device.type) or self.causal_lm.lm_head.weight.dtype == torch.bfloat16
+        context = packed_context(micro, self.kernel, half)
         hidden_BTX = self.causal_lm.model(
             input_ids=micro.token_ids_BT, position_ids=micro.position_ids_BT, use_cache=False, context=context
         ).last_hidden_state
@@ -146,27 +147,34 @@ class Policy:
                 state |= {name: value.to(wanted) for name, value in state.items() if name != "step"}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """By the names of the Hugging Face model; tied weights once."""
+        """By the names of the Hugging Face model (with adapters: peft's); tied weights once."""
         return {name.removeprefix("causal_lm."): parameter for name, parameter in self.module.named_parameters()}
 
     def weights(self) -> dict[str, Tensor]:
-        """Full tensors on the CPU, on every rank."""
-        return {name: distributed.full(parameter) for name, parameter in self.named_parameters().items()}
+        """Full tensors on the CPU, on every rank, by the names of the Hugging Face model; adapters are merged."""
+        tensors = {name: distributed.full(parameter) for name, parameter in self.named_parameters().items()}
+        return lora.merged(tensors, lora.scaling_of(self.module)) if lora.adapter_tensors(tensors) else tensors
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """``<moment>/<parameter>`` -> full tensor on the CPU; empty before the first step."""
+        """``<moment>/<parameter>`` -> full tensor on the CPU; empty before the first step. Adapters themselves are ``adapter/<parameter>``."""
         assert self.optimizer is not None
-        return {
+        moments = {
             f"{moment}/{name}": distributed.full(value)
             for name, parameter in self.named_parameters().items()
             for moment, value in self.optimizer.state.get(parameter, {}).items()
         }
+        adapters = lora.adapter_tensors(self.named_parameters())
+        return moments | {f"adapter/{name}": distributed.full(parameter) for name, parameter in adapters.items()}
 
     @torch.no_grad()
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``optimizer_state``, on any number of ranks."""
         assert self.optimizer is not None
+        adapters = {name.removeprefix("adapter/"): value for name, value in state.items() if name.startswith("adapter/")}
+        lora.restore(self.named_parameters(), adapters)
         for name, parameter in self.named_parameters().items():
+            if not parameter.requires_grad:
+                continue
             entries = {moment: state[f"{moment}/{name}"] for moment in ("step", "exp_avg", "exp_avg_sq") if f"{moment}/{name}" in state}
             self.optimizer.state[parameter] = {
                 moment: value.to(parameter.device, copy=True) if moment == "step" else distributed.like(parameter, value)

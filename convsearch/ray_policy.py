@@ -64,7 +64,8 @@ def _idle(micro: MicroBatch) -> MicroBatch:
 class PolicyRank:
     """One rank, in a process of its own: the policy, the frozen reference, and the sending end of the weights' way to the samplers."""
 
-    def __init__(self, cfg_json: str, run_dir: str, rank: int, world_size: int):
+    def __init__(self, folder: str, cfg_json: str, run_dir: str, rank: int, world_size: int):
+        os.chdir(folder)  # the driver's: paths may be relative
         # Ray shows a rank its own GPU alone, so that it is the first one.
         os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"})
         self.cfg_json, self.run_dir, self.rank = cfg_json, Path(run_dir), rank

@@ -12,7 +12,8 @@ from convsearch.workers import answers, streamed
 class SamplerWorker:
     """One engine in a process of its own: vLLM, or ``HfSampler`` with a copy of the model."""
 
-    def __init__(self, cfg_json: str, transfer: str | None):
+    def __init__(self, folder: str, cfg_json: str, transfer: str | None):
+        os.chdir(folder)  # the driver's: paths may be relative
         self.cfg_json, self.transfer = cfg_json, transfer
         self.sampler: Any = None
 
@@ -62,13 +63,13 @@ class RaySampler:
     """Implements ``convsearch.sampler.Sampler`` over several workers.
 
     Args:
-        on_gpu: weights go over by vLLM's transfer instead of Ray's store.
+        transfer: weights go over by vLLM's transfer (on GPUs) instead of Ray's store.
         shared: the workers stand on the policy's GPUs, and sleep while it trains.
         timeout_s: the longest silence of a worker.
     """
 
-    def __init__(self, workers: Sequence[Any], *, on_gpu: bool, shared: bool, timeout_s: float):
-        self.workers, self.on_gpu, self.shared, self.timeout_s = list(workers), on_gpu, shared, timeout_s
+    def __init__(self, workers: Sequence[Any], *, transfer: bool, shared: bool, timeout_s: float):
+        self.workers, self.transfer, self.shared, self.timeout_s = list(workers), transfer, shared, timeout_s
 
     def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]:
         return collect(self.stream(prompts, n, seed), len(prompts), n)
@@ -82,12 +83,12 @@ class RaySampler:
         ]
         for call, (places, completions) in streamed(calls, "sampling", self.timeout_s):
             yield [parts[call][place] for place in places], completions
-        if self.on_gpu and self.shared:
+        if self.transfer and self.shared:
             self._all("sleep")
 
     def load_weights(self, source: Any, version: int) -> None:
         """Takes over the weights of a ``RayPolicy``; completions carry ``version`` from now on."""
-        if not self.on_gpu:
+        if not self.transfer:
             self._all("load", source.weights_ref(), version)
             return
         if self.shared:

@@ -58,7 +58,7 @@ def start(arguments: Sequence[object]) -> "subprocess.Popen[str]":
     return process
 
 
-def end(process: "subprocess.Popen[str]", limit_s: float = 400) -> tuple[int, str]:
+def end(process: "subprocess.Popen[str]", limit_s: float = 1500) -> tuple[int, str]:
     """(exit status, all it has printed)."""
     status = process.wait(timeout=limit_s)
     log: Path = process.log  # type: ignore[attr-defined]
@@ -167,7 +167,7 @@ def kill(pid: int, kind: str, draw: random.Random) -> bool:
     return True
 
 
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", limit_s: float = 300) -> None:
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", limit_s: float = 1500) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert process.poll() is None, end(process)
@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10, help="runs, each with one kill")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sampler", choices=["vllm", "hf"], default="vllm")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--folder", type=Path, default=None, help="where the runs are; one that has the unbroken run already is gone on with"
@@ -224,7 +225,8 @@ def main() -> None:
     folder: Path = options.folder or Path(tempfile.mkdtemp(prefix="kills-"))
 
     def arguments(run_dir: Path) -> list[str]:
-        changed = {"cluster": "cpu2", "total_training_steps": options.steps, "trainer__save_freq": 4}
+        changed = {"cluster": "cpu2", "actor_rollout_ref__rollout__name": options.sampler, "total_training_steps": options.steps}
+        changed |= {"trainer__save_freq": 4}
         return helpers.grpo_overrides(folder / "form", folder / "train.parquet", run_dir, f"embedded:{folder / 'index'}", **changed)
 
     if not (folder / "unbroken" / "model" / "model.safetensors").is_file():

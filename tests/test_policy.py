@@ -134,12 +134,14 @@ def test_the_split_changes_no_gradient(folder: Path, trees: list[Tree], split: C
 
 def test_flash_attention_is_given_the_sequences(folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its call, played by SDPA: every sequence of unshared rows, without the padding between rows; gradients as without it."""
+    types: list[torch.dtype] = []
 
     def varlen(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, softmax_scale: float, causal: bool
     ) -> Tensor:
         assert torch.equal(cu_q, cu_k)
         assert (causal, max_q, cu_q[0].item(), cu_q[-1].item()) == (True, int(cu_q.diff().max()), 0, len(q))
+        types.extend(tensor.dtype for tensor in (q, k, v))
         pieces = []
         for start, end in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
             one = (tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v))
@@ -152,6 +154,11 @@ def test_flash_attention_is_given_the_sequences(folder: Path, trees: list[Tree],
     micros = list(pack(unshared(trees), 150, ranks=3, remove_padding=True))
     assert any(bool((micro.branch_BT < 0).any()) for micro in micros)
     assert_equal_gradients(gradients(flash, micros), gradients(plain, micros))
+    types.clear()
+    half = make(folder, bf16=True)
+    half.module.kernel = "flash"
+    assert float((half.logprobs(micros[0]) - plain.logprobs(micros[0])).abs().mean()) < 0.1
+    assert set(types) == {torch.bfloat16}  # its kernel takes nothing else
 
 
 @pytest.mark.slow
@@ -341,6 +348,10 @@ def test_offloading_changes_no_step(folder: Path, trees: list[Tree], options: di
     expected = plain.weights()
     for name, value in offloaded.weights().items():
         assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-4, name
+    resumed = Policy(load_model(str(folder)), gpu, temperature=TEMPERATURE, **options)
+    resumed.load_optimizer_state(offloaded.optimizer_state())
+    resumed.forward_backward(collate(trees), toy_loss)
+    assert resumed.optim_step(1e-3)["skipped"] == 0
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

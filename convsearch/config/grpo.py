@@ -83,6 +83,13 @@ class PolicyModelConfig(Section):
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
     dtype: Dtype = Field(default="bf16", description="type of the policy's arithmetic; weights and Adam's state are kept in fp32")
+    lora_rank: int = Field(
+        default=0, ge=0, description="rank of LoRA adapters, trained beside frozen weights (needs the extra lora); 0: none"
+    )
+    lora_alpha: float = Field(default=16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank")
+    target_modules: Texts = Field(
+        default=("all-linear",), description="layers that get an adapter, by name; all-linear: all but the output's"
+    )
 
 
 class GrpoOptimConfig(Section):
