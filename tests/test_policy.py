@@ -192,7 +192,7 @@ def test_chunks_of_the_scores_change_no_gradient(folder: Path, trees: list[Tree]
     whole, pieces = make(folder), make(folder)
     assert isinstance(pieces.module, ResponseLogprobs)
     pieces.module.chunk = 7
-    torch.testing.assert_close(pieces.logprobs(collate(trees)), whole.logprobs(collate(trees)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(pieces.logprobs(collate(trees)), whole.logprobs(collate(trees)), atol=5e-6, rtol=0)
     assert_equal_gradients(gradients(pieces, [collate(trees)]), gradients(whole, [collate(trees)]))
 
 
