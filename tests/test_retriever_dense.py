@@ -1,5 +1,6 @@
 """Dense search and gold ranks: by hand, against brute force with ties, in every coarse form, through folders, shards, imports and kills."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import helpers_cluster
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -351,7 +353,17 @@ def test_ranks_on_a_gpu_are_those_of_float32() -> None:
 
 @pytest.mark.slow
 def test_parts_in_ray_actors_agree_and_outlive_a_kill(tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray", reason="Ray is not installed (extra `cluster`)")
+    if importlib.util.find_spec("ray") is None:  # again, in a process that finds the Ray of the cluster's tests
+        if absent := helpers_cluster.why_absent():
+            pytest.skip(absent)
+        this = f"{__file__}::test_parts_in_ray_actors_agree_and_outlive_a_kill"
+        command = [sys.executable, "-m", "pytest", "-m", "slow", "-p", "no:cacheprovider", this]
+        done = subprocess.run(command, cwd=ROOT, env=helpers_cluster.environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert "1 passed" in done.stdout
+        return
+    import ray
+
     from retriever_server.dense_build import Manifest
     from retriever_server.dense_ray import spread
 
