@@ -71,7 +71,7 @@ class Entry:
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """Every weight by name, in the order of the names; the optimizer's moments are left out."""
+    """Every weight by name, in the order of the names; the optimizer's moments are left out. Raises ValueError where adapters are not merged."""
     from convsearch.checkpoint import is_sharded
 
     if (folder / ".metadata").is_file():
@@ -92,6 +92,11 @@ def entries(folder: Path) -> dict[str, Entry]:
                 for name in file.keys():  # noqa: SIM118  # no mapping
                     piece = file.get_slice(name)
                     found[name] = Entry(tuple(piece.get_shape()), _getdtype(piece.get_dtype()), path)
+    if any(".lora_A." in name for name in found):
+        raise ValueError(
+            f"{folder} holds adapters beside their base, which are not merged here: take the run's own model/, which is, or save with "
+            "trainer.checkpoint_format=safetensors"
+        )
     return {name: found[name] for name in sorted(found) if not name.startswith(MOMENTS)}
 
 

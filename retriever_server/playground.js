@@ -70,7 +70,7 @@ async function search(query, talk, mine) {
   ]);
   if (mine !== asked) return;
   $("passages").replaceChildren(...hits.map((hit, i) => passage(hit, i + 1, marks.texts[i], gold.includes(hit.docid))));
-  $("found").textContent = hits.length ? `${hits.length} passages` : "No passage has a word of the query";
+  $("found").textContent = hits.length ? `${hits.length} ${hits.length === 1 ? "passage" : "passages"}` : "No passage has a word of the query";
   $("ranks").hidden = !ranks;
   if (ranks) $("ranks").replaceChildren("Gold passage: ", ...items.flatMap(([name], i) => [i ? " → " : "", chip(name, ranks.ranks[name], ranks.errors[name])]));
 }
@@ -149,6 +149,7 @@ function submit() {
 $("form").addEventListener("submit", event => { event.preventDefault(); seed = 1; submit(); });
 $("again").addEventListener("click", () => { seed += 1; submit(); });
 $("requery").addEventListener("submit", event => { event.preventDefault(); run(mine => search($("query").value, last, mine), "Searching …"); });
+$("query").addEventListener("keydown", event => { if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("requery").requestSubmit(); } });
 $("talk").addEventListener("input", preview);
 $("talk").addEventListener("keydown", event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); seed = 1; submit(); } });
 $("example").addEventListener("click", () => { $("talk").value = EXAMPLE; $("gold").value = ""; preview(); $("go").focus(); });

@@ -4,8 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
-# In folders of their own, for they ask for other versions than are pinned here: verl and TRL for the losses, Lucene for BM25, Ray and vLLM for the cluster.
-for name in oracles lucene vllm; do
+# In folders of their own, for they ask for other versions than are pinned here: verl and TRL for the losses, Lucene for BM25, Ray and vLLM for the cluster, playwright for the pages.
+for name in oracles lucene vllm browser; do
   stamp=.venv/$name-$(sha256sum < tests/requirements-$name.txt | cut -c1-16)
   [ -f "$stamp" ] && continue
   [ $name = vllm ] && .venv/bin/python -c 'import importlib.util as u; raise SystemExit(u.find_spec("vllm") is None)' && continue # .[gpu] brings its own

@@ -122,6 +122,10 @@ def test_mistakes_are_one_sentence(run_dir: Path, tmp_path: Path) -> None:
     assert "is not empty" in error(run_dir, "--output", tmp_path / "full")
     assert "holds no checkpoint" in error(tmp_path, "--output", tmp_path / "out")
     assert "--max_shard_size 5 is no size" in error(run_dir, "--output", tmp_path / "out", "--max_shard_size", "5")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "config.json").write_text("{}")
+    checkpoint.save_tensors({"model.q_proj.lora_A.default.weight": torch.zeros(1)}, tmp_path / "adapters" / "model.safetensors")
+    assert "holds adapters beside their base" in error(tmp_path / "adapters", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

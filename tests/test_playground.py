@@ -276,7 +276,7 @@ def test_in_a_browser_by_keyboard(server: httpx.Client) -> None:
         assert page.locator("#passages li.gold").count() == 1
         page.get_by_label("Query that is searched").fill("markup")
         page.keyboard.press("Enter")
-        page.wait_for_selector("text=1 passages")
+        page.wait_for_selector("text=/^1 passage$/")
         assert SCRIPT in page.locator("#passages li").inner_text()
         assert "query: not in the first 1,000" in page.locator("#ranks").inner_text()
         page.get_by_role("button", name="Clear").click()
