@@ -4,7 +4,7 @@ The adapters are injected into the model's own linear layers, so that the model 
 What leaves the trainer (exports, weights for samplers) is merged: names and shapes of the Hugging Face model.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,25 +68,34 @@ def adapter_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.endswith((_A, _B))}
 
 
-def merged(tensors: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    """Full tensors by the model's own names: base + scaling x B A where there is an adapter."""
-    found = {}
+def plain_name(name: str) -> str:
+    """The name that a base weight has in the model without adapters."""
+    return name.replace(_BASE, ".")
+
+
+def merged(
+    tensors: Mapping[str, Tensor], scaling: float, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the model without adapters, one after another: base + scaling x B A where there is an adapter.
+
+    Args:
+        whole: gathers a tensor that is sharded; called in the same order on every rank.
+    """
     for name, tensor in tensors.items():
         if name.endswith((_A, _B)):
             continue
-        layer = name.removesuffix(".weight").removesuffix(_BASE.rstrip("."))
-        if _BASE in name and name.endswith(".weight") and f"{layer}{_A}" in tensors:
-            product = tensors[f"{layer}{_B}"].double() @ tensors[f"{layer}{_A}"].double()
-            tensor = (tensor.double() + scaling * product).to(tensor.dtype)
-        found[name.replace(_BASE, ".")] = tensor
-    return found
+        full, layer = whole(tensor).detach(), name.removesuffix(f"{_BASE}weight")
+        if f"{layer}{_A}" in tensors and name != layer:
+            product = whole(tensors[f"{layer}{_B}"]).detach().double() @ whole(tensors[f"{layer}{_A}"]).detach().double()
+            full = (full.double() + scaling * product).to(full.dtype)
+        yield plain_name(name), full
 
 
 def scaling_of(module: nn.Module) -> float:
-    """alpha / rank of a module's adapters."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return next(float(layer.scaling["default"]) for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+    """alpha / rank of a module's adapters; 1 where it has none."""
+    layers: Iterator[Any] = module.modules()
+    scalings = (layer.scaling["default"] for layer in layers if hasattr(layer, "lora_A"))
+    return float(next(scalings, 1.0))
 
 
 @torch.no_grad()

@@ -152,8 +152,7 @@ class Policy:
 
     def weights(self) -> dict[str, Tensor]:
         """Full tensors on the CPU, on every rank, by the names of the Hugging Face model; adapters are merged."""
-        tensors = {name: distributed.full(parameter) for name, parameter in self.named_parameters().items()}
-        return lora.merged(tensors, lora.scaling_of(self.module)) if lora.adapter_tensors(tensors) else tensors
+        return dict(lora.merged(self.named_parameters(), lora.scaling_of(self.module), distributed.full))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """``<moment>/<parameter>`` -> full tensor on the CPU; empty before the first step. Adapters themselves are ``adapter/<parameter>``."""

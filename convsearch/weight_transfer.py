@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convsearch import lora
 from convsearch.workers import answers
 
 TRANSFER_TIMEOUT_S = 600.0
@@ -67,12 +68,18 @@ def open_sender(
         """The parameters under their Hugging Face names, whole, on this rank's GPU, in the samplers' type."""
 
         def metadata(self) -> list[Any]:
-            return [ParamMeta(name, wire(value), tuple(value.shape)) for name, value in policy.named_parameters().items()]
+            tensors = policy.named_parameters()
+            adapters = lora.adapter_tensors(tensors)  # sent merged
+            kept = {lora.plain_name(name): value for name, value in tensors.items() if name not in adapters}
+            return [ParamMeta(name, wire(value), tuple(value.shape)) for name, value in kept.items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            for name, value in policy.named_parameters().items():
-                whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-                yield name, whole.detach().to(policy.device, wire(value))
+            for name, whole in lora.merged(policy.named_parameters(), lora.scaling_of(policy.module), gathered):
+                yield name, whole.to(policy.device, wire(whole))
+
+    def gathered(value: Any) -> Tensor:
+        whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+        return whole
 
     def wire(value: Tensor) -> torch.dtype:
         return torch.bfloat16 if bf16 else value.dtype

@@ -15,14 +15,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from test_grpo import curves, trained
-from test_policy import TEMPERATURE, gradients, make, toy_loss
+from test_policy import TEMPERATURE, gradients, make, one_rank, sharded_world, toy_loss
 
 from convsearch import lora
 from convsearch.batch import Branch, Tree, pack
+from convsearch.config import load_grpo_config
 from convsearch.model import load_model
 from convsearch.policy import Policy
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'convsearch[lora]'")
+__all__ = ["one_rank"]  # a fixture
 TREES = [
     Tree((5, 6, 7, 8), (Branch((9, 10, 11), 1.0, 0.1), Branch((12, 13), -0.5, 0.2))),
     Tree((14, 15), (Branch((16,), 2.0, 0.3), Branch((17, 18, 19, 20), 0.5, 0.1))),
@@ -114,3 +116,28 @@ def test_without_peft_the_extra_is_named(tiny_llama: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"lora_rank needs peft: pip install 'convsearch\[lora\]'"):
         lora.add_adapters(load_model(str(tiny_llama)), 4, 8)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_sharded_adapters_learn_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 over frozen and trained parameters, on a mesh of one."""
+    (micro,) = pack(TREES, 100, remove_padding=True)
+    plain = taught(folder, 1)
+    model = load_model(str(folder))
+    lora.add_adapters(model, rank=4, alpha=8)
+    with sharded_world(monkeypatch):
+        fsdp = Policy(model, torch.device("cpu"), temperature=TEMPERATURE)
+    fsdp.forward_backward(micro, toy_loss)
+    fsdp.optim_step(1e-2)
+    assert torch.equal(lora.Reference(fsdp).logprobs(micro), lora.Reference(plain).logprobs(micro))
+    torch.testing.assert_close(fsdp.logprobs(micro), plain.logprobs(micro), atol=1e-5, rtol=0)
+    assert set(fsdp.weights()) == set(plain.weights())
+
+
+def test_adapters_need_the_merged_form_of_a_checkpoint() -> None:
+    keys = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.path=m", "data.train_files=a", "trainer.n_gpus_per_node=2"]
+    with pytest.raises(
+        ValueError, match=r"lora_rank=8 with trainer.checkpoint_format=auto on 2 ranks: .*set trainer.checkpoint_format=safetensors$"
+    ):
+        load_grpo_config(keys)
+    assert load_grpo_config([*keys, "trainer.checkpoint_format=safetensors"]).actor_rollout_ref.model.lora_rank == 8

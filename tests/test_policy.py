@@ -8,6 +8,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,11 +277,17 @@ def one_rank() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def sharded(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Policy:
-    """A policy under FSDP2 although there is one rank: the module, not the wrapper, is asked how many there are."""
+@contextmanager
+def sharded_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is built in here comes under FSDP2 although there is one rank."""
     with monkeypatch.context() as patched:
         patched.setattr(distributed, "world_size", lambda: 2)
         patched.setattr("torch.distributed.device_mesh.init_device_mesh", lambda kind, _: DeviceMesh(kind, [0]))
+        yield
+
+
+def sharded(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Policy:
+    with sharded_world(monkeypatch):
         return make(folder, **options)
 
 

@@ -360,6 +360,12 @@ class GrpoConfig(Section):
                 f"actor_rollout_ref.actor.clip_ratio_high={actor.clip_ratio_high} is below clip_ratio={actor.clip_ratio}: "
                 "raise it, or set null"
             )
+        form, world = self.trainer.checkpoint_format, self.trainer.world_size
+        if self.actor_rollout_ref.model.lora_rank and (form == "dcp" or (form == "auto" and world > 1)):
+            raise ValueError(
+                f"actor_rollout_ref.model.lora_rank={self.actor_rollout_ref.model.lora_rank} with trainer.checkpoint_format={form} on {world} ranks: "
+                "adapters are saved merged, in the other form; set trainer.checkpoint_format=safetensors"
+            )
         coef = self.algorithm.kl_ctrl.kl_coef
         if coef and not actor.use_kl_loss:
             raise ValueError(
