@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from convsearch.cli import run as run_main
 
 if TYPE_CHECKING:
+    from eval.columns import Columns
+    from eval.measures import Measure
     from eval.significance import Floats
 
 DEFAULT_MEASURES = "MRR NDCG@3 R@10 R@100"
@@ -28,7 +30,20 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--names", nargs="+", help="a name for each run (default: the file names)")
     parser.add_argument("--measures", nargs="+", default=[DEFAULT_MEASURES], help=f"as in eval.metrics (default: {DEFAULT_MEASURES})")
     parser.add_argument("--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG (1)")
-    parser.add_argument("--conversations", metavar="FILE", help="JSON lines with qid and turn_id: adds the means turn by turn")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "RUN"),
+        help="one system's runs with different seeds: enters the table as its mean over them; adds mean and sd over the seeds and best of n",
+    )
+    parser.add_argument(
+        "--conversations", metavar="FILE", help="JSON lines with qid and turn_id: adds means by turn, topic switch and history length"
+    )
+    parser.add_argument("--rewrites", metavar="FILE", help="JSON lines with qid and rewrite: adds means by the rewrite's length")
+    parser.add_argument("--by", nargs="+", default=[], metavar="FIELD", help="fields of the conversations, as `domain`: adds means by each")
+    parser.add_argument("--per-query", metavar="FILE", help="also write every query's values, tab-separated, a column a run and measure")
     parser.add_argument("--draws", type=int, default=10_000, help="bootstrap samples, and sign flips of the permutation test (10,000)")
     parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (0.95)")
     parser.add_argument("--seed", type=int, default=1, help="seed of both (1)")
@@ -36,6 +51,7 @@ def arguments() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print everything as one JSON object, fractions at full precision")
     form.add_argument("--csv", action="store_true", help="print one line a run and measure")
     form.add_argument("--latex", action="store_true", help="print a LaTeX table (booktabs)")
+    form.add_argument("--html", action="store_true", help="print one self-contained HTML page")
     return parser
 
 
@@ -92,70 +108,98 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def by_turn(qids: Sequence[str], values: Mapping[str, Mapping[str, "Floats"]], conversations: str | Path) -> list[Record]:
-    """Means turn by turn: ``[{turn, queries, run, measure, mean}]``; queries that the file lacks stand under turn None.
+def over_seeds(name: str, runs: Sequence[Mapping[str, "Floats"]]) -> list[Record]:
+    """One system with several seeds: ``[{run, seeds, measure, mean, sd, best_of}]``.
 
-    Raises:
-        ValueError: a line has no qid or no whole turn_id, or the file has none of the queries.
+    ``mean`` and ``sd`` (n - 1 below the line) are over the runs' means; ``best_of`` is the mean of each query's best run, which needs
+    someone who knows the best one: a bound, not a system.
     """
     import numpy as np
 
-    from convsearch.files import read_jsonl
-
-    turns: dict[str, int] = {}
-    for number, record in read_jsonl(conversations):
-        qid, turn = record.get("qid"), record.get("turn_id")
-        if not isinstance(qid, str) or isinstance(turn, bool) or not isinstance(turn, int):
-            raise ValueError(f"{conversations}:{number}: needs 'qid' (a string) and 'turn_id' (a whole number), got {qid!r} and {turn!r}")
-        turns[qid] = turn
-    if not any(qid in turns for qid in qids):
-        raise ValueError(f"{conversations} has none of the {len(qids)} queries of the qrels: give the conversations that they come from")
-    groups: dict[int | None, list[int]] = {}
-    for index, qid in enumerate(qids):
-        groups.setdefault(turns.get(qid), []).append(index)
+    scores = {measure: np.stack([run[measure] for run in runs]) for measure in runs[0]}  # [seeds, queries]
     return [
-        {"turn": turn, "queries": len(rows), "run": name, "measure": measure, "mean": float(np.mean(scores[rows]))}
-        for turn, rows in sorted(groups.items(), key=lambda group: (group[0] is None, group[0] or 0))
-        for name, measured in values.items()
-        for measure, scores in measured.items()
-    ]
+        {
+            "run": name, "seeds": len(runs), "measure": measure, "mean": float(values.mean()),
+            "sd": float(values.mean(axis=1).std(ddof=1)), "best_of": float(values.max(axis=0).mean()),
+        }
+        for measure, values in scores.items()
+    ]  # fmt: skip
 
 
-def load(args: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, Mapping[str, "Floats"]]]:
-    """The qids, and the values of every run by its name.
+def load(args: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, Mapping[str, "Floats"]], list[Record]]:
+    """The qids, the values of every run by its name (of a system with seeds: their mean), and what the seeds' runs say.
 
     Raises:
         ValueError: names and runs do not match, or a file is wrong.
     """
+    import numpy as np
+
     from eval.measures import parse_measures
-    from eval.metrics import evaluate
-    from eval.runs import read_qrels, read_run
+    from eval.runs import read_qrels
 
     names = args.names or list(args.runs)
     if not args.names and len({Path(path).name for path in args.runs}) == len(args.runs):
         names = [Path(path).name for path in args.runs]
-    if len(names) != len(args.runs) or len(set(names)) != len(names):
-        raise ValueError(f"{len(args.runs)} runs need as many different names, got {names}: say --names A B ...")
+    every = [*names, *(name for name, *_ in args.seeds)]
+    if len(names) != len(args.runs) or len(set(every)) != len(every):
+        raise ValueError(f"{len(args.runs)} runs need as many different names, got {every}: say --names A B ...")
+    short = next((name for name, *paths in args.seeds if len(paths) < 2), None)
+    if short is not None:
+        raise ValueError(f"--seeds {short} needs at least 2 runs behind the name: say --seeds {short} RUN RUN ...")
     measures, qrels = parse_measures(" ".join(args.measures)), read_qrels(args.qrels)
     values: dict[str, Mapping[str, Floats]] = {}
     qids: tuple[str, ...] = ()
     for name, path in zip(names, args.runs, strict=True):
-        try:
-            evaluation = evaluate(read_run(path), qrels, measures, args.rel_threshold)
-        except ValueError as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-        if evaluation.missing:
-            print(f"{path}: {evaluation.missing} of the {len(evaluation.qids)} queries are missing, each counts 0", file=sys.stderr)
-        values[name], qids = evaluation.values, evaluation.qids
-    return qids, values
+        qids, values[name] = _measured(path, qrels, measures, args.rel_threshold)
+    seeds: list[Record] = []
+    for name, *paths in args.seeds:
+        runs = [_measured(path, qrels, measures, args.rel_threshold)[1] for path in paths]
+        seeds += over_seeds(name, runs)
+        values[name] = {measure: np.mean([run[measure] for run in runs], axis=0) for measure in runs[0]}
+    return qids, values, seeds
+
+
+def _measured(
+    path: str, qrels: "Columns", measures: "Sequence[Measure]", rel_threshold: int
+) -> tuple[tuple[str, ...], Mapping[str, "Floats"]]:
+    from eval.metrics import evaluate
+    from eval.runs import read_run
+
+    try:
+        evaluation = evaluate(read_run(path), qrels, measures, rel_threshold)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    if evaluation.missing:
+        print(f"{path}: {evaluation.missing} of the {len(evaluation.qids)} queries are missing, each counts 0", file=sys.stderr)
+    return evaluation.qids, evaluation.values
+
+
+def write_per_query(path: str | Path, qids: Sequence[str], values: Mapping[str, Mapping[str, "Floats"]]) -> None:
+    """One line a query, tab-separated under a header: qid, then a column for each run and measure, fractions at full precision."""
+    from convsearch.files import atomic_write
+
+    columns = {f"{name} {measure}": scores.tolist() for name, measured in values.items() for measure, scores in measured.items()}
+    with atomic_write(path) as file:
+        file.write("\t".join(["qid", *columns]) + "\n")
+        for qid, *row in zip(qids, *columns.values(), strict=True):
+            file.write("\t".join([qid, *map(repr, row)]) + "\n")
 
 
 def main() -> None:
     args = arguments().parse_args()
-    qids, values = load(args)
+    if args.by and not args.conversations:
+        raise ValueError(f"--by {' '.join(args.by)} needs the conversations that have the field: add --conversations FILE")
+    qids, values, seeds = load(args)
     result: Record = {"queries": len(qids), **compare(values, args.draws, args.seed, args.confidence)}
-    if args.conversations:
-        result["by_turn"] = by_turn(qids, values, args.conversations)
+    if seeds:
+        result["over_seeds"] = seeds
+    if args.conversations or args.rewrites:
+        from eval.breakdowns import labels_of, means_by
+
+        labels = labels_of(qids, args.conversations, args.rewrites, args.by)
+        result["breakdowns"] = {name: means_by(qids, groups, values) for name, groups in labels.items()}
+    if args.per_query:
+        write_per_query(args.per_query, qids, values)
     from eval import compare_output
 
     if args.json:
@@ -164,6 +208,8 @@ def main() -> None:
         print(compare_output.as_csv(result), end="")
     elif args.latex:
         print(compare_output.as_latex(result))
+    elif args.html:
+        print(compare_output.as_html(result), end="")
     else:
         print(compare_output.as_text(result))
 

@@ -65,7 +65,8 @@ def report(folder: Path, index: "Searcher | None" = None, most: int = 20, draws:
 def _results(folder: Path, results: "data.Results", draws: int, seed: int) -> "list[Html]":
     from eval import report_data as data
     from eval import report_sections as sections
-    from eval.compare import by_turn, compare
+    from eval.breakdowns import labels_of, means_by
+    from eval.compare import compare
 
     systems = list(results.values)
     if len(systems) < 2 or len(results.qids) < 2:
@@ -77,7 +78,8 @@ def _results(folder: Path, results: "data.Results", draws: int, seed: int) -> "l
         parts.append(sections.differences_section(found[0], compare(first, draws, seed)))
         parts.append(sections.movement_section(results, systems[0], found[0]))
     if sections.numbered_turns(folder / "test.json"):
-        parts.append(sections.turns_section(by_turn(results.qids, results.values, folder / "test.json"), systems))
+        for name, groups in labels_of(results.qids, folder / "test.json", found[1] if found else None).items():
+            parts.append(sections.breakdown_section(name, means_by(results.qids, groups, results.values), systems))
     return parts
 
 

@@ -147,14 +147,14 @@ def differences_section(system: str, comparison: Mapping[str, list[Record]]) -> 
     )
 
 
-def turns_section(cells: Sequence[Record], systems: Sequence[str]) -> Html:
-    """MRR by turn number."""
-    turns = list(dict.fromkeys(cell["turn"] for cell in cells))
-    counts = {cell["turn"]: cell["queries"] for cell in cells}
-    means = {(cell["turn"], cell["run"]): cell["mean"] for cell in cells if cell["measure"] == "MRR"}
-    head: list[Node] = ["", *(tag("span", f"{turn or '?'}", tag("br"), tag("span", f"n = {counts[turn]}")) for turn in turns)]
-    rows = [[system, *(_percent(means[turn, system]) for turn in turns)] for system in systems]
-    return section("By turn", "MRR in percent by the number of the turn; n is how many questions a turn has.", table(head, rows))
+def breakdown_section(name: str, cells: Sequence[Record], systems: Sequence[str]) -> Html:
+    """MRR by turn number, topic switch, history length, ..."""
+    groups = list(dict.fromkeys(cell["group"] for cell in cells))
+    counts = {cell["group"]: cell["queries"] for cell in cells}
+    means = {(cell["group"], cell["run"]): cell["mean"] for cell in cells if cell["measure"] == "MRR"}
+    head: list[Node] = ["", *(tag("span", f"{group or '?'}", tag("br"), tag("span", f"n = {counts[group]}")) for group in groups)]
+    rows = [[system, *(_percent(means[group, system]) for group in groups)] for system in systems]
+    return section(f"By {name}", "MRR in percent; n is how many questions stand in a column.", table(head, rows))
 
 
 def curves_section(records: Sequence[Record], shares: Sequence[tuple[str, Sequence[float]]]) -> list[Html]:

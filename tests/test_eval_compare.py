@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convsearch.cli import run
-from eval.compare import by_turn, compare, main
+from eval.breakdowns import labels_of, means_by
+from eval.compare import compare, main, over_seeds
 from eval.compare_output import as_latex, as_text
 from eval.significance import bootstrap_intervals, holm, paired_tests
 
@@ -177,15 +178,76 @@ def test_breakdown_by_turn(files: list[Path], tmp_path: Path) -> None:
     conversations = tmp_path / "c.json"
     turns = {"q1": 1, "q2": 2, "q3": 1, "q4": 2, "q5": 10, "other": 1}
     conversations.write_text("".join(json.dumps({"qid": qid, "turn_id": turn}) + "\n" for qid, turn in turns.items()))
-    result = json.loads(command(*files, "--measures", "MRR", "--json", "--conversations", conversations).stdout)["by_turn"]
-    raw = {row["turn"]: (row["queries"], row["mean"]) for row in result if row["run"] == "raw"}
+    result = json.loads(command(*files, "--measures", "MRR", "--json", "--conversations", conversations).stdout)["breakdowns"]["turn"]
+    raw = {row["group"]: (row["queries"], row["mean"]) for row in result if row["run"] == "raw"}
     assert raw == {1: (2, 0.375), 2: (2, 0.375), 10: (1, 1.0), None: (1, 0.0)}
     text = command(*files, "--measures", "MRR", "--conversations", conversations).stdout
     last = text.split("\n\nby turn\n\n")[1].splitlines()
     assert [line.split()[:2] for line in last[1:]] == [["1", "2"], ["2", "2"], ["10", "1"], ["unknown", "1"]]
     assert last[1].split() == ["1", "2", "37.50", "100.00"]
     with pytest.raises(ValueError, match="has none of the 1 queries"):
-        by_turn(["x"], {}, conversations)
+        labels_of(["x"], conversations)
+
+
+def test_breakdowns_by_hand(tmp_path: Path) -> None:
+    """Two conversations; the second changes its topic at turn 3, whose turn 2 is no query of the qrels but stands in the file."""
+    file = tmp_path / "c.json"
+    turns = [("a1", "a", 1, "x", 0), ("a2", "a", 2, "x", 30), ("b1", "b", 1, "x", 0), ("b2", "b", 2, "y", 60), ("b3", "b", 3, "x", 900)]
+    records = [
+        {
+            "qid": qid,
+            "conv_id": conv,
+            "turn_id": turn,
+            "topic": topic,
+            "context": ["w " * words],
+            "rewrite": "w " * turn * 4,
+            "domain": conv,
+        }
+        for qid, conv, turn, topic, words in turns
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    qids = ["b3", "b1", "a2", "a1", "z"]
+    labels = labels_of(qids, file, file, ["domain"])
+    values = {"run": {"MRR": np.array([1.0, 0.5, 0.25, 0.5, 0.0])}}
+    means = {name: [(row["group"], row["queries"], row["mean"]) for row in means_by(qids, labels[name], values)] for name in labels}
+    assert means == {
+        "turn": [(1, 2, 0.5), (2, 1, 0.25), (3, 1, 1.0), (None, 1, 0.0)],
+        "topic switch": [("first turn", 2, 0.5), ("same topic", 1, 0.25), ("topic switch", 1, 1.0), (None, 1, 0.0)],
+        "history length (words)": [("0", 2, 0.5), ("1 - 49", 1, 0.25), ("800 or more", 1, 1.0), (None, 1, 0.0)],
+        "domain": [("a", 2, 0.375), ("b", 2, 0.75), (None, 1, 0.0)],
+        "rewrite length (words)": [("1 - 4", 2, 0.5), ("5 - 8", 1, 0.25), ("9 - 12", 1, 1.0), (None, 1, 0.0)],
+    }
+
+
+def test_seeds_by_hand() -> None:
+    """Means 0.5 and 0.25: their standard deviation is 0.25 / sqrt(2); the best of each query 1 and 0.5."""
+    rows = over_seeds("GRPO", [{"MRR": np.array([1.0, 0.0])}, {"MRR": np.array([0.0, 0.5])}])
+    assert rows == [{"run": "GRPO", "seeds": 2, "measure": "MRR", "mean": 0.375, "sd": pytest.approx(0.25 / 2**0.5), "best_of": 0.75}]
+
+
+def test_command_with_seeds_in_html_and_by_query(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.json").write_text("".join(json.dumps({"qid": f"q{i}", "turn_id": i, "rewrite": "a b"}) + "\n" for i in range(1, 7)))
+    conversations = tmp_path / "c.json"
+    arguments: list[str | Path] = [*files[:2], "--measures", "MRR", "--conversations", conversations, "--seeds", "<b>", *files[1:]]
+    arguments += ["--rewrites", conversations, "--per-query", tmp_path / "q.tsv", "--draws", "200"]
+    monkeypatch.setattr(sys, "argv", ["eval.compare", *map(str, arguments), "--html"])
+    main()
+    html = capsys.readouterr().out
+    assert "<h2 id=" in html
+    assert "<b>" not in html
+    assert "<script" not in html
+    for words in ("&lt;b&gt;, MRR", "62.50 ± 29.46", "83.33", "By rewrite length (words)", "By turn"):
+        assert words in html
+    lines = (tmp_path / "q.tsv").read_text().splitlines()
+    assert lines[:2] == ["qid\traw MRR\t<b> MRR", "q1\t0.25\t0.625"]
+    assert len(lines) == 7
+    monkeypatch.setattr(sys, "argv", ["eval.compare", *map(str, arguments)])
+    main()
+    text = capsys.readouterr().out
+    assert "over seeds (best of n: each query's best run)" in text
+    assert text.rstrip().splitlines()[-1].split() == ["1", "-", "4", "6", "41.67", "62.50"]
 
 
 def test_command_refuses_in_one_sentence(
@@ -193,15 +255,24 @@ def test_command_refuses_in_one_sentence(
 ) -> None:
     (tmp_path / "bad").write_text("q1 Q0 d 1 nan t\n")
     (tmp_path / "bad.json").write_text('{"qid": "q1", "turn_id": 1}\n{"qid": "q2"}\n')
-    for arguments, words in [
-        (files[:2], "at least 2 runs, got 1"),
+    (tmp_path / "good.json").write_text('{"qid": "q1", "turn_id": 1}\n')
+    cases: list[tuple[list[str | Path], str]] = [
+        ([*files[:2]], "at least 2 runs, got 1"),
         ([*files, "--names", "a"], "2 runs need as many different names"),
         ([*files[:2], files[1]], "different names"),
         ([*files, "--draws", "5"], "--draws must be at least 100"),
         ([*files, "--confidence", "95"], "--confidence between 0 and 1"),
         ([*files, tmp_path / "bad"], f"{tmp_path / 'bad'}:1: the score must be a finite number"),
         ([*files, "--conversations", tmp_path / "bad.json"], "bad.json:2: needs 'qid' (a string) and 'turn_id'"),
-    ]:
+        ([*files, "--by", "domain"], "add --conversations FILE"),
+        (
+            [*files, "--conversations", tmp_path / "good.json", "--by", "domain"],
+            "good.json:1: the record has no word or whole number under 'domain'",
+        ),
+        ([*files, "--rewrites", tmp_path / "good.json"], "good.json:1: the record has no 'rewrite'"),
+        ([*files, "--seeds", "A", files[1]], "--seeds A needs at least 2 runs"),
+    ]
+    for arguments, words in cases:
         monkeypatch.setattr(sys, "argv", ["eval.compare", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             run(main)

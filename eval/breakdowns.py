@@ -1,0 +1,111 @@
+"""Means of a comparison's runs by what a query is like: its turn, a change of topic, the length of its history or of its rewrite."""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convsearch.files import read_jsonl
+
+if TYPE_CHECKING:
+    from eval.significance import Floats
+
+Record = dict[str, Any]
+Group = int | str
+HISTORY_WORDS = (0, 1, 50, 100, 200, 400, 800)  # lower ends of the groups
+REWRITE_WORDS = (0, 1, 5, 9, 13, 17, 25)
+SWITCHES = ("first turn", "same topic", "topic switch")
+
+
+def means_by(qids: Sequence[str], groups: Mapping[str, Group], values: Mapping[str, Mapping[str, "Floats"]]) -> list[Record]:
+    """``[{group, queries, run, measure, mean}]`` in the order in which ``groups`` names them; queries that it lacks stand last, under None."""
+    import numpy as np
+
+    rows: dict[Group | None, list[int]] = {group: [] for group in dict.fromkeys(groups.values())}
+    for index, qid in enumerate(qids):
+        rows.setdefault(groups.get(qid), []).append(index)
+    return [
+        {"group": group, "queries": len(chosen), "run": name, "measure": measure, "mean": float(np.mean(scores[chosen]))}
+        for group, chosen in rows.items()
+        if chosen
+        for name, measured in values.items()
+        for measure, scores in measured.items()
+    ]
+
+
+def labels_of(
+    qids: Sequence[str], conversations: str | Path | None = None, rewrites: str | Path | None = None, fields: Sequence[str] = ()
+) -> dict[str, dict[str, Group]]:
+    """Name of a breakdown -> qid -> group, the groups in their order: turn, topic switch (where the records have topics), history length, ``fields``,
+    rewrite length.
+
+    Raises:
+        ValueError: a line lacks what a breakdown needs, or a file has none of the queries.
+    """
+    found: dict[str, dict[str, Group]] = {}
+    if conversations is not None:
+        records = _records(qids, conversations)
+        for number, record in records:
+            turn = record.get("turn_id")
+            if isinstance(turn, bool) or not isinstance(turn, int):
+                raise ValueError(
+                    f"{conversations}:{number}: needs 'qid' (a string) and 'turn_id' (a whole number), got {record['qid']!r} and {turn!r}"
+                )
+        found["turn"] = _sorted({record["qid"]: record["turn_id"] for _, record in records})
+        if all(isinstance(record.get("topic"), str) and record.get("conv_id") is not None for _, record in records):
+            found["topic switch"] = _switches([record for _, record in records])
+        if all(isinstance(record.get("context"), list) for _, record in records):
+            words = {record["qid"]: _words(record["context"]) for _, record in records}
+            found["history length (words)"] = _bucketed(words, HISTORY_WORDS)
+        for field in fields:
+            without = next((number for number, record in records if not isinstance(record.get(field), int | str)), None)
+            if without is not None:
+                raise ValueError(
+                    f"{conversations}:{without}: the record has no word or whole number under {field!r}: choose another field for --by"
+                )
+            found[field] = _sorted({record["qid"]: record[field] for _, record in records})
+    if rewrites is not None:
+        records = _records(qids, rewrites)
+        without = next((number for number, record in records if not isinstance(record.get("rewrite"), str)), None)
+        if without is not None:
+            raise ValueError(f"{rewrites}:{without}: the record has no 'rewrite': give the file that convsearch.infer wrote")
+        found["rewrite length (words)"] = _bucketed({record["qid"]: _words([record["rewrite"]]) for _, record in records}, REWRITE_WORDS)
+    return found
+
+
+def _records(qids: Sequence[str], path: str | Path) -> list[tuple[int, Record]]:
+    """The file's records with their line numbers; those of other queries too, because they are turns of the same conversations."""
+    records = list(read_jsonl(path))
+    for number, record in records:
+        if not isinstance(record.get("qid"), str):
+            raise ValueError(f"{path}:{number}: needs 'qid' (a string), got {record.get('qid')!r}")
+    if not {record["qid"] for _, record in records} & set(qids):
+        raise ValueError(f"{path} has none of the {len(qids)} queries of the qrels: give the conversations that they come from")
+    return records
+
+
+def _switches(records: Sequence[Record]) -> dict[str, Group]:
+    """Whether a turn's topic is that of the turn before it among ``records``."""
+    last: dict[Any, str] = {}
+    kinds: dict[str, str] = {}
+    for record in sorted(records, key=lambda record: int(record["turn_id"])):
+        before = last.get(record["conv_id"])
+        kinds[record["qid"]] = SWITCHES[0] if before is None else SWITCHES[1 + (record["topic"] != before)]
+        last[record["conv_id"]] = record["topic"]
+    return dict(sorted(kinds.items(), key=lambda item: SWITCHES.index(item[1])))
+
+
+def _sorted(groups: Mapping[str, Group]) -> dict[str, Group]:
+    """Numbers by size, then words by the alphabet."""
+    return dict(sorted(groups.items(), key=lambda item: (isinstance(item[1], str), item[1])))
+
+
+def _words(texts: Iterable[Any]) -> int:
+    return sum(len(str(text).split()) for text in texts)
+
+
+def _bucketed(words: Mapping[str, int], lower: Sequence[int]) -> dict[str, Group]:
+    names = [str(low) if high == low + 1 else f"{low} - {high - 1}" for low, high in pairwise(lower)]
+    names.append(f"{lower[-1]} or more")
+    return {qid: names[bisect_right(lower, count) - 1] for qid, count in sorted(words.items(), key=lambda item: item[1])}
