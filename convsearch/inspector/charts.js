@@ -16,7 +16,11 @@ function build(element, attributes, children) {
 export const h = (tag, attributes, ...children) => build(document.createElement(tag), attributes, children);
 const s = (tag, attributes, ...children) => build(document.createElementNS(SVG, tag), attributes, children);
 
-export const short = value => Number.isInteger(value) ? String(value) : Number(value.toPrecision(4)).toString();
+export const short = value => {
+  if (Number.isInteger(value)) return String(value);
+  const rounded = Number(value.toPrecision(4));
+  return Math.abs(rounded) < 1e-3 ? rounded.toExponential() : String(rounded);  // 0.00004 has no room beside an axis
+};
 
 function ticks(low, high) {
   if (!(high > low)) [low, high] = [low - (Math.abs(low) || 1) / 2, high + (Math.abs(high) || 1) / 2];
