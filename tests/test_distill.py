@@ -138,6 +138,7 @@ def test_the_filter_by_hand(flags: dict[str, Any], kept: list[str], reasons: dic
     assert {turn: counts["samples"] for turn, counts in summary["by_turn"].items()} == {"1": 5, "2": 5}
 
 
+@pytest.mark.slow
 def test_a_broken_run_goes_on(form_llama: Path, conversations: Path, toy_server: str, toy_index: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     distilled(form_llama, conversations, whole, toy_server)

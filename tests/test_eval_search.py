@@ -74,6 +74,7 @@ def test_rewrites_are_searched_scored_and_counted(folder: Path) -> None:
     assert metrics["fallbacks"] == 1
 
 
+@pytest.mark.slow
 def test_the_raw_question_and_all_history_are_other_texts(folder: Path) -> None:
     for query_type, mrr in (("question", 3 / 4), ("all_history", (1 + 1 / 2 + 1) / 4)):
         done = call("eval.bm25", folder, *bm25_flags(folder, f"{query_type}.trec", "--query_type", query_type))
@@ -81,6 +82,7 @@ def test_the_raw_question_and_all_history_are_other_texts(folder: Path) -> None:
         assert json.loads((folder / f"{query_type}.metrics.json").read_text())["MRR"] == pytest.approx(mrr)
 
 
+@pytest.mark.slow
 def test_a_server_gives_the_run_of_its_index(folder: Path) -> None:
     assert call("eval.bm25", folder, *bm25_flags(folder, "local.trec")).returncode == 0
     with open_retriever(f"embedded:{folder / 'index'}") as client:

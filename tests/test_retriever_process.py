@@ -58,6 +58,7 @@ def gone(pid: int, within_s: float) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_killed_embedded_server_only_delays(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     expected = Bm25Index.load(folder).gold_ranks(QUERIES, GOLDS, 20)
     assert 0 < expected.count(None) < 40
@@ -209,6 +210,7 @@ def test_a_killed_server_that_is_started_again_only_delays(folder: Path) -> None
     assert all(result == expected for result in results)
 
 
+@pytest.mark.slow
 def test_command_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "dev.trec").write_text("q1 0 p0 1\n")
     arguments = ["-m", "retriever_server", "--index_path", f"wiki={folder}", "--trec_path", str(tmp_path / "dev.trec"), "--port", "0"]
