@@ -63,16 +63,23 @@ def open_sender(
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
+    from convsearch import lora
+
     class Source(WeightSource):  # type: ignore[misc]
         """The parameters under their Hugging Face names, whole, on this rank's GPU, in the samplers' type."""
 
         def metadata(self) -> list[Any]:
-            return [ParamMeta(name, wire(value), tuple(value.shape)) for name, value in policy.named_parameters().items()]
+            return [ParamMeta(name, wire(value), tuple(value.shape)) for name, value in tensors().items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            for name, value in policy.named_parameters().items():
+            for name, value in tensors().items():
                 whole = value.full_tensor() if hasattr(value, "full_tensor") else value
                 yield name, whole.detach().to(policy.device, wire(value))
+
+    def tensors() -> dict[str, Tensor]:
+        """Shards that are gathered on their way, but adapters, which have to be merged first."""
+        named: dict[str, Tensor] = policy.named_parameters()
+        return policy.weights() if lora.adapter_tensors(named) else named
 
     def wire(value: Tensor) -> torch.dtype:
         return torch.bfloat16 if bf16 else value.dtype
