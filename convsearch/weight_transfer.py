@@ -64,8 +64,6 @@ def open_sender(
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-    from convsearch import lora
-
     class Source(WeightSource):  # type: ignore[misc]
         """The parameters under their Hugging Face names, whole, on this rank's GPU, in the samplers' type."""
 
