@@ -123,7 +123,7 @@ def _ray(cfg: GrpoConfig) -> Iterator[Any]:
             ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True)
         else:
             options = {"object_store_memory": STORE_BYTES} if cfg.trainer.device == "cpu" else {}
-            ray.init(address="local", num_cpus=2 * _seats(cfg)[0], include_dashboard=False, log_to_driver=True, **options)
+            ray.init(address="local", num_cpus=_seats(cfg)[0], include_dashboard=False, log_to_driver=True, **options)
     except ConnectionError as error:
         raise ValueError(
             f"trainer.nnodes={cfg.trainer.nnodes} needs a Ray cluster: `ray start --head` on this node and `ray start --address=...` on the others ({error})"

@@ -40,6 +40,8 @@ def one(ref: Any, what: str, others: Sequence[Any] = ()) -> Any:
         return ray.get(ref, timeout=60)
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, Exception) else error
+        if isinstance(cause, RayError):  # the call itself asked a worker that is gone
+            raise WorkerLost(f"{what}: {_sentence(cause)}") from error
         if isinstance(cause, ValueError | OSError) and not isinstance(cause, ConnectionError):
             raise cause from error
         lost = _lost(others)
@@ -53,6 +55,7 @@ def one(ref: Any, what: str, others: Sequence[Any] = ()) -> Any:
 def streamed(generators: Sequence[Any], what: str, timeout_s: float) -> Iterator[tuple[int, Any]]:
     """(number of the call, what it brings) of several streaming calls, as it comes; ``timeout_s`` is the longest silence."""
     import ray
+    from ray.exceptions import RayError
 
     live = dict(enumerate(generators))
     while live:
@@ -65,6 +68,8 @@ def streamed(generators: Sequence[Any], what: str, timeout_s: float) -> Iterator
         except StopIteration:
             del live[call]
             continue
+        except RayError as error:
+            raise WorkerLost(f"{what}: {_sentence(error)}") from error
         yield call, one(ref, what)
 
 

@@ -183,20 +183,21 @@ def steps_logged(run_dir: Path) -> int:
 
 def kill_at_random(arguments: Sequence[object], run_dir: Path, steps: int, kind: str, draw: random.Random) -> dict[str, Any]:
     """One run with one kill at a random moment, and a second command where the first one has ended with it."""
-    begun, at, pause_s = time.monotonic(), draw.randrange(steps - 1), draw.random()
+    begun, at, pause_s = time.monotonic(), draw.randrange(steps - 4), 0.3 * draw.random()
     process = start(arguments)
     wait_until(lambda: steps_logged(run_dir) > at, process)
     time.sleep(pause_s)
     struck = process.poll() is None and kill(process.pid, kind, draw)
     status, output = end(process)
-    restarts, commands = output.count("starting the workers again"), 1
+    restarts, commands, ended = output.count("starting the workers again"), 1, ""
     if status != 0:
-        commands, first = 2, output
-        status, output = end(start(arguments))
+        commands, ended = 2, f"status {status}: {[line for line in output.splitlines() if line.strip()][-1][-200:]}"
+        status, again = end(start(arguments))
         if status != 0:
-            print(first, output, sep="\n----\n", file=sys.stderr)
+            print(output, again, sep="\n----\n", file=sys.stderr)
     seconds = round(time.monotonic() - begun, 1)
-    return {"kind": kind, "step": at, "struck": struck, "commands": commands, "restarts": restarts, "status": status, "seconds": seconds}
+    report = {"kind": kind, "step": at, "struck": struck, "commands": commands, "restarts": restarts, "status": status, "seconds": seconds}
+    return report | ({"ended": ended} if ended else {})
 
 
 def curves(run_dir: Path) -> list[dict[str, float]]:
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10, help="runs, each with one kill")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--kind", choices=["driver", *KINDS], default=None, help="what is killed; left out: each kind once, then at random")
     parser.add_argument("--sampler", choices=["vllm", "hf"], default="vllm")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
@@ -238,7 +240,7 @@ def main() -> None:
     right, kinds = curves(folder / "unbroken"), ["driver", *KINDS]
     for number in range(options.first, options.first + options.kills):
         draw, run_dir = random.Random(1000 * options.seed + number), folder / f"run{number}"
-        kind = kinds[number] if number < len(kinds) else draw.choice(kinds)
+        kind = options.kind or (kinds[number] if number < len(kinds) else draw.choice(kinds))
         report = kill_at_random(arguments(run_dir), run_dir, options.steps, kind, draw)
         difference = largest_difference(right, curves(run_dir)) if report["status"] == 0 else None
         print(json.dumps({"run": number, **report, "difference": difference}), flush=True)
