@@ -38,6 +38,7 @@ def main() -> None:
         bound.bind((HOST, args.port))
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen on {HOST} port {args.port} ({error}): choose another --port, 0 for any free one") from error
+    bound.listen()  # who asks before the server is up waits, instead of being refused
     print(f"inspector: http://{HOST}:{bound.getsockname()[1]}/", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, server_header=False)).run(sockets=[bound])
 
