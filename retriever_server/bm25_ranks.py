@@ -14,7 +14,8 @@ from retriever_server.bm25_kernels import Postings
 
 Array = npt.NDArray[Any]
 
-# Nanoseconds, measured on one core: adding a posting to a sum, writing it into a column, and a passage's part of clearing or adding a column.
+# Nanoseconds, roughly, on one core: adding a posting to a sum, writing it into a column, a passage's part of clearing and of adding a column.
+# Times of whole batches are flat around them (97 to 605 columns chosen: within 10%).
 ADD_POSTING, WRITE_POSTING, CLEAR_COLUMN, ADD_COLUMN = 0.9, 0.9, 0.02, 0.012
 MAX_COLUMNS = 1024
 CACHE_BYTES = 8 << 20  # of the last-level cache, for a thread's columns

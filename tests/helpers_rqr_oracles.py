@@ -1,4 +1,4 @@
-"""gensim's BM25 and sentence-transformers' cosines, each by the plainest use of the library: ``python helpers_rqr_oracles.py KIND IN.json OUT.npy``.
+"""gensim's BM25, sentence-transformers' vectors and cosines, each by the plainest use of the library: ``python helpers_rqr_oracles.py KIND IN.json OUT.npy``.
 
 A process of its own, because the libraries live in a folder that only its path names (tests/requirements-oracles.txt).
 """
@@ -44,10 +44,13 @@ def gensim(given: dict[str, Any]) -> np.ndarray:
 
 
 def sentence_transformers(given: dict[str, Any]) -> np.ndarray:
-    """RQR's reward of (output, question, positives), one after the other: 10 x mean over d of [cos(output, d) - cos(question, d)]."""
+    """The vectors of ``texts``; or RQR's reward of (output, question, positives), one after the other: 10 x mean over d of
+    [cos(output, d) - cos(question, d)]."""
     from sentence_transformers import SentenceTransformer
 
     model, rewards = SentenceTransformer(given["model"], device="cpu"), []
+    if "texts" in given:
+        return np.asarray(model.encode(given["texts"]))
     for text, asked, positives in given["items"]:
         output, question = (model.encode([one], normalize_embeddings=True) for one in (text, asked))
         near = model.encode(positives, normalize_embeddings=True)

