@@ -59,7 +59,7 @@ def passages(pool: list[str], count: int, seed: int) -> Iterator[list[str]]:
 
 def generate(output: Path, num_passages: int, num_queries: int, source: Path | None, seed: int) -> None:
     """Writes ``collection.jsonl`` and ``queries.jsonl`` ({"query", "gold_docids"}) into the folder ``output``."""
-    from retriever_server.analyzer import analyze
+    from retriever_server.text.analyzer import analyze
 
     pool, draw = sentences(source), random.Random(seed + 1)
     golds = set(draw.sample(range(num_passages), min(num_queries, num_passages)))

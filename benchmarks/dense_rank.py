@@ -68,7 +68,7 @@ def on_cpu(args: argparse.Namespace) -> str:
     import torch
 
     torch.set_num_threads(args.threads)
-    from retriever_server.dense_flat import Flat, count_beating
+    from retriever_server.dense.flat import Flat, count_beating
 
     vectors, queries, golds = generate(args.passages, args.queries, args.dim, args.seed)
     scanner = Flat(vectors)
@@ -108,9 +108,9 @@ def on_device(args: argparse.Namespace) -> str:
 
     if not torch.cuda.is_available():
         return f"ratio=nan (torch sees no CUDA device) equal=0/{args.queries} peers=torch-{torch.__version__}"
-    from retriever_server.dense_codes import Codes
-    from retriever_server.dense_device import Device
-    from retriever_server.dense_flat import count_beating
+    from retriever_server.dense.codes import Codes
+    from retriever_server.dense.device import Device
+    from retriever_server.dense.flat import count_beating
 
     vectors, queries, golds = generate(args.passages, args.queries, args.dim, args.seed)
     scanner = Device(vectors, Codes.of(vectors), args.device)

@@ -41,7 +41,7 @@ class Ours:
     """Bm25Index.gold_ranks."""
 
     def __init__(self, folder: Path, threads: int, golds: list[list[str]]) -> None:
-        from retriever_server.bm25 import Bm25Index
+        from retriever_server.bm25.index import Bm25Index
 
         start = time.monotonic()
         Bm25Index.build(folder / "collection.jsonl", folder / "bm25", progress=False, processes=threads)
@@ -88,7 +88,7 @@ def _bm25s(folder: Path, threads: int, backend: str) -> Contestant:
     import bm25s as library
 
     from convsearch.files import read_jsonl
-    from retriever_server.analyzer import TermIds, analyze
+    from retriever_server.text.analyzer import TermIds, analyze
 
     term_ids = TermIds()
     ids = [term_ids(record["contents"]) for _, record in read_jsonl(folder / "collection.jsonl")]
@@ -110,7 +110,7 @@ def rank_bm25(folder: Path, threads: int) -> tuple[str, Contestant]:
     from rank_bm25 import BM25Okapi
 
     from convsearch.files import read_jsonl
-    from retriever_server.analyzer import analyze
+    from retriever_server.text.analyzer import analyze
 
     model = BM25Okapi([analyze(record["contents"]) for _, record in read_jsonl(folder / "collection.jsonl")], k1=0.9, b=0.4)
     return f"rank_bm25-{version('rank_bm25')}", lambda queries: [np.argsort(model.get_scores(analyze(query))) for query in queries[:2]]

@@ -72,7 +72,7 @@ def conversations(count: int) -> list[Any]:
     """Turns of ``count`` different TopiOCQA conversations with at least three turns behind them; of the demo where there is no TopiOCQA."""
     import zipfile
 
-    from convsearch.data import read_conversations
+    from convsearch.trainers.data import read_conversations
     from convsearch.types import Conversation, Turn
 
     if TOPIOCQA.is_file():
@@ -160,10 +160,10 @@ def run_ours(work: Work, share: bool, folder: Path) -> dict[str, Any]:
     import torch
 
     from convsearch.config import load_grpo_config
-    from convsearch.grpo import Trainer, grpo_step
-    from convsearch.grpo_loop import build_policy
-    from convsearch.model import encode_chat, load_tokenizer
-    from convsearch.sampler import HfSampler, SamplingConfig
+    from convsearch.model.loading import encode_chat, load_tokenizer
+    from convsearch.sampling.hf import HfSampler, SamplingConfig
+    from convsearch.trainers.grpo import build_policy
+    from convsearch.trainers.grpo_step import Trainer, grpo_step
     from convsearch.types import Example
 
     torch.set_num_threads(work.threads)

@@ -21,7 +21,7 @@ from convsearch.cli import run
 from convsearch.files import line_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = "import sys; from retriever_server.bm25_build import build; build(sys.argv[2:], sys.argv[1], 0.9, 0.4, progress=False, processes={})"
+OURS = "import sys; from retriever_server.bm25.build import build; build(sys.argv[2:], sys.argv[1], 0.9, 0.4, progress=False, processes={})"
 LUCENE = "import sys; from retriever_server.lucene import build; build(sys.argv[2:], sys.argv[1], threads={})"
 
 

@@ -18,7 +18,7 @@ from convsearch.cli import run
 if TYPE_CHECKING:
     import torch
 
-    from convsearch.batch import MicroBatch, Tree
+    from convsearch.model.batch import MicroBatch, Tree
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-3b": {
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--unshared", action="store_true", help="a copy of the prompt for every sample")
     top.add_argument("--padded", action="store_true", help="a row a tree, padded, instead of packed rows")
     top.add_argument(
-        "--kernel", choices=["auto", "sdpa", "flex", "flash"], default="auto", help="attention; auto: see convsearch.attention"
+        "--kernel", choices=["auto", "sdpa", "flex", "flash"], default="auto", help="attention; auto: see convsearch.model.attention"
     )
     top.add_argument("--fp32", action="store_true", help="arithmetic in float32")
     top.add_argument("--no_checkpointing", action="store_true", help="keep the activations instead of computing them again")
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 def draw_trees(args: argparse.Namespace, vocabulary: int) -> list["Tree"]:
     """Random prompts and samples, the same ones for the same arguments."""
-    from convsearch.batch import Branch, Tree, unshared
+    from convsearch.model.batch import Branch, Tree, unshared
 
     draw = random.Random(1)
 
@@ -143,8 +143,8 @@ def build(args: argparse.Namespace, device: "torch.device") -> Any:
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from convsearch.attention import NAME
-    from convsearch.policy import Policy
+    from convsearch.model.attention import NAME
+    from convsearch.policy.policy import Policy
 
     torch.manual_seed(1)
     with torch.device("cpu" if args.param_offload else device):
@@ -166,9 +166,9 @@ def measure(args: argparse.Namespace) -> str:
     import torch
 
     from convsearch.algorithms.loss import grpo_loss
-    from convsearch.batch import pack
     from convsearch.config import load_grpo_config
-    from convsearch.model import pick_device
+    from convsearch.model.batch import pack
+    from convsearch.model.loading import pick_device
 
     device = pick_device(args.device)
     trees = draw_trees(args, SHAPES[args.shape]["vocab_size"])

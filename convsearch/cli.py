@@ -13,7 +13,7 @@ class Ended(RuntimeError):
     """A run that ends before its last step, with a checkpoint behind it; the message says why and what to do.
 
     Args:
-        status: 3 where the run has gone wrong (``convsearch.guard``), 143 (128 + SIGTERM) where it was told to stop.
+        status: 3 where the run has gone wrong (``convsearch.runs.collapse``), 143 (128 + SIGTERM) where it was told to stop.
     """
 
     def __init__(self, message: str, status: int):

@@ -38,8 +38,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def by_model(args: argparse.Namespace) -> Generate:
     """Loads the model; torch is imported here."""
-    from convsearch.generation import Rewriter
-    from convsearch.sampler import SamplingConfig
+    from convsearch.generation.rewriter import Rewriter
+    from convsearch.sampling.hf import SamplingConfig
 
     rewriter = Rewriter(args.model_name_or_path, SamplingConfig(args.temperature, 1.0, 0, args.max_tokens, 1), style=args.prompt_style)
 

@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 from convsearch.config.grpo import RewardConfig
-from convsearch.retriever import RetrieverClient
-from convsearch.rewarder import Score, score
+from convsearch.retriever.client import RetrieverClient
+from convsearch.rewards.scoring import Score, score
 from convsearch.types import Completion, Example
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from convsearch.cli import run
 from convsearch.config import GrpoConfig, SftConfig, load_grpo_config, load_sft_config
-from convsearch.shapes import Shape, shape_of
+from convsearch.model.shapes import Shape, shape_of
 
 GIB = 2**30
 MEAN_RESPONSE_TOKENS = 386  # of the paper's samples (its section on efficiency)
@@ -143,7 +143,7 @@ def grpo_memory(cfg: GrpoConfig, shape: Shape, gpu_bytes: float) -> Memory:
     """Of the RL stage with a colocated sampler, which frees its share while the policy trains."""
     from dataclasses import replace
 
-    from convsearch.grpo import max_tokens_of
+    from convsearch.trainers.grpo_step import max_tokens_of
 
     actor, ranks = cfg.actor_rollout_ref.actor, cfg.trainer.world_size
     memory = memory_of(shape, ranks, max_tokens_of(cfg), recompute=cfg.actor_rollout_ref.model.enable_gradient_checkpointing)

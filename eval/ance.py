@@ -55,7 +55,7 @@ def open_search(args: argparse.Namespace) -> Search:
             f"dense search: {folder} is no index folder; build one with `python -m retriever_server.index dense`, or, from the reference's pickled "
             f"vectors, with `python -m retriever_server.index import-blocks --embeddings {folder} --output DIR`"
         )
-    from retriever_server.dense import DenseIndex
+    from retriever_server.dense.index import DenseIndex
 
     on_gpu = args.n_gpu > 0 and str(args.use_gpu).lower() not in ("false", "0", "no", "")
     index = DenseIndex.load(

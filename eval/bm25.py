@@ -45,7 +45,7 @@ def open_search(args: argparse.Namespace) -> Search:
     """
     if args.server:
         return through_server(args.server)
-    from retriever_server.bm25 import Bm25Index
+    from retriever_server.bm25.index import Bm25Index
 
     index = Bm25Index.load(args.index_dir_path)
     for name, asked, built in (("k1", args.bm25_k1, index.k1), ("b", args.bm25_b, index.b)):

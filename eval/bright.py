@@ -92,11 +92,11 @@ def open_search(args: argparse.Namespace, documents: Mapping[str, str], folder: 
     collection = folder / "collection.jsonl"
     write_jsonl(collection, ({"id": docid, "contents": text} for docid, text in documents.items()))
     if args.encoder is None:
-        from retriever_server.bm25 import Bm25Index
+        from retriever_server.bm25.index import Bm25Index
 
         return Bm25Index.build(collection, folder / "bm25", args.k1, args.b, overwrite=True, progress=sys.stderr.isatty()).search
-    from retriever_server import dense_build
-    from retriever_server.dense import DenseIndex
+    from retriever_server.dense import build as dense_build
+    from retriever_server.dense.index import DenseIndex
 
     place = folder / f"dense-{Path(args.encoder).name}"
     dense_build.build([collection], place, args.encoder, dense_build.Settings(max_length=args.max_length, overwrite=True))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from retriever_server.analyzer import TermIds, analyze
+from retriever_server.text.analyzer import TermIds, analyze
 
 BLOCK = 64  # queries a product
 

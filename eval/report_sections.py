@@ -266,7 +266,7 @@ def _passages(case: data.Case, rewrite: str, index: "Searcher | None") -> list[H
 
 
 def _marked(query: str, passage: str, most: int = 600) -> list[Node]:
-    from retriever_server.highlight import marked
+    from retriever_server.playground.highlight import marked
 
     cut = passage if len(passage) <= most else passage[:most].rsplit(" ", 1)[0] + " …"
     return [tag("mark", piece) if hit else piece for piece, hit in marked(query, cut)]

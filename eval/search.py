@@ -36,7 +36,7 @@ class Job:
 
 def through_server(url: str) -> Search:
     """Searches a running retriever_server."""
-    from convsearch.retriever import RetrieverClient
+    from convsearch.retriever.client import RetrieverClient
 
     client = RetrieverClient(url)
     return lambda queries, k: [[(hit.docid, hit.score) for hit in hits] for hits in client.search(queries, k)]

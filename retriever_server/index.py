@@ -59,7 +59,7 @@ def add_dense(kinds: Any) -> None:
 
 def make_dense(args: argparse.Namespace) -> None:
     """Does what ``dense`` or ``import-blocks`` asks for, and prints what is there."""
-    from retriever_server import dense_build
+    from retriever_server.dense import build as dense_build
 
     start, built = time.monotonic(), True
     if args.kind == "dense":
@@ -70,7 +70,7 @@ def make_dense(args: argparse.Namespace) -> None:
         if int(os.environ.get("RANK", "0")):
             return
     else:
-        from retriever_server.import_blocks import convert
+        from retriever_server.dense.import_blocks import convert
 
         convert(args.embeddings, args.corpus_docid_path, args.collection, args.output, args.dtype, args.overwrite)
     found = dense_build.Manifest.read(args.output)
@@ -83,7 +83,7 @@ def main() -> None:
     if args.kind != "bm25":
         make_dense(args)
         return
-    from retriever_server.bm25_build import Manifest, build
+    from retriever_server.bm25.build import Manifest, build
 
     start = time.monotonic()
     built = build(args.collection, args.output, args.k1, args.b, args.overwrite, not args.quiet, args.processes)

@@ -50,9 +50,9 @@ def open_searcher(folder: str | Path, **dense_options: Any) -> Searcher:
 
         return LuceneIndex.load(folder)
     if read_manifest(folder).get("format") == "convsearch-dense":
-        from retriever_server.dense import DenseIndex
+        from retriever_server.dense.index import DenseIndex
 
         return DenseIndex.load(folder, **dense_options)
-    from retriever_server.bm25 import Bm25Index
+    from retriever_server.bm25.index import Bm25Index
 
     return Bm25Index.load(folder)

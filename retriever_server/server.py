@@ -108,12 +108,12 @@ def main() -> None:
     args = parser().parse_args()
     if args.exit_with_parent is not None:
         exit_with_parent(args.exit_with_parent or os.getppid())
-    from retriever_server.app import create_app
-    from retriever_server.batching import BatchSettings
-    from retriever_server.playground import rewriter_commands
-    from retriever_server.rank_cache import RankCache
-    from retriever_server.schemas import Limits
-    from retriever_server.telemetry import set_up_logging
+    from retriever_server.playground.routes import rewriter_commands
+    from retriever_server.serving.app import create_app
+    from retriever_server.serving.batching import BatchSettings
+    from retriever_server.serving.rank_cache import RankCache
+    from retriever_server.serving.schemas import Limits
+    from retriever_server.serving.telemetry import set_up_logging
 
     set_up_logging(args.log_format, args.log_level)
     settings = BatchSettings(args.threads, args.max_batch, args.max_wait_ms / 1000, args.max_queue, args.max_queue_s)

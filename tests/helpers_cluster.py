@@ -88,11 +88,11 @@ def vllm_report(folder: str) -> dict[str, Any]:
     """What VllmSampler does with a model, against our policy on the same weights: before an update of them, with stale ones, and after."""
     import torch
 
-    from convsearch.batch import Branch, Tree, collate
-    from convsearch.model import encode_chat, load_model, load_tokenizer, stop_token_ids
-    from convsearch.policy import Policy
-    from convsearch.sampler import SamplingConfig
-    from convsearch.vllm_sampler import VllmSampler
+    from convsearch.model.batch import Branch, Tree, collate
+    from convsearch.model.loading import encode_chat, load_model, load_tokenizer, stop_token_ids
+    from convsearch.policy.policy import Policy
+    from convsearch.sampling.hf import SamplingConfig
+    from convsearch.sampling.vllm import VllmSampler
 
     tokenizer, model = load_tokenizer(folder), load_model(folder)
     stop_ids = (*stop_token_ids(model, tokenizer), *range(40, 50))
@@ -176,7 +176,7 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", 
 
 
 def steps_logged(run_dir: Path) -> int:
-    from convsearch.tracking import read_metrics
+    from convsearch.runs.tracking import read_metrics
 
     return len(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").is_file() else 0
 
@@ -201,7 +201,7 @@ def kill_at_random(arguments: Sequence[object], run_dir: Path, steps: int, kind:
 
 
 def curves(run_dir: Path) -> list[dict[str, float]]:
-    from convsearch.tracking import read_metrics
+    from convsearch.runs.tracking import read_metrics
 
     return [{name: line[name] for name in SAME} for line in read_metrics(run_dir)]
 

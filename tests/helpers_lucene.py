@@ -16,7 +16,8 @@ sys.path.append(str(ROOT / ".venv" / "lucene"))  # where scripts/test.sh puts th
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from retriever_server import lucene, word_break  # noqa: E402
+from retriever_server import lucene  # noqa: E402
+from retriever_server.text import word_break  # noqa: E402
 
 TOKENIZER = "org.apache.lucene.analysis.standard.StandardTokenizerImpl"
 

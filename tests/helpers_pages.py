@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from convsearch.rollouts import dump
+from convsearch.runs.rollouts import dump
 from convsearch.types import Completion, Rewrite, Rollout
 
 ROOT = Path(__file__).resolve().parents[1]

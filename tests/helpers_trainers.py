@@ -160,7 +160,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def build_index(folder: Path) -> Path:
-    from retriever_server.bm25 import Bm25Index
+    from retriever_server.bm25.index import Bm25Index
 
     passages = [{"id": docid, "contents": f"{town} {aspect} of {town}"} for (town, aspect), docid in GOLDS.items()]
     write_jsonl(folder / "collection.jsonl", passages)
@@ -274,12 +274,12 @@ def teach_form(source: Path, folder: Path, steps: int = 60) -> None:
 
     import torch
 
-    from convsearch import checkpoint
-    from convsearch.batch import Branch, Tree
-    from convsearch.model import encode_chat, load_model, load_tokenizer
-    from convsearch.policy import Policy
+    from convsearch.model.batch import Branch, Tree
+    from convsearch.model.loading import encode_chat, load_model, load_tokenizer
+    from convsearch.policy.policy import Policy
     from convsearch.prompts import render
-    from convsearch.sft import sft_step
+    from convsearch.runs import checkpoint
+    from convsearch.trainers.sft import sft_step
     from convsearch.types import Conversation, Message
 
     tokenizer, draw = load_tokenizer(str(source)), random.Random(3)

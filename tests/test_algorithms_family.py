@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from convsearch.algorithms import gspo_loss, importance_weights, token_weights
 from convsearch.algorithms.dynamic_sampling import draw_with_spread, groups_without_spread
 from convsearch.algorithms.loss import grpo_loss
-from convsearch.batch import Branch, Tree, collate, unshared
 from convsearch.config import load_grpo_config
+from convsearch.model.batch import Branch, Tree, collate, unshared
 
 near = pytest.approx
 SEQUENCES = torch.tensor([0, 0, 1, 1, 1])

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsearch.batch import STRIDE, Branch, MicroBatch, Tree, balanced, collate, collate_rows, pack, unshared
+from convsearch.model.batch import STRIDE, Branch, MicroBatch, Tree, balanced, collate, collate_rows, pack, unshared
 
 WORKED = Tree((7, 8), (Branch((1, 2), advantage=0.5, weight=0.1), Branch((3,), advantage=-1.0, weight=0.2)))
 

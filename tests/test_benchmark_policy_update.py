@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.policy_update import SHAPES, forward_flops, measure, parser
-from convsearch.batch import Branch, Tree, unshared
+from convsearch.model.batch import Branch, Tree, unshared
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,19 +21,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from convsearch import grpo, rewarder
-from convsearch.batch import Branch, MicroBatch, Tree, collate, pack
-from convsearch.cluster import needs_workers, open_cluster, with_restarts
+from convsearch.cluster.launch import needs_workers, open_cluster, with_restarts
+from convsearch.cluster.ray_policy import shares
+from convsearch.cluster.ray_sampler import split
+from convsearch.cluster.workers import WorkerLost
 from convsearch.config import load_grpo_config
-from convsearch.model import load_model
-from convsearch.overlap import OneStepAhead, Request
-from convsearch.policy import Policy
-from convsearch.ray_policy import shares
-from convsearch.ray_sampler import split
-from convsearch.sampler import Finished, Tensors, WeightSource, collect
+from convsearch.model.batch import Branch, MicroBatch, Tree, collate, pack
+from convsearch.model.loading import load_model
+from convsearch.policy.policy import Policy
+from convsearch.rewards import scoring as rewarder
+from convsearch.sampling.hf import Finished, Tensors, WeightSource, collect
+from convsearch.sampling.overlap import OneStepAhead, Request
+from convsearch.sampling.vllm import VllmSampler, sample_seed
+from convsearch.trainers import grpo_step
 from convsearch.types import Completion, Example
-from convsearch.vllm_sampler import VllmSampler, sample_seed
-from convsearch.workers import WorkerLost
 
 
 @st.composite
@@ -168,9 +169,9 @@ def test_finished_samples_are_scored_while_others_are_generated(tmp_path: Path) 
         rewarder.score_stream(reward, judge, [example(0), example(1)], iter([([0], [completion(rewrite("a"))])]))
 
 
-def trainer(config: Any) -> grpo.Trainer:
+def trainer(config: Any) -> grpo_step.Trainer:
     nothing: Any = None
-    return grpo.Trainer(config, Path(), {"q0": (1, 2)}, nothing, nothing, nothing, nothing, 9)
+    return grpo_step.Trainer(config, Path(), {"q0": (1, 2)}, nothing, nothing, nothing, nothing, 9)
 
 
 @pytest.mark.parametrize(("overlap", "version", "fine"), [(0, 5, 1), (0, 4, 0), (0, 6, 0), (1, 4, 1), (1, 5, 1), (1, 3, 0), (1, 6, 0)])
@@ -179,10 +180,10 @@ def test_samples_of_other_weights_end_the_run(overlap: int, version: int, fine: 
     t, scored = trainer(cfg(tmp_path, **changed)), rewarder.Score(*[None] * 3, 0.0)  # type: ignore[arg-type]
     columns = ([example(0)] * 2, [completion(version=5), completion(version=version)], [scored] * 2, [0.0] * 2)
     if fine:
-        assert len(grpo.assemble(t, 5, *columns)) == 2
+        assert len(grpo_step.assemble(t, 5, *columns)) == 2
     else:
         with pytest.raises(RuntimeError, match="a sampler has missed an update"):
-            grpo.assemble(t, 5, *columns)
+            grpo_step.assemble(t, 5, *columns)
 
 
 class Engine:

@@ -15,10 +15,10 @@ import helpers_cluster as cluster
 import helpers_trainers as helpers
 import pytest
 
-from convsearch import rollouts
 from convsearch.config import load_grpo_config
-from convsearch.grpo_loop import train
-from convsearch.tracking import read_metrics
+from convsearch.runs import rollouts
+from convsearch.runs.tracking import read_metrics
+from convsearch.trainers.grpo import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(cluster.why_absent() is not None, reason=str(cluster.why_absent()))]
 REPLAY = "actor_rollout_ref__rollout__replay_from"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsearch.data import batch_indices, fit_length, read_conversations, read_examples, read_parquet, truncate
 from convsearch.files import write_jsonl
+from convsearch.trainers.data import batch_indices, fit_length, read_conversations, read_examples, read_parquet, truncate
 from convsearch.types import Conversation, Example, Turn
 
 CHAT = [{"role": "user", "content": "rewrite: and his wife?"}]

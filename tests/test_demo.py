@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from convsearch.files import read_jsonl
-from retriever_server.bm25 import Bm25Index
+from retriever_server.bm25.index import Bm25Index
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets" / "demo"

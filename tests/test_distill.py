@@ -14,10 +14,11 @@ import helpers_trainers as helpers
 import pyarrow.parquet as pq
 import pytest
 
-from convsearch import distill, sft
+from convsearch.generation import distill
 from convsearch.parsing import parse_rewrite
 from convsearch.prompts import render
-from convsearch.tracking import read_metrics
+from convsearch.runs.tracking import read_metrics
+from convsearch.trainers import sft
 from convsearch.types import Conversation
 
 ROWS = helpers.conversation_rows(list(helpers.GOLDS))
@@ -45,7 +46,7 @@ def failed(model: Path, source: Path, output: Path, url: str, *flags: object) ->
 
 
 def test_samples_ranks_filter_and_parquet(form_llama: Path, conversations: Path, toy_server: str, toy_index: Path, tmp_path: Path) -> None:
-    from retriever_server.bm25 import Bm25Index
+    from retriever_server.bm25.index import Bm25Index
 
     output = tmp_path / "out"
     printed = distilled(form_llama, conversations, output, toy_server, "--max_kept", 2, "--rank_limit", 4)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from eval import ance
-from retriever_server import dense_build
-from retriever_server.dense import DenseIndex
+from retriever_server.dense import build as dense_build
+from retriever_server.dense.index import DenseIndex
 
 
 @pytest.fixture(scope="module")

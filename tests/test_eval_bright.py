@@ -14,7 +14,7 @@ import pytest
 
 from eval import bright, bright_data
 from eval.query_weighted import QueryWeightedBm25
-from retriever_server.analyzer import analyze
+from retriever_server.text.analyzer import analyze
 
 BRIGHT = Path(__file__).resolve().parents[2] / "shared" / "data" / "bright"
 DOCUMENTS = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from convsearch.retriever import open_retriever
+from convsearch.retriever.client import open_retriever
 from eval import ance, bm25
-from retriever_server.bm25 import Bm25Index
+from retriever_server.bm25.index import Bm25Index
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSAGES = {

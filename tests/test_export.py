@@ -7,9 +7,9 @@ import helpers_trainers as helpers
 import pytest
 import torch
 
-from convsearch import checkpoint, export
-from convsearch.model import load_model, load_tokenizer
-from convsearch.policy import Policy
+from convsearch.model.loading import load_model, load_tokenizer
+from convsearch.policy.policy import Policy
+from convsearch.runs import checkpoint, export
 
 pytestmark = pytest.mark.slow
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen2"])
 def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a checkpoint of each form, whose optimizer has taken a step."""
-    from convsearch.batch import Branch, Tree
-    from convsearch.sft import sft_step
+    from convsearch.model.batch import Branch, Tree
+    from convsearch.trainers.sft import sft_step
 
     source = request.getfixturevalue(request.param)
     folder = tmp_path_factory.mktemp("run")

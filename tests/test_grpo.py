@@ -19,11 +19,13 @@ import helpers_trainers as helpers
 import pytest
 import torch
 
-from convsearch import grpo, rollouts
+from convsearch import grpo
 from convsearch.config import load_grpo_config
-from convsearch.grpo_loop import train
-from convsearch.rewards import rank_incentive
-from convsearch.tracking import read_metrics
+from convsearch.rewards.shapes import rank_incentive
+from convsearch.runs import rollouts
+from convsearch.runs.tracking import read_metrics
+from convsearch.trainers import grpo_step
+from convsearch.trainers.grpo import train
 from convsearch.types import Rollout
 
 SAME = ("step", "loss", "policy_loss", "kl", "entropy", "reward", "grad_norm", "mrr", "response_tokens", "lr")
@@ -49,7 +51,7 @@ def groups(rollouts_N: Sequence[Rollout], n: int) -> list[Sequence[Rollout]]:
 
 
 def test_the_first_step(form_llama: Path, toy_parquet: Path, toy_server: str, toy_index: Path, tmp_path: Path) -> None:
-    from retriever_server.bm25 import Bm25Index
+    from retriever_server.bm25.index import Bm25Index
 
     first, second, _ = trained(form_llama, toy_parquet, tmp_path, toy_server, rollout__temperature=0.7)
     assert first["kl"] == pytest.approx(0, abs=1e-9)
@@ -78,7 +80,7 @@ def test_the_first_step(form_llama: Path, toy_parquet: Path, toy_server: str, to
 
 
 def test_the_step_reads_on_one_screen() -> None:
-    assert len(inspect.getsource(grpo.grpo_step).splitlines()) <= 45
+    assert len(inspect.getsource(grpo_step.grpo_step).splitlines()) <= 45
 
 
 class Plain:
@@ -209,7 +211,7 @@ class Break(Exception):
 def test_a_broken_run_draws_and_learns_the_same(
     form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from convsearch.policy import Policy
+    from convsearch.policy.policy import Policy
 
     options = {
         "total_training_steps": 6,

@@ -23,8 +23,11 @@ from typing import Any
 import helpers_trainers as helpers
 import pytest
 
-from convsearch import checkpoint, grpo, infer, rollouts, sft
-from convsearch.tracking import read_metrics
+from convsearch import grpo
+from convsearch.generation import infer
+from convsearch.runs import checkpoint, rollouts
+from convsearch.runs.tracking import read_metrics
+from convsearch.trainers import sft
 
 pytestmark = pytest.mark.slow
 

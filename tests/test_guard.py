@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from convsearch.config.alive import GuardConfig
-from convsearch.guard import Guard
+from convsearch.config.guard import GuardConfig
+from convsearch.runs.collapse import Guard
 
 FINE = {"reward": 1.2, "format_rate": 1.0, "response_tokens": 40.0, "kl": 0.05, "non_latin_share": 0.0, "skipped": 0.0}
 

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("convsearch", "data_preprocess", "eval", "retriever_server")
 SHARED_FOUR = ("convsearch.types", "convsearch.prompts", "convsearch.files", "convsearch.cli")
-SERVER_SIDE = ("retriever_server.server", "retriever_server.app", "retriever_server.__main__")
+SERVER_SIDE = ("retriever_server.server", "retriever_server.serving.app", "retriever_server.__main__")
 HEAVY = ("torch", "transformers", "accelerate", "pandas", "scipy", "numba", "fastapi", "uvicorn", "pyarrow", "httpx", "matplotlib")
 
 
@@ -46,7 +46,7 @@ def allowed(importer: str, module: str) -> bool:
         return False
     if module in SHARED_FOUR:
         return True
-    return importer == "eval" and (module == "convsearch.retriever" or (target == "retriever_server" and module not in SERVER_SIDE))
+    return importer == "eval" and (module == "convsearch.retriever.client" or (target == "retriever_server" and module not in SERVER_SIDE))
 
 
 def breaches(root: Path) -> list[str]:
@@ -66,16 +66,16 @@ def test_every_import_keeps_the_rule() -> None:
 
 
 PLANTED = [
-    ("convsearch", "from retriever_server.bm25 import Bm25Index", "retriever_server.bm25"),
+    ("convsearch", "from retriever_server.bm25.index import Bm25Index", "retriever_server.bm25.index"),
     ("convsearch", "def f():\n    import eval.metrics", "eval.metrics"),
     ("convsearch", "import importlib\nimportlib.import_module('data_preprocess.demo')", "data_preprocess.demo"),
     ("convsearch", "from ..eval import metrics", "eval.metrics"),
     ("data_preprocess", "from convsearch import grpo", "convsearch.grpo"),
-    ("data_preprocess", "from convsearch.sampler import HfSampler", "convsearch.sampler"),
+    ("data_preprocess", "from convsearch.sampling.hf import HfSampler", "convsearch.sampling.hf"),
     ("data_preprocess", "from retriever_server import index", "retriever_server.index"),
     ("retriever_server", "import convsearch.parsing as parsing", "convsearch.parsing"),
     ("retriever_server", "from eval.runs import read_run", "eval.runs"),
-    ("eval", "from convsearch.model import load", "convsearch.model"),
+    ("eval", "from convsearch.model.loading import load", "convsearch.model.loading"),
     ("eval", "from retriever_server.server import main", "retriever_server.server"),
     ("eval", "from data_preprocess import writers", "data_preprocess.writers"),
 ]
@@ -95,7 +95,10 @@ def test_an_import_that_breaks_the_rule_is_named(tmp_path: Path, package: str, c
     [
         ("retriever_server", "from convsearch.cli import run\nfrom convsearch import files, types"),
         ("data_preprocess", "from convsearch.prompts import render\nfrom . import planted"),
-        ("eval", "from convsearch.retriever import RetrieverClient\nfrom retriever_server.bm25 import Bm25Index\nimport numpy"),
+        (
+            "eval",
+            "from convsearch.retriever.client import RetrieverClient\nfrom retriever_server.bm25.index import Bm25Index\nimport numpy",
+        ),
         ("convsearch", "import torch\nfrom convsearch.types import Turn\nfrom .planted import x\nimport evaluate"),
     ],
 )

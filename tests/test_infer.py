@@ -16,7 +16,7 @@ from typing import Any
 import helpers_trainers as helpers
 import pytest
 
-from convsearch import infer
+from convsearch.generation import infer
 from convsearch.parsing import parse_rewrite, thinking
 from convsearch.types import Completion
 

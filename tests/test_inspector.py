@@ -20,7 +20,7 @@ from helpers_pages import FAINT, ROOT, SCRIPT, Reader, add_step, browser_page, r
 from convsearch.inspector import store
 from convsearch.inspector.app import FILES, create_app
 from convsearch.inspector.store import Filter, Run, compare, phrases
-from convsearch.rollouts import SCHEMA, dump, load
+from convsearch.runs.rollouts import SCHEMA, dump, load
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import pytest
 
 from convsearch.interop import RetrievalReward, compute_score, compute_scores
 from convsearch.parsing import parse_rewrite
-from convsearch.retriever import RetrieverClient, RetrieverError
-from convsearch.rewards import rank_incentive
+from convsearch.retriever.client import RetrieverClient, RetrieverError
+from convsearch.rewards.shapes import rank_incentive
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLES = Path(os.environ.get("CONVSEARCH_ORACLES", Path(sys.prefix) / "oracles"))

@@ -16,11 +16,13 @@ import helpers_trainers as helpers
 import pytest
 import torch
 
-from convsearch import checkpoint, grpo, sft
-from convsearch.checkpoint import Score
+from convsearch import grpo
 from convsearch.config import load_sft_config
-from convsearch.lifeline import Lifeline, Terminated, sweep
-from convsearch.tracking import read_metrics
+from convsearch.runs import checkpoint
+from convsearch.runs.checkpoint import Score
+from convsearch.runs.stopping import Lifeline, Terminated, sweep
+from convsearch.runs.tracking import read_metrics
+from convsearch.trainers import sft
 
 SAME = ("step", "loss", "kl", "reward", "grad_norm", "response_tokens")
 
@@ -79,7 +81,7 @@ def test_sigterm_is_noted_once_and_again_at_once_is_the_same() -> None:
 def test_a_second_sigterm_ends_the_process() -> None:
     code = """
 import os, signal, time
-from convsearch.lifeline import Terminated
+from convsearch.runs.stopping import Terminated
 Terminated.SAME_S = 0.1
 with Terminated() as terminated:
     os.kill(os.getpid(), signal.SIGTERM)

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from test_grpo import curves, trained
 from test_policy import TEMPERATURE, gradients, make, one_rank, sharded_world, toy_loss
 
-from convsearch import lora
-from convsearch.batch import Branch, Tree, pack
 from convsearch.config import load_grpo_config
-from convsearch.model import load_model
-from convsearch.policy import Policy
+from convsearch.model import lora
+from convsearch.model.batch import Branch, Tree, pack
+from convsearch.model.loading import load_model
+from convsearch.policy.policy import Policy
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'convsearch[lora]'")
 __all__ = ["one_rank"]  # a fixture

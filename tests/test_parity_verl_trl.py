@@ -14,8 +14,8 @@ from helpers_oracles import CASES, HORIZON, WEIGHT_CAP
 
 from convsearch.algorithms import clipped_loss, group_advantages, kl_penalty, token_weights
 from convsearch.algorithms.loss import grpo_loss
-from convsearch.batch import Branch, Tree, collate
 from convsearch.config import GrpoConfig, load_grpo_config
+from convsearch.model.batch import Branch, Tree, collate
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLES = Path(os.environ.get("CONVSEARCH_ORACLES", Path(sys.prefix) / "oracles"))

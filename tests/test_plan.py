@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from convsearch.model.shapes import PUBLISHED, Shape, shape_of
 from convsearch.plan import GIB, Stage, describe, grpo_memory, memory_of, module_of, read_stages, text_of
-from convsearch.shapes import PUBLISHED, Shape, shape_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts" / "paper").glob("*.sh"))

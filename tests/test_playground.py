@@ -17,10 +17,10 @@ from helpers_pages import FAINT, ROOT, SCRIPT, Reader, browser_page
 from helpers_retriever import running, until
 
 from convsearch.converse import answer
-from retriever_server.app import create_app
-from retriever_server.bm25 import Bm25Index
-from retriever_server.playground import FILES, rewriter_commands
-from retriever_server.schemas import Limits
+from retriever_server.bm25.index import Bm25Index
+from retriever_server.playground.routes import FILES, rewriter_commands
+from retriever_server.serving.app import create_app
+from retriever_server.serving.schemas import Limits
 
 PASSAGES = {
     "p1": "Hamlet is a tragedy by William Shakespeare",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from convsearch import plots, rollouts
+from convsearch.runs import plots, rollouts
 from convsearch.types import Completion, Rewrite, Rollout
 
 

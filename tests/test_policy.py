@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.functional import scaled_dot_product_attention
 
-from convsearch import distributed
-from convsearch.batch import Branch, MicroBatch, Tree, collate, pack, unshared
-from convsearch.model import encode_chat, load_model, load_tokenizer
-from convsearch.policy import SFT_KNOBS, Policy, ResponseLogprobs, memory_advice
-from convsearch.sampler import HfSampler, SamplingConfig
+from convsearch.model import distributed
+from convsearch.model.batch import Branch, MicroBatch, Tree, collate, pack, unshared
+from convsearch.model.loading import encode_chat, load_model, load_tokenizer
+from convsearch.policy.policy import SFT_KNOBS, Policy, ResponseLogprobs, memory_advice
+from convsearch.sampling.hf import HfSampler, SamplingConfig
 
 TEMPERATURE = 0.7
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from convsearch.data import read_examples
+from convsearch.trainers.data import read_examples
 from data_preprocess import bright, stackexchange
 
 INSTRUCTION = "Instructions:\n1. Identify the essential problem.\n2. Think step by step.\n3. Draft an answer.\nQuestion: "

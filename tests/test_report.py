@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eval import report_charts, report_data, report_sections
 from eval.report import main, report
 from eval.report_html import tag
-from retriever_server.highlight import marked
+from retriever_server.playground.highlight import marked
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_server import analyzer, word_break
-from retriever_server.analyzer import STOP_WORDS, TermIds, analyze, words
-from retriever_server.porter import stem
+from retriever_server.text import analyzer, word_break
+from retriever_server.text.analyzer import STOP_WORDS, TermIds, analyze, words
+from retriever_server.text.porter import stem
 
 MTRAG = Path(__file__).resolve().parents[2] / "shared" / "data" / "mtrag" / "corpus.jsonl.gz"
 

@@ -13,11 +13,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from retriever_server.app import create_app
-from retriever_server.batching import BatchSettings
-from retriever_server.bm25 import Bm25Index
-from retriever_server.schemas import Limits
+from retriever_server.bm25.index import Bm25Index
 from retriever_server.server import listen, open_indexes, parser, read_qrels, warn_of_missing
+from retriever_server.serving.app import create_app
+from retriever_server.serving.batching import BatchSettings
+from retriever_server.serving.schemas import Limits
 
 PASSAGES = {"p1": "red apple pie", "p2": "green apple", "p3": "blue sky", "p4": "sky diving from a blue plane"}
 QRELS = {"q1": ["p1"], "q2": ["p3", "p4"], "lost": ["p1", "gone"]}
@@ -238,7 +238,7 @@ def test_opening_indexes(folder: Path) -> None:
 def test_sparse_and_dense_in_one_server(folder: Path, tmp_path: Path) -> None:
     import helpers_encoders
 
-    from retriever_server import dense_build
+    from retriever_server.dense import build as dense_build
 
     helpers_encoders.build_ance(tmp_path / "model")
     settings = dense_build.Settings(max_length=16, device="cpu", progress=False)

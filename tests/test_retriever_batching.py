@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server.batching import Batcher, BatchSettings, Key, NoMeter, Overloaded
+from retriever_server.serving.batching import Batcher, BatchSettings, Key, NoMeter, Overloaded
 
 KEY = Key("rank", "x", 100)
 

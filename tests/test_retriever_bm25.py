@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server import bm25_build, bm25_ranks
 from retriever_server import index as index_command
-from retriever_server.analyzer import analyze, words
-from retriever_server.bm25 import Bm25Index
-from retriever_server.bm25_formula import LENGTHS, length_bytes
+from retriever_server.bm25 import build as bm25_build
+from retriever_server.bm25 import ranks as bm25_ranks
+from retriever_server.bm25.formula import LENGTHS, length_bytes
+from retriever_server.bm25.index import Bm25Index
 from retriever_server.searcher import open_searcher
+from retriever_server.text.analyzer import analyze, words
 
 PASSAGES = {"d1": "The cat and a dog", "d2": "cat, Cat: bird!", "d3": "", "d4": "dog's cat"}
 

@@ -12,7 +12,7 @@ import pytest
 from convsearch.files import read_jsonl
 from data_preprocess.demo import find_summaries, read_articles
 from retriever_server import lucene
-from retriever_server.bm25 import Bm25Index
+from retriever_server.bm25.index import Bm25Index
 
 MTRAG = Path(__file__).resolve().parents[2] / "shared/data/mtrag"
 absent = helpers_lucene.why_absent()

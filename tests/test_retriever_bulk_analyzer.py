@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server import bulk_analyzer
-from retriever_server.analyzer import analyze
-from retriever_server.bulk_analyzer import BulkAnalyzer
+from retriever_server.bm25 import bulk_analyzer
+from retriever_server.bm25.bulk_analyzer import BulkAnalyzer
+from retriever_server.text.analyzer import analyze
 
 pieces = st.sampled_from(
     ["the", "Dogs", "dog's", "1,000", "e-mail", "naïve", "東京", "a\u00a0b", "x\u202fy", "’s", "_", "\x1c", "\t", "\n", "  ", "é", "🏴"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retriever_server.rank_cache import FILE, RankCache, key_of
+from retriever_server.serving.rank_cache import FILE, RankCache, key_of
 
 
 def test_keys_tell_everything_apart_that_changes_a_rank() -> None:

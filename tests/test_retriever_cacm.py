@@ -12,7 +12,7 @@ import ir_measures
 import pytest
 from ir_measures import AP, P
 
-from retriever_server.bm25 import Bm25Index
+from retriever_server.bm25.index import Bm25Index
 
 CACM = Path(__file__).resolve().parents[2] / "shared/data/eval_oracles/cacm"
 pytestmark = pytest.mark.skipif(not CACM.is_dir(), reason="the CACM collection is not in ../shared/data")

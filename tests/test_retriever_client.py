@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from convsearch import retriever
 from convsearch.cli import Unavailable
-from convsearch.retriever import Hit, RetrieverClient, RetrieverError, open_retriever
+from convsearch.retriever import client as retriever
+from convsearch.retriever.client import Hit, RetrieverClient, RetrieverError, open_retriever
 
 Answer = tuple[int, dict[str, str], bytes] | None  # None: the connection is closed without an answer
 Script = Callable[[str, Any], Answer]

@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server import dense_build, import_blocks
-from retriever_server.dense import DenseIndex, DenseShards
-from retriever_server.dense_codes import Codes
-from retriever_server.dense_device import Device
-from retriever_server.dense_flat import Flat, Scanner, bytes_multiply_exactly, count_beating
+from retriever_server.dense import build as dense_build
+from retriever_server.dense import import_blocks
+from retriever_server.dense.codes import Codes
+from retriever_server.dense.device import Device
+from retriever_server.dense.flat import Flat, Scanner, bytes_multiply_exactly, count_beating
+from retriever_server.dense.index import DenseIndex, DenseShards
 
 ROOT = Path(__file__).resolve().parents[1]
 COARSE = ["int8", "float32", "half"]
@@ -364,8 +365,8 @@ def test_parts_in_ray_actors_agree_and_outlive_a_kill(tmp_path: Path) -> None:
         return
     import ray
 
-    from retriever_server.dense_build import Manifest
-    from retriever_server.dense_ray import spread
+    from retriever_server.dense.build import Manifest
+    from retriever_server.dense.ray_parts import spread
 
     rng = np.random.default_rng(3)
     vectors, queries = rng.integers(-1, 2, (60, 6)).astype(np.float32), rng.integers(-2, 3, (25, 6)).astype(np.float32)

@@ -12,8 +12,8 @@ from helpers_retriever import Lengths, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server.app import create_app
-from retriever_server.schemas import RankResponse, Refusal, RetrieveResponse, SearchResponse
+from retriever_server.serving.app import create_app
+from retriever_server.serving.schemas import RankResponse, Refusal, RetrieveResponse, SearchResponse
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retriever_server import import_blocks
 from retriever_server import index as index_command
-from retriever_server.dense import DenseIndex
+from retriever_server.dense import import_blocks
+from retriever_server.dense.index import DenseIndex
 
 
 class Malicious:

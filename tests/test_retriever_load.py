@@ -10,13 +10,13 @@ import httpx
 import pytest
 from helpers_retriever import Lengths, body, running, until
 
-from convsearch import retriever
-from convsearch.retriever import RetrieverClient
-from retriever_server.app import create_app
-from retriever_server.batching import BatchSettings
-from retriever_server.rank_cache import RankCache
-from retriever_server.schemas import Limits
-from retriever_server.telemetry import JsonLines, TextLines
+from convsearch.retriever import client as retriever
+from convsearch.retriever.client import RetrieverClient
+from retriever_server.serving.app import create_app
+from retriever_server.serving.batching import BatchSettings
+from retriever_server.serving.rank_cache import RankCache
+from retriever_server.serving.schemas import Limits
+from retriever_server.serving.telemetry import JsonLines, TextLines
 
 
 def raw_post(client: httpx.Client, path: str, content: Any) -> socket.socket:

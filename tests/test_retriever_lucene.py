@@ -19,8 +19,8 @@ import helpers_lucene
 import pytest
 
 from retriever_server import lucene
-from retriever_server.analyzer import analyze
 from retriever_server.lucene import LuceneIndex
+from retriever_server.text.analyzer import analyze
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSAGES = [

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from convsearch.retriever import EmbeddedRetriever, RetrieverError, open_retriever
-from retriever_server.bm25 import Bm25Index
+from convsearch.retriever.client import EmbeddedRetriever, RetrieverError, open_retriever
+from retriever_server.bm25.index import Bm25Index
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSAGES = {f"p{number}": f"word{number % 7} word{number % 5} word{number % 3}" for number in range(60)}
@@ -94,7 +94,7 @@ def test_an_index_that_cannot_be_opened_is_the_servers_own_sentence(tmp_path: Pa
 
 def test_the_server_goes_with_its_parent(folder: Path) -> None:
     parent = (
-        "import sys, time; from convsearch.retriever import open_retriever; "
+        "import sys, time; from convsearch.retriever.client import open_retriever; "
         f"client = open_retriever('embedded:{folder}'); print(client.pid, client.url, flush=True); time.sleep(60)"
     )
     with started("-c", parent) as (process, line):
@@ -109,8 +109,8 @@ def test_sigterm_drains(folder: Path, tmp_path: Path) -> None:
     # a searcher that answers once a file is there, behind the real serve()
     script = f"""
 import os, time
-from retriever_server.app import create_app
-from retriever_server.bm25 import Bm25Index
+from retriever_server.serving.app import create_app
+from retriever_server.bm25.index import Bm25Index
 from retriever_server.server import serve
 class Slow(Bm25Index):
     def gold_ranks(self, *arguments):
@@ -146,8 +146,8 @@ def test_a_search_that_hangs_does_not_keep_the_server_alive(folder: Path) -> Non
     script = f"""
 import threading
 from retriever_server import server
-from retriever_server.app import create_app
-from retriever_server.bm25 import Bm25Index
+from retriever_server.serving.app import create_app
+from retriever_server.bm25.index import Bm25Index
 class Hanging(Bm25Index):
     def gold_ranks(self, *arguments):
         print("begun", flush=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsearch.rewards import (
+from convsearch.rewards.shapes import (
     DEPTH,
     SHAPES,
     curriculum,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from convsearch import rollouts
+from convsearch.runs import rollouts
 from convsearch.types import Completion, Rewrite, Rollout
 
 token_ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5).map(tuple)

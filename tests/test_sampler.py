@@ -16,12 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsearch import sampler as module
-from convsearch.attention import DecodeContext
-from convsearch.generation import Rewriter
-from convsearch.model import encode_chat, load_model, load_tokenizer, stop_token_ids
+from convsearch.generation.rewriter import Rewriter
+from convsearch.model.attention import DecodeContext
+from convsearch.model.loading import encode_chat, load_model, load_tokenizer, stop_token_ids
 from convsearch.parsing import parse_rewrite
-from convsearch.sampler import HfSampler, SamplingConfig, Scaffold, Tensors, _inverse_cdf
+from convsearch.sampling import hf as module
+from convsearch.sampling.hf import HfSampler, SamplingConfig, Scaffold, Tensors, _inverse_cdf
 from convsearch.types import Completion, Conversation
 
 CHATS = ("Q: where is rome? Q: its food?", "oslo", "Q: where is lima?\nQ: its rivers? and its history? and its food?", "tokyo tokyo tokyo")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsearch.schedule import lr_at
+from convsearch.trainers.schedule import lr_at
 
 near = pytest.approx
 

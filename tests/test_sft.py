@@ -21,10 +21,10 @@ import helpers_trainers as helpers
 import pytest
 import torch
 
-from convsearch import sft
 from convsearch.config import load_sft_config
-from convsearch.data import batch_indices
-from convsearch.tracking import read_metrics
+from convsearch.runs.tracking import read_metrics
+from convsearch.trainers import sft
+from convsearch.trainers.data import batch_indices
 
 PAIRS = [
     (f"q{number}", helpers.question(town, aspect), helpers.answer(town, aspect) + " yes" * (number % 4))
@@ -173,7 +173,7 @@ def test_the_export_loads_in_transformers_with_the_trained_weights(
 
 @pytest.mark.parametrize(("side", "kept"), [("right", slice(None, 40)), ("left", slice(-40, None))])
 def test_long_rows_are_cut_at_the_named_end(side: str, kept: slice, tiny_llama: Path, tmp_path: Path) -> None:
-    from convsearch.model import encode_chat, load_tokenizer
+    from convsearch.model.loading import encode_chat, load_tokenizer
 
     long = ("q", "where is rome? " * 4, helpers.answer("rome", "food") * 2)
     file = helpers.write_parquet(tmp_path / "long.parquet", helpers.sft_rows([long]))

@@ -14,12 +14,12 @@ import pytest
 from helpers_retriever import Lengths, running
 
 from convsearch.config.grpo import RewardConfig
-from convsearch.retriever import RetrieverClient
-from convsearch.rewarder import score
-from convsearch.rewards import rank_incentive, reward
+from convsearch.retriever.client import RetrieverClient
+from convsearch.rewards.scoring import score
+from convsearch.rewards.shapes import rank_incentive, reward
 from convsearch.types import Completion, Example, Rewrite
-from retriever_server.app import create_app
-from retriever_server.bm25 import Bm25Index
+from retriever_server.bm25.index import Bm25Index
+from retriever_server.serving.app import create_app
 from retriever_server.similarity import Item, Similarity, unit
 
 # vectors of two numbers, none of length 1: the directions are 0, 90, 45 and 36.87 degrees (3-4-5)
@@ -174,10 +174,10 @@ def test_equal_to_a_loop_over_sentence_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_grpo_trains_on_the_similarity_and_replays_it(form_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from convsearch import rollouts
     from convsearch.config import load_grpo_config
-    from convsearch.grpo_loop import train
-    from convsearch.tracking import read_metrics
+    from convsearch.runs import rollouts
+    from convsearch.runs.tracking import read_metrics
+    from convsearch.trainers.grpo import train
 
     monkeypatch.setattr(helpers_encoders, "WORDS", [*helpers_encoders.WORDS, *helpers_trainers.TOWNS, *helpers_trainers.ASPECTS])
     (tmp_path / "encoder").mkdir()

@@ -3,8 +3,8 @@
 import pytest
 
 from convsearch.config import load_grpo_config
-from convsearch.shapes import PUBLISHED, Shape
-from convsearch.throughput import Meter, meter_of, peak_of
+from convsearch.model.shapes import PUBLISHED, Shape
+from convsearch.runs.throughput import Meter, meter_of, peak_of
 
 SMALL = Shape(hidden=4, layers=2, heads=2, kv_heads=1, head_size=2, inner=8, vocabulary=10, tied=True)  # 152 parameters a layer
 LENGTHS = [(3, 2), (3, 1), (5, 1), (5, 4)]  # two groups of two

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from convsearch import rollouts
-from convsearch.tracking import Tracker, markdown, read_metrics
+from convsearch.runs import rollouts
+from convsearch.runs.tracking import Tracker, markdown, read_metrics
 from convsearch.types import Completion, Rewrite, Rollout
 
 ROWS = [{"query": "q1", "rewrite": "a | b\nc <b>", "reward": 1.5}, {"query": "q2", "rewrite": "d", "reward": -0.1}]

@@ -9,11 +9,11 @@ from convsearch.algorithms.clip import clipped_loss
 from convsearch.algorithms.gspo import gspo_loss
 from convsearch.algorithms.importance import importance_weights
 from convsearch.algorithms.kl import kl_penalty
-from convsearch.batch import MicroBatch
 from convsearch.config import GrpoConfig
+from convsearch.model.batch import MicroBatch
 
 if TYPE_CHECKING:
-    from convsearch.policy import Loss
+    from convsearch.policy.policy import Loss
 
 
 def grpo_loss(cfg: GrpoConfig) -> "Loss":

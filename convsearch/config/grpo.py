@@ -9,8 +9,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from convsearch.config.alive import GuardConfig
 from convsearch.config.base import Betas, CountOrMinusOne, Dtype, Section, Text, Texts, TrainerSection, require_fit, require_multiple
+from convsearch.config.guard import GuardConfig
 
 EMBEDDED = "embedded:"
 SEED_REWARD_FILE = "reward_score/rewrite_r1.py"

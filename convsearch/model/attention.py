@@ -1,0 +1,229 @@
+"""One attention function for the three shapes of work that the trainers have, registered with transformers under the name ``tree``.
+
+* a tree of samples behind one prompt (training): ``TreeContext`` with a mask; ``PackedContext`` for rows of several trees;
+* reading the prompts (the sampler's prefill): ``TreeContext`` too, and the keys and values are kept;
+* decoding one token a sample: ``DecodeContext``. The keys of a prompt are read once for all its samples and all query heads that share them.
+
+Grouped-query heads are never repeated in memory: the g query heads of a key head stand in the query's length axis.
+Shapes: ``_H`` key-value heads, ``_g`` query heads a key-value head, ``_D`` head size, ``_S`` decoded tokens so far.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from convsearch.model.batch import STRIDE, MicroBatch, related
+
+NAME = "tree"
+Kernel = Literal["auto", "sdpa", "flex", "flash"]
+
+
+@dataclass(slots=True)
+class TreeContext:
+    """A forward pass under an explicit mask [B or 1, 1, T, L + T].
+
+    With ``keep``, the keys and values of each layer [B, H, L + T, D] are collected. ``prefix`` holds those of L tokens that all rows
+    begin with, read before by a pass of their own (its ``keys`` and ``values``, [1, H, L, D] a layer).
+    """
+
+    mask: Tensor
+    keep: bool = False
+    prefix: "TreeContext | None" = None
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the prefix in front, and keeps what is to be kept."""
+        if self.prefix is not None:
+            rows = key.shape[0]
+            key = torch.cat((self.prefix.keys[layer].expand(rows, -1, -1, -1), key), dim=2)
+            value = torch.cat((self.prefix.values[layer].expand(rows, -1, -1, -1), value), dim=2)
+        if self.keep:
+            self.keys.append(key)
+            self.values.append(value)
+        return key, value
+
+
+@dataclass(slots=True)
+class PackedContext:
+    """A forward pass over rows of several trees that do not see each other.
+
+    One of three: SDPA a tree at a time under its own small mask; FlexAttention, whose block mask skips what is not seen (GPU); flash-attn's kernel for
+    sequences of different lengths, where every tree is a plain sequence (GPU, half precision).
+    """
+
+    segments: list[tuple[int, int, int, Tensor]]  # row, start, end, mask [1, 1, length, length]
+    block_mask: Any = None
+    cu_seqlens: Tensor | None = None  # [trees + 1] int32: where each tree begins in the flattened rows
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [B, H*g, T, D], key and value [B, H, T, D] -> [B, H*g, T, D]; zeros in the padding (undefined there with FlexAttention)."""
+        grouped = query.shape[1] != key.shape[1]
+        if (self.cu_seqlens is not None or self.block_mask is not None) and torch.is_autocast_enabled(query.device.type):
+            # Autocast knows SDPA alone: rotary embeddings leave queries and keys in float32.
+            query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
+        if self.cu_seqlens is not None:
+            return self._flash(query, key, value, scaling)
+        if self.block_mask is not None:
+            flexed: Tensor = flex()(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=grouped)
+            return flexed
+        parts: list[Tensor] = []
+        rows: list[list[Tensor]] = [[] for _ in range(len(query))]
+        for row, start, end, mask in self.segments:
+            q, k, v = (tensor[row : row + 1, :, start:end] for tensor in (query, key, value))
+            rows[row].append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped))
+        for pieces in rows:
+            whole = torch.cat(pieces, dim=2)
+            parts.append(pad(whole, (0, 0, 0, query.shape[2] - whole.shape[2])))
+        return torch.cat(parts)
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+        assert self.cu_seqlens is not None
+        # Padding stands between rows: only the trees' own positions are handed over.
+        kept = [(row, slice(start, end)) for row, start, end, _ in self.segments]
+        flat = [torch.cat([tensor[row, :, span] for row, span in kept], dim=1).transpose(0, 1) for tensor in (query, key, value)]
+        longest = max(span.stop - span.start for _, span in kept)
+        seqlens = (self.cu_seqlens, self.cu_seqlens, longest, longest)
+        found = flash_attn_varlen_func(*flat, *seqlens, softmax_scale=scaling, causal=True).transpose(0, 1)
+        out, begin = torch.zeros_like(query), 0
+        for row, span in kept:
+            out[row, :, span] = found[:, begin : begin + span.stop - span.start]
+            begin += span.stop - span.start
+        return out
+
+
+@lru_cache(maxsize=1)
+def flex() -> Any:
+    """FlexAttention, compiled on a GPU: only then does it skip blocks. On a CPU as it is, for tests (it has no backward pass there)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
+
+
+@lru_cache(maxsize=1)
+def block_masks() -> Any:
+    """FlexAttention's maker of block masks, compiled on a GPU: as it is it would hold a number for every pair of positions."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=True) if torch.cuda.is_available() else create_block_mask
+
+
+def packed_context(micro: MicroBatch, kernel: Kernel = "auto", half: bool = False) -> PackedContext:
+    """The context of a micro-batch whose rows may hold several trees, on the device of its tensors.
+
+    ``auto``: SDPA on a CPU; on a GPU flash-attn where it is installed, every tree has one branch and the arithmetic is of ``half`` precision, else
+    FlexAttention.
+    """
+    branch_BT = micro.branch_BT
+    if kernel == "auto":
+        kernel = "sdpa"
+        if branch_BT.is_cuda:
+            sequences = bool((branch_BT % STRIDE <= 1).logical_or(branch_BT < 0).all())
+            kernel = "flash" if half and sequences and find_spec("flash_attn") else "flex"
+    if kernel == "flex":
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) & related(branch_BT[b, q], branch_BT[b, k])
+
+        rows, length = branch_BT.shape
+        return PackedContext([], block_masks()(visible, rows, None, length, length, device=branch_BT.device))
+    spans = micro.segments
+    if kernel == "flash":
+        lengths = torch.tensor([0, *(end - start for _, start, end in spans)], device=branch_BT.device)
+        empty = torch.empty(0, device=branch_BT.device)
+        return PackedContext([(*span, empty) for span in spans], cu_seqlens=lengths.cumsum(0).to(torch.int32))
+    segments = []
+    for row, start, end in spans:
+        branch_T = branch_BT[row, start:end]
+        mask_TT = related(branch_T[:, None], branch_T[None]).tril()
+        segments.append((row, start, end, mask_TT[None, None]))
+    return PackedContext(segments)
+
+
+@dataclass(slots=True)
+class DecodeContext:
+    """The state of N = P x G samples that are being decoded behind P prompts, a list entry a layer."""
+
+    prompt_keys: list[Tensor]  # [P, H, Tp, D]
+    prompt_values: list[Tensor]
+    prompt_mask_P11T: Tensor  # [P, 1, 1, Tp] float: 0 where there is a token, -inf in the padding
+    sample_keys: list[Tensor]  # [N, H, capacity, D]
+    sample_values: list[Tensor]
+    length: int = 0  # tokens decoded so far; the position that is written next
+
+    def make_room(self) -> None:
+        """Doubles the capacity where it is used up, so that a high limit costs no memory before samples are that long."""
+        capacity = self.sample_keys[0].shape[2]
+        if self.length < capacity:
+            return
+        for layer in range(len(self.sample_keys)):
+            self.sample_keys[layer] = pad(self.sample_keys[layer], (0, 0, 0, capacity))
+            self.sample_values[layer] = pad(self.sample_values[layer], (0, 0, 0, capacity))
+
+    def select_prompts(self, kept_P: Tensor, group_size: int) -> None:
+        """Drops the prompts (and their samples) that are not in ``kept_P`` [P'] (indices)."""
+        kept_N = (kept_P[:, None] * group_size + torch.arange(group_size, device=kept_P.device)).flatten()
+        self.prompt_mask_P11T = self.prompt_mask_P11T[kept_P]
+        for layer in range(len(self.prompt_keys)):
+            self.prompt_keys[layer] = self.prompt_keys[layer][kept_P]
+            self.prompt_values[layer] = self.prompt_values[layer][kept_P]
+            self.sample_keys[layer] = self.sample_keys[layer][kept_N]
+            self.sample_values[layer] = self.sample_values[layer][kept_N]
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    context: TreeContext | PackedContext | DecodeContext | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, H*g, T, D], key and value [B, H, T, D] -> [B, T, H*g, D]."""
+    assert context is not None, "the 'tree' attention needs a context; call the model through Policy or HfSampler"
+    if isinstance(context, PackedContext):
+        return context.attend(query, key, value, scaling).transpose(1, 2), None
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if isinstance(context, TreeContext):
+        key, value = context.extend(layer, key, value)
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(query, key, value, attn_mask=context.mask, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2), None
+    return _decode(context, layer, query, key, value, scaling), None
+
+
+def _decode(context: DecodeContext, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    samples, heads, _, size = key.shape
+    keys, values, now = context.sample_keys[layer], context.sample_values[layer], context.length
+    keys[:, :, now] = key[:, :, 0]
+    values[:, :, now] = value[:, :, 0]
+    prompt_keys, prompt_values = context.prompt_keys[layer], context.prompt_values[layer]
+    prompts, prompt_length = prompt_keys.shape[0], prompt_keys.shape[2]
+    group, grouped = samples // prompts, query.shape[1] // heads
+
+    query_NHgD = query.view(samples, heads, grouped, size) * scaling
+    query_PHKD = query_NHgD.view(prompts, group, heads, grouped, size).transpose(1, 2).reshape(prompts, heads, group * grouped, size)
+    to_prompt = query_PHKD @ prompt_keys.transpose(-1, -2) + context.prompt_mask_P11T
+    to_prompt = to_prompt.view(prompts, heads, group, grouped, prompt_length).transpose(1, 2)
+    to_prompt = to_prompt.reshape(samples, heads, grouped, prompt_length)
+    to_sample = query_NHgD @ keys[:, :, : now + 1].transpose(-1, -2)
+    weights = torch.cat((to_prompt, to_sample), dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    on_prompt, on_sample = weights[..., :prompt_length], weights[..., prompt_length:]
+    on_prompt = on_prompt.view(prompts, group, heads, grouped, prompt_length).transpose(1, 2)
+    from_prompt = on_prompt.reshape(prompts, heads, group * grouped, prompt_length) @ prompt_values
+    from_prompt = from_prompt.view(prompts, heads, group, grouped, size).transpose(1, 2).reshape(samples, heads, grouped, size)
+    out: Tensor = from_prompt + on_sample @ values[:, :, : now + 1]
+    return out.reshape(samples, 1, heads * grouped, size)
+
+
+AttentionInterface.register(NAME, tree_attention)
