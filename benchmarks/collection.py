@@ -22,11 +22,15 @@ QUERY_TERMS = 50
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m benchmarks.collection", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.collection",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     top.add_argument("--passages", type=int, default=100_000, help="how many")
     top.add_argument("--queries", type=int, default=1000, help="how many")
-    top.add_argument("--source", type=Path, help="collection.jsonl whose sentences are used; the embedded summaries by default")
+    top.add_argument(
+        "--source", type=Path, help="collection.jsonl whose sentences are used; the embedded summaries by default"
+    )
     top.add_argument("--output", type=Path, required=True, help="folder")
     top.add_argument("--seed", type=int, default=1)
     return top
@@ -40,7 +44,9 @@ def sentences(source: Path | None) -> list[str]:
         texts: Iterator[str] = (article.contents for article in read_articles(find_summaries()).values())
     else:
         texts = (record["contents"] for _, record in read_jsonl(source))
-    found = dict.fromkeys(sentence for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text) if 4 <= sentence.count(" ") <= 60)
+    found = dict.fromkeys(
+        sentence for text in texts for sentence in re.split(r"(?<=[.!?])\s+", text) if 4 <= sentence.count(" ") <= 60
+    )
     return list(found)
 
 

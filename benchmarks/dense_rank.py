@@ -28,7 +28,11 @@ def generate(passages: int, queries: int, dim: int, seed: int) -> tuple[Any, Any
     vectors = np.empty((passages, dim), np.float32)
     for start in range(0, passages, 10_000):
         block = vectors[start : start + 10_000]
-        block[:] = rng.standard_normal(block.shape, np.float32) * 0.5 + centres[rng.integers(len(centres), size=len(block))] + common
+        block[:] = (
+            rng.standard_normal(block.shape, np.float32) * 0.5
+            + centres[rng.integers(len(centres), size=len(block))]
+            + common
+        )
     golds = rng.integers(passages, size=queries)
     noise = rng.uniform(0.2, 2.5, (queries, 1)).astype(np.float32)
     return vectors, vectors[golds] + rng.standard_normal((queries, dim), np.float32) * noise, golds
@@ -84,7 +88,9 @@ def on_cpu(args: argparse.Namespace) -> str:
         index.add(vectors)
 
         def search(blas_from: int) -> Any:
-            faiss.cvar.distance_compute_blas_threshold = blas_from  # queries from which on faiss leaves the products to its BLAS
+            faiss.cvar.distance_compute_blas_threshold = (
+                blas_from  # queries from which on faiss leaves the products to its BLAS
+            )
             return index.search(queries, min(DEPTH, args.passages))
 
         calls[f"{theirs}, BLAS"] = lambda: search(1)

@@ -25,15 +25,30 @@ Contestant = Callable[[Sequence[str]], object]
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m benchmarks.gold_rank", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.gold_rank",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     top.add_argument("--passages", type=int, default=100_000, help="collection size")
     top.add_argument("--queries", type=int, default=200, help="queries a round")
     top.add_argument("--rounds", type=int, default=3, help="rounds, each contestant once a round")
-    top.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every contestant but rank_bm25")
-    top.add_argument("--source", type=Path, help="collection.jsonl whose sentences make the passages; the embedded summaries by default")
-    top.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where collections and indexes are kept for the next run")
-    top.add_argument("--peers", nargs="*", default=["lucene", "bm25s", "bm25s_numba", "rank_bm25"], help="whom to run against")
+    top.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every contestant but rank_bm25"
+    )
+    top.add_argument(
+        "--source",
+        type=Path,
+        help="collection.jsonl whose sentences make the passages; the embedded summaries by default",
+    )
+    top.add_argument(
+        "--work",
+        type=Path,
+        default=Path("data/benchmarks"),
+        help="where collections and indexes are kept for the next run",
+    )
+    top.add_argument(
+        "--peers", nargs="*", default=["lucene", "bm25s", "bm25s_numba", "rank_bm25"], help="whom to run against"
+    )
     return top
 
 
@@ -112,8 +127,12 @@ def rank_bm25(folder: Path, threads: int) -> tuple[str, Contestant]:
     from convsearch.files import read_jsonl
     from retriever_server.text.analyzer import analyze
 
-    model = BM25Okapi([analyze(record["contents"]) for _, record in read_jsonl(folder / "collection.jsonl")], k1=0.9, b=0.4)
-    return f"rank_bm25-{version('rank_bm25')}", lambda queries: [np.argsort(model.get_scores(analyze(query))) for query in queries[:2]]
+    model = BM25Okapi(
+        [analyze(record["contents"]) for _, record in read_jsonl(folder / "collection.jsonl")], k1=0.9, b=0.4
+    )
+    return f"rank_bm25-{version('rank_bm25')}", lambda queries: [
+        np.argsort(model.get_scores(analyze(query))) for query in queries[:2]
+    ]
 
 
 def compare(args: argparse.Namespace) -> str:
@@ -126,7 +145,9 @@ def compare(args: argparse.Namespace) -> str:
     rows = [json.loads(line) for line in (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines()]
     queries, golds = [row["query"] for row in rows], [row["gold_docids"] for row in rows]
     ours = Ours(folder, args.threads, golds)
-    print(f"{args.passages} passages, {len(queries)} queries, {args.threads} threads; our index built or found in {ours.build_s:.1f} s")
+    print(
+        f"{args.passages} passages, {len(queries)} queries, {args.threads} threads; our index built or found in {ours.build_s:.1f} s"
+    )
     contestants: dict[str, Contestant] = {"gold_ranks": ours}
     reason = "not asked for"
     for peer in (lucene, bm25s, bm25s_numba, rank_bm25):
@@ -145,12 +166,16 @@ def compare(args: argparse.Namespace) -> str:
     ranks = answers["gold_ranks"]
     reference = ranks_in(answers["lucene"], golds) if "lucene" in answers else ours.exhaustive(queries)
     equal = sum(a == b for a, b in zip(ranks, reference, strict=True))
-    print(f"gold within the first {DEPTH}: {sum(rank is not None for rank in ranks)} of {len(ranks)}, first: {ranks.count(1)}")
+    print(
+        f"gold within the first {DEPTH}: {sum(rank is not None for rank in ranks)} of {len(ranks)}, first: {ranks.count(1)}"
+    )
     ratio = f"{statistics.median(seconds['lucene']) / ours_s:.1f}" if "lucene" in seconds else f"nan (lucene: {reason})"
     return f"ratio={ratio} equal={equal}/{len(ranks)} peers={','.join(list(contestants)[1:]) or 'none'}"
 
 
-def rounds(contestants: dict[str, Contestant], queries: Sequence[str], count: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+def rounds(
+    contestants: dict[str, Contestant], queries: Sequence[str], count: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Seconds a query of each round, after one that warms up; and each contestant's answers."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     answers: dict[str, Any] = {}

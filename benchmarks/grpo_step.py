@@ -44,23 +44,35 @@ class Work:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m benchmarks.grpo_step", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.grpo_step",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     top.add_argument(
-        "--size", choices=["tiny", "smollm2"], default="smollm2", help="tiny: a random model of two layers, 24 tokens a sample"
+        "--size",
+        choices=["tiny", "smollm2"],
+        default="smollm2",
+        help="tiny: a random model of two layers, 24 tokens a sample",
     )
     top.add_argument(
-        "--model", type=Path, default=ROOT / "data" / "models" / "smollm2-135m", help="folder of SmolLM2; made where it is absent"
+        "--model",
+        type=Path,
+        default=ROOT / "data" / "models" / "smollm2-135m",
+        help="folder of SmolLM2; made where it is absent",
     )
     top.add_argument("--prompts", type=int, default=4, help="prompts a step")
     top.add_argument("--samples", type=int, default=4, help="samples a prompt")
     top.add_argument("--rounds", type=int, default=2, help="processes of each contestant, in turns")
     top.add_argument("--steps", type=int, default=1, help="measured steps a process, after one that warms up")
     top.add_argument("--threads", type=int, default=2, help="threads of every contestant")
-    top.add_argument("--trl_micro_batch", type=int, default=4, help="sequences of TRL's forward-backward passes (less: less memory)")
+    top.add_argument(
+        "--trl_micro_batch", type=int, default=4, help="sequences of TRL's forward-backward passes (less: less memory)"
+    )
     top.add_argument("--contestants", nargs="*", choices=CONTESTANTS, default=list(CONTESTANTS), help="who runs")
     top.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="folder for the work's description")
-    top.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)  # the child process: one contestant, answers in JSON
+    top.add_argument(
+        "--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS
+    )  # the child process: one contestant, answers in JSON
     top.add_argument("--task", type=Path, help=argparse.SUPPRESS)
     return top
 
@@ -81,7 +93,10 @@ def conversations(count: int) -> list[Any]:
         found = [
             Conversation(
                 f"{row['Conversation_no']}_{row['Turn_no']}",
-                tuple(Turn(question, answer) for question, answer in zip(row["Context"][::2], row["Context"][1::2], strict=True)),
+                tuple(
+                    Turn(question, answer)
+                    for question, answer in zip(row["Context"][::2], row["Context"][1::2], strict=True)
+                ),
                 row["Question"],
                 (),
             )
@@ -108,7 +123,15 @@ def make_work(args: argparse.Namespace) -> Work:
         if done.returncode:
             raise ValueError(f"{model} is no model folder and data_preprocess.demo_model could not make it")
     prompts = [render(conversation, "paper", 3)[0]["content"] for conversation in conversations(args.prompts)]
-    return Work(str(model), prompts, args.samples, tokens, threads=args.threads, steps=args.steps, trl_micro_batch=args.trl_micro_batch)
+    return Work(
+        str(model),
+        prompts,
+        args.samples,
+        tokens,
+        threads=args.threads,
+        steps=args.steps,
+        trl_micro_batch=args.trl_micro_batch,
+    )
 
 
 def tiny_model(folder: Path, source: Path) -> None:
@@ -121,9 +144,20 @@ def tiny_model(folder: Path, source: Path) -> None:
     tokenizer = _tokenizer(source)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
-    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ids = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape, **ids)).save_pretrained(folder)
+    shape: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    ids = {
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+    }
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape, **ids)).save_pretrained(
+        folder
+    )
 
 
 def _tokenizer(source: Path) -> Any:
@@ -133,12 +167,12 @@ def _tokenizer(source: Path) -> Any:
     if (source / "tokenizer.json").is_file():
         return AutoTokenizer.from_pretrained(source)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate([*letters, "<|im_start|>", "<|im_end|>"])}, merges=[]))
+    bpe = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate([*letters, "<|im_start|>", "<|im_end|>"])}, merges=[])
+    )
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    )
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     return tokenizer
 
 
@@ -178,7 +212,8 @@ def run_ours(work: Work, share: bool, folder: Path) -> dict[str, Any]:
         "actor_rollout_ref.model.path": work.model,
         "actor_rollout_ref.actor.ppo_mini_batch_size": count,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": work.samples,
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 512 + work.tokens,  # a tree at a time: larger passes only cost memory on a CPU
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 512
+        + work.tokens,  # a tree at a time: larger passes only cost memory on a CPU
         "actor_rollout_ref.actor.kl_loss_coef": work.beta,
         "actor_rollout_ref.actor.share_prompts": str(share).lower(),
         "actor_rollout_ref.rollout.n": work.samples,
@@ -189,10 +224,14 @@ def run_ours(work: Work, share: bool, folder: Path) -> dict[str, Any]:
     }
     cfg = load_grpo_config([f"{key}={value}" for key, value in overrides.items()])
     tokenizer = load_tokenizer(work.model)
-    examples = [Example(f"q{i}", ({"role": "user", "content": text},), text, ("d",)) for i, text in enumerate(work.prompts)]
+    examples = [
+        Example(f"q{i}", ({"role": "user", "content": text},), text, ("d",)) for i, text in enumerate(work.prompts)
+    ]
     ids = {example.qid: encode_chat(tokenizer, example.messages) for example in examples}
     _, policy, reference = build_policy(cfg, folder, torch.device("cpu"))
-    sampler = HfSampler(policy.causal_lm, tokenizer, SamplingConfig(work.temperature, max_tokens=work.tokens), ())  # no token ends a sample
+    sampler = HfSampler(
+        policy.causal_lm, tokenizer, SamplingConfig(work.temperature, max_tokens=work.tokens), ()
+    )  # no token ends a sample
     trainer = Trainer(cfg, folder, ids, sampler, LengthJudge(), policy, reference, 100)
     steps = [grpo_step(trainer, step, examples) for step in range(work.steps + 1)]
     assert all(step["response_tokens"] == work.tokens for step in steps)
@@ -257,7 +296,9 @@ def run_trl(work: Work, folder: Path) -> dict[str, Any]:
         shuffle_dataset=False,
     )
     rows = [{"prompt": [{"role": "user", "content": text}]} for text in work.prompts]
-    trainer = Timed(work.model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
+    trainer = Timed(
+        work.model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()]
+    )
     trainer.train()
     steps = [
         {
@@ -287,7 +328,12 @@ def run_contestant(name: str, work: Work) -> dict[str, Any]:
 
 def ask(name: str, task: Path, threads: int) -> dict[str, Any]:
     """Runs one contestant in a process of its own. Raises ValueError with the end of what it printed where it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     path = [str(ORACLES), str(ROOT)] if name == "trl" else [str(ROOT)]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     command = [sys.executable, "-m", "benchmarks.grpo_step", "--contestant", name, "--task", str(task)]
@@ -308,7 +354,9 @@ def compare(args: argparse.Namespace) -> str:
     task = args.work / f"grpo_step_{args.size}.json"
     task.write_text(json.dumps(asdict(work)), encoding="utf-8")
     sequences = len(work.prompts) * work.samples
-    print(f"{Path(work.model).name}: {len(work.prompts)} prompts x {work.samples} samples of {work.tokens} tokens, {work.threads} threads")
+    print(
+        f"{Path(work.model).name}: {len(work.prompts)} prompts x {work.samples} samples of {work.tokens} tokens, {work.threads} threads"
+    )
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in args.contestants}
     for number in range(args.rounds):
         for name in args.contestants:
@@ -316,7 +364,9 @@ def compare(args: argparse.Namespace) -> str:
             latest = answers[name][-1]
             seconds = ", ".join(f"{step['step_s']:.2f}" for step in latest["steps"])
             print(f"round {number + 1}: {name}: {seconds} s a step, {latest['peak_mib']:.0f} MiB", flush=True)
-    print(f"\n{'contestant':<12}{'samples/s':>10}{'step s':>9}{'sampling':>10}{'reference':>11}{'update':>9}{'peak MiB':>10}")
+    print(
+        f"\n{'contestant':<12}{'samples/s':>10}{'step s':>9}{'sampling':>10}{'reference':>11}{'update':>9}{'peak MiB':>10}"
+    )
     rate, peak = {}, {}
     for name, runs in answers.items():
         steps = [step for answer in runs for step in answer["steps"]]

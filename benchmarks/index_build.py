@@ -27,13 +27,26 @@ LUCENE = "import sys; from retriever_server.lucene import build; build(sys.argv[
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m benchmarks.index_build", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.index_build",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     top.add_argument("--passages", type=int, default=100_000, help="collection size")
     top.add_argument("--rounds", type=int, default=3, help="builds of each")
-    top.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="our processes, Lucene's threads, and files")
-    top.add_argument("--source", type=Path, help="collection.jsonl whose sentences make the passages; the embedded summaries by default")
-    top.add_argument("--work", type=Path, default=Path("data/benchmarks"), help="where the collection is kept and indexes come and go")
+    top.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="our processes, Lucene's threads, and files"
+    )
+    top.add_argument(
+        "--source",
+        type=Path,
+        help="collection.jsonl whose sentences make the passages; the embedded summaries by default",
+    )
+    top.add_argument(
+        "--work",
+        type=Path,
+        default=Path("data/benchmarks"),
+        help="where the collection is kept and indexes come and go",
+    )
     return top
 
 
@@ -65,7 +78,9 @@ def main() -> None:
     peak_mib = 0.0
     for _ in range(args.rounds):
         ours.append(seconds(OURS.format(args.threads), folder / "ours", files))
-        peak_mib = peak_mib or resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # before Lucene has been a child
+        peak_mib = (
+            peak_mib or resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        )  # before Lucene has been a child
         theirs.append(seconds(LUCENE.format(args.threads), folder / "theirs", files))
         print(f"ours {ours[-1]:.1f} s, Lucene {theirs[-1]:.1f} s", flush=True)
     postings = json.loads((folder / "ours" / "manifest.json").read_text())["num_postings"]

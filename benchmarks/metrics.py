@@ -27,7 +27,10 @@ def generate(folder: Path, queries: int, depth: int, seed: int) -> tuple[Path, P
             qid = f"QReCC-Test_{query // 6}_{query % 6 + 1}"
             docids = rng.choice(PASSAGES, depth, replace=False).tolist()
             scores = np.sort(rng.uniform(0, 20, depth))[::-1].tolist()
-            run_file.writelines(f"{qid} Q0 {d} {r + 1} {199 - r} {s} ance\n" for r, (d, s) in enumerate(zip(docids, scores, strict=True)))
+            run_file.writelines(
+                f"{qid} Q0 {d} {r + 1} {199 - r} {s} ance\n"
+                for r, (d, s) in enumerate(zip(docids, scores, strict=True))
+            )
             golds = {*rng.choice(docids, rng.integers(3), replace=False).tolist(), int(rng.integers(PASSAGES))}
             qrels_file.writelines(f"{qid} 0 {docid} 1\n" for docid in golds)
     return run, qrels
@@ -61,7 +64,14 @@ def reference_loop(run: Path, qrels: Path, rel_threshold: int = 1) -> dict[str, 
     asked = {"map", "recip_rank", "recall.5", "recall.10", "recall.20", "recall.100"}
     by_query = pytrec_eval.RelevanceEvaluator(binary, asked).evaluate(scores).values()
     ndcg = pytrec_eval.RelevanceEvaluator(graded, {"ndcg_cut.3"}).evaluate(scores).values()
-    names = {"MAP": "map", "MRR": "recip_rank", "R@5": "recall_5", "R@10": "recall_10", "R@20": "recall_20", "R@100": "recall_100"}
+    names = {
+        "MAP": "map",
+        "MRR": "recip_rank",
+        "R@5": "recall_5",
+        "R@10": "recall_10",
+        "R@20": "recall_20",
+        "R@100": "recall_100",
+    }
     means = {name: float(np.average([values[theirs] for values in by_query])) for name, theirs in names.items()}
     return means | {"NDCG@3": float(np.average([values["ndcg_cut_3"] for values in ndcg]))}
 
@@ -73,8 +83,12 @@ def timed(function: Callable[[], dict[str, float]]) -> tuple[float, dict[str, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.metrics", description="Our metrics against the reference's loop.")
-    parser.add_argument("--queries", type=int, default=16_451, help="queries of the generated run (16,451: QReCC's test set)")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.metrics", description="Our metrics against the reference's loop."
+    )
+    parser.add_argument(
+        "--queries", type=int, default=16_451, help="queries of the generated run (16,451: QReCC's test set)"
+    )
     parser.add_argument("--depth", type=int, default=100, help="passages a query")
     parser.add_argument("--repeats", type=int, default=5, help="times that each is run; the best counts")
     parser.add_argument("--seed", type=int, default=1)

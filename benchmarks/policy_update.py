@@ -53,23 +53,32 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m benchmarks.policy_update", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m benchmarks.policy_update",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     top.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-3b", help="whose shape the random model has")
     top.add_argument("--device", default="auto", help="auto: cuda where there is one")
     top.add_argument("--prompts", type=int, default=32, help="prompts an update")
     top.add_argument("--samples", type=int, default=8, help="samples a prompt")
-    top.add_argument("--prompt_tokens", type=int, default=700, help="mean length of a prompt (they vary by a half to either side)")
+    top.add_argument(
+        "--prompt_tokens", type=int, default=700, help="mean length of a prompt (they vary by a half to either side)"
+    )
     top.add_argument("--response_tokens", type=int, default=160, help="mean length of a sample (likewise)")
     top.add_argument("--max_tokens", type=int, default=16384, help="positions a forward-backward pass")
     top.add_argument("--steps", type=int, default=3, help="measured updates, after one that warms up")
     top.add_argument("--unshared", action="store_true", help="a copy of the prompt for every sample")
     top.add_argument("--padded", action="store_true", help="a row a tree, padded, instead of packed rows")
     top.add_argument(
-        "--kernel", choices=["auto", "sdpa", "flex", "flash"], default="auto", help="attention; auto: see convsearch.model.attention"
+        "--kernel",
+        choices=["auto", "sdpa", "flex", "flash"],
+        default="auto",
+        help="attention; auto: see convsearch.model.attention",
     )
     top.add_argument("--fp32", action="store_true", help="arithmetic in float32")
-    top.add_argument("--no_checkpointing", action="store_true", help="keep the activations instead of computing them again")
+    top.add_argument(
+        "--no_checkpointing", action="store_true", help="keep the activations instead of computing them again"
+    )
     top.add_argument("--param_offload", action="store_true", help="weights, gradients and Adam's state in CPU memory")
     top.add_argument("--optimizer_offload", action="store_true", help="Adam's state in CPU memory between updates")
     top.add_argument("--side", type=int, default=8192, help="side of the matrices whose product is the ceiling")
@@ -87,7 +96,9 @@ def draw_trees(args: argparse.Namespace, vocabulary: int) -> list["Tree"]:
 
     def branch() -> Branch:
         tokens = ids(args.response_tokens)
-        return Branch(tokens, draw.choice([-1.0, 1.0]), 1 / (args.prompts * args.samples * len(tokens)), (-10.0,) * len(tokens))
+        return Branch(
+            tokens, draw.choice([-1.0, 1.0]), 1 / (args.prompts * args.samples * len(tokens)), (-10.0,) * len(tokens)
+        )
 
     trees = [Tree(ids(args.prompt_tokens), tuple(branch() for _ in range(args.samples))) for _ in range(args.prompts)]
     return unshared(trees) if args.unshared else trees
@@ -148,7 +159,9 @@ def build(args: argparse.Namespace, device: "torch.device") -> Any:
 
     torch.manual_seed(1)
     with torch.device("cpu" if args.param_offload else device):
-        model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPES[args.shape]), attn_implementation=NAME, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            Qwen2Config(**SHAPES[args.shape]), attn_implementation=NAME, dtype=torch.float32
+        )
     policy = Policy(
         model,
         device,
@@ -194,7 +207,9 @@ def measure(args: argparse.Namespace) -> str:
     positions, needed = sum(map(len, trees)), forward_flops(SHAPES[args.shape], trees)
     alone = sum(len(tree.prompt_ids) + len(branch.token_ids) for tree in trees for branch in tree.branches)
     computed = sum(micro.num_tokens for micro in micros)
-    print(f"{len(trees)} trees, {positions} tokens ({alone} without sharing), {computed} positions in {len(micros)} passes")
+    print(
+        f"{len(trees)} trees, {positions} tokens ({alone} without sharing), {computed} positions in {len(micros)} passes"
+    )
     mfu = {"log-probs": needed / seconds["log-probs"] / top, "update": 3 * needed / seconds["update"] / top}
     for kind, taken in seconds.items():
         rate = f"{positions / taken:>10.0f} tokens/s{alone / taken:>10.0f} sample tokens/s"

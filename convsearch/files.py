@@ -65,7 +65,9 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(file, start=1):
                 yield number, line
         except _DAMAGED as error:
-            raise ValueError(f"{path}:{number + 1}: the gzipped file is damaged or cut off ({error}); fetch it again") from error
+            raise ValueError(
+                f"{path}:{number + 1}: the gzipped file is damaged or cut off ({error}); fetch it again"
+            ) from error
 
 
 def line_blocks(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
@@ -83,7 +85,9 @@ def line_blocks(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
                 yield line, block
                 line += block.count(b"\n")
         except _DAMAGED as error:
-            raise ValueError(f"{path}:{line}: the gzipped file is damaged or cut off ({error}); fetch it again") from error
+            raise ValueError(
+                f"{path}:{line}: the gzipped file is damaged or cut off ({error}); fetch it again"
+            ) from error
 
 
 def _open_binary(path: Path) -> Any:

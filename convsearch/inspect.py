@@ -17,7 +17,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convsearch.inspect", description="Serves a page on one training run, or two to compare."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of convsearch.grpo, or of scripts/job_cpu.sh; two at most")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder of convsearch.grpo, or of scripts/job_cpu.sh; two at most"
+    )
     parser.add_argument("--port", type=int, default=8090, help="port on 127.0.0.1 (8090; 0 takes a free one)")
     return parser
 
@@ -37,7 +39,9 @@ def main() -> None:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((HOST, args.port))
     except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen on {HOST} port {args.port} ({error}): choose another --port, 0 for any free one") from error
+        raise ValueError(
+            f"cannot listen on {HOST} port {args.port} ({error}): choose another --port, 0 for any free one"
+        ) from error
     bound.listen()  # who asks before the server is up waits, instead of being refused
     print(f"inspector: http://{HOST}:{bound.getsockname()[1]}/", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, server_header=False)).run(sockets=[bound])

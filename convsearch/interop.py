@@ -46,7 +46,9 @@ class RetrievalReward:
             completions: texts, or chats whose last message is the output.
             columns: the data set's: ``reward_model`` with its ``ground_truth``, or ``gold_docids``; ``extra_info`` with its ``question``, or ``question``.
         """
-        texts = [completion if isinstance(completion, str) else str(completion[-1]["content"]) for completion in completions]
+        texts = [
+            completion if isinstance(completion, str) else str(completion[-1]["content"]) for completion in completions
+        ]
         truths = columns.get("gold_docids") or [row["ground_truth"] for row in _column(columns, "reward_model")]
         infos: Sequence[Mapping[str, Any]] = columns.get("extra_info") or [{} for _ in texts]
         questions = columns.get("question") or [str(info.get("question") or "") for info in infos]
@@ -85,7 +87,11 @@ def compute_scores(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """The same for a batch in one request (reward manager ``batch``)."""
-    known = {name: value for name, value in options.items() if name in ("url", "depth", "index") or name in RewardConfig.model_fields}
+    known = {
+        name: value
+        for name, value in options.items()
+        if name in ("url", "depth", "index") or name in RewardConfig.model_fields
+    }
     questions = [str(info.get("question") or "") for info in extra_infos]
     found = _shared(tuple(sorted(known.items()))).scores(solution_strs, ground_truths, questions, extra_infos)
     return [
@@ -111,5 +117,7 @@ def _golds(truth: Any) -> tuple[str, ...]:
 
 def _column(columns: Mapping[str, Any], name: str) -> Any:
     if name not in columns:
-        raise ValueError(f"the data set has neither a column 'gold_docids' nor '{name}'; it has {', '.join(sorted(columns)) or 'none'}")
+        raise ValueError(
+            f"the data set has neither a column 'gold_docids' nor '{name}'; it has {', '.join(sorted(columns)) or 'none'}"
+        )
     return columns[name]

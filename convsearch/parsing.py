@@ -32,7 +32,11 @@ def parse_text(text: str, finish_reason: FinishReason = "stop") -> Rewrite:
     return Rewrite(stripped, None) if stripped else Rewrite(None, "empty")
 
 
-PARSERS: Final[dict[str, Callable[[str, FinishReason], Rewrite]]] = {"rewrite": parse_rewrite, "answer": parse_answer, "text": parse_text}
+PARSERS: Final[dict[str, Callable[[str, FinishReason], Rewrite]]] = {
+    "rewrite": parse_rewrite,
+    "answer": parse_answer,
+    "text": parse_text,
+}
 
 
 def _second_part(text: str, finish_reason: FinishReason, tag: str) -> Rewrite:
@@ -44,7 +48,9 @@ def _second_part(text: str, finish_reason: FinishReason, tag: str) -> Rewrite:
         return Rewrite(None, "no_tag")
     if max(counts) > 1:
         return Rewrite(None, "many_tags")
-    match = re.fullmatch(rf"\s*{THINK_OPEN}(?P<think>.*?){THINK_CLOSE}\s*{opened}(?P<part>.*?){closed}\s*", text, re.DOTALL)
+    match = re.fullmatch(
+        rf"\s*{THINK_OPEN}(?P<think>.*?){THINK_CLOSE}\s*{opened}(?P<part>.*?){closed}\s*", text, re.DOTALL
+    )
     if match is None or not match["think"].strip():
         return Rewrite(None, "format")
     part = " ".join(match["part"].split())

@@ -60,7 +60,9 @@ def read_stages(lines: Iterable[str]) -> list[Stage]:
 
 def module_of(command: Sequence[str]) -> tuple[str, list[str]]:
     """The module and the arguments of ``python -m MODULE ...``, with torchrun before it or not. Raises ValueError for anything else."""
-    parts = [i for i, word in enumerate(command) if word == "-m" and command[i + 1 : i + 2] != ["torch.distributed.run"]]
+    parts = [
+        i for i, word in enumerate(command) if word == "-m" and command[i + 1 : i + 2] != ["torch.distributed.run"]
+    ]
     if not parts or len(command) < parts[0] + 2:
         raise ValueError(f"{shlex.join(command)} runs no module of this project")
     return command[parts[0] + 1], list(command[parts[0] + 2 :])
@@ -146,11 +148,19 @@ def grpo_memory(cfg: GrpoConfig, shape: Shape, gpu_bytes: float) -> Memory:
     from convsearch.trainers.grpo_step import max_tokens_of
 
     actor, ranks = cfg.actor_rollout_ref.actor, cfg.trainer.world_size
-    memory = memory_of(shape, ranks, max_tokens_of(cfg), recompute=cfg.actor_rollout_ref.model.enable_gradient_checkpointing)
+    memory = memory_of(
+        shape, ranks, max_tokens_of(cfg), recompute=cfg.actor_rollout_ref.model.enable_gradient_checkpointing
+    )
     weights, moments = 4.0 * shape.parameters / ranks, 8.0 * shape.parameters / ranks
-    resident = (0.0 if actor.fsdp_config.param_offload else weights) + (0.0 if actor.fsdp_config.optimizer_offload else moments)
+    resident = (0.0 if actor.fsdp_config.param_offload else weights) + (
+        0.0 if actor.fsdp_config.optimizer_offload else moments
+    )
     reference = 0.0 if cfg.actor_rollout_ref.ref.fsdp_config.param_offload or not actor.use_kl_loss else weights
-    sampler = gpu_bytes * cfg.actor_rollout_ref.rollout.gpu_memory_utilization if cfg.actor_rollout_ref.rollout.name == "vllm" else 0.0
+    sampler = (
+        gpu_bytes * cfg.actor_rollout_ref.rollout.gpu_memory_utilization
+        if cfg.actor_rollout_ref.rollout.name == "vllm"
+        else 0.0
+    )
     return replace(memory, state=resident, reference=reference, sampler=sampler)
 
 
@@ -158,7 +168,9 @@ def sft_figures(cfg: SftConfig, shape: Shape | None, rows: int | None, ranks: in
     cfg.check_world(ranks)
     size = cfg.data.train_batch_size
     steps = cfg.trainer.total_training_steps or (rows // size * cfg.trainer.total_epochs if rows else None)
-    yield f"{steps or '?'} steps of {size} rows on {ranks} GPUs" + (f" ({rows:,} rows kept in the paper)" if rows else "")
+    yield f"{steps or '?'} steps of {size} rows on {ranks} GPUs" + (
+        f" ({rows:,} rows kept in the paper)" if rows else ""
+    )
     yield f"at most {size * cfg.data.max_length:,} tokens a step"
     if shape:
         tokens = cfg.data.micro_batch_size_per_gpu * cfg.data.max_length
@@ -171,7 +183,9 @@ def grpo_figures(cfg: GrpoConfig, shape: Shape | None, rows: int | None, gpu_gib
     size, n = cfg.data.train_batch_size, cfg.actor_rollout_ref.rollout.n
     steps = cfg.trainer.total_training_steps or (rows // size * cfg.trainer.total_epochs if rows else None)
     world = f"{cfg.trainer.world_size} GPUs ({cfg.trainer.nnodes} nodes of {cfg.trainer.n_gpus_per_node})"
-    yield f"{steps or '?'} steps of {size} prompts x {n} samples on {world}" + (f", {rows:,} rows less the held-out ones" if rows else "")
+    yield f"{steps or '?'} steps of {size} prompts x {n} samples on {world}" + (
+        f", {rows:,} rows less the held-out ones" if rows else ""
+    )
     most, likely = size * n * cfg.data.max_response_length, size * n * MEAN_RESPONSE_TOKENS
     prompts = size * cfg.data.max_prompt_length
     yield f"tokens a step: at most {most:,} sampled (about {min(most, likely):,} at the paper's mean length), at most {prompts:,} of prompts"
@@ -239,8 +253,12 @@ def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, nam
                 stage.figures += index_figures(arguments, sizes.passages)
             elif module in ("convsearch.distill", "convsearch.infer") and sizes and number + 1 == len(stage.commands):
                 questions = sizes.train if module == "convsearch.distill" else sizes.test
-                weights = f"; {4.0 * shape.parameters / GIB:.1f} GiB of weights a GPU, the cache on top" if shape else ""
-                stage.figures.append(f"{questions:,} questions, one sample each, on {gpus} GPUs (one process a GPU){weights}")
+                weights = (
+                    f"; {4.0 * shape.parameters / GIB:.1f} GiB of weights a GPU, the cache on top" if shape else ""
+                )
+                stage.figures.append(
+                    f"{questions:,} questions, one sample each, on {gpus} GPUs (one process a GPU){weights}"
+                )
 
 
 def _base_shape(name: str) -> Shape | None:
@@ -261,7 +279,9 @@ def text_of(stages: Sequence[Stage], name: str) -> str:
             lines.append(f"   python -m {module}" + (f"  ({count} processes)" if count > 1 else ""))
         lines += [f"   {figure}" for figure in stage.figures]
     commands = sum(len(stage.commands) for stage in stages)
-    return "\n".join([*lines, "", f"dry run: {commands} commands of {len(stages)} stages are whole; nothing was started"])
+    return "\n".join(
+        [*lines, "", f"dry run: {commands} commands of {len(stages)} stages are whole; nothing was started"]
+    )
 
 
 def _counted(names: Iterable[str]) -> list[tuple[str, int]]:

@@ -10,7 +10,9 @@ from typing import Literal, get_args
 from convsearch.types import Conversation, Message, Turn
 
 PromptStyle = Literal["paper", "compact", "rqr", "rqr_think"]
-STYLES: tuple[str, ...] = tuple(style for style in get_args(PromptStyle) if not style.startswith("rqr"))  # of conversations
+STYLES: tuple[str, ...] = tuple(
+    style for style in get_args(PromptStyle) if not style.startswith("rqr")
+)  # of conversations
 
 _PAPER = (
     "Given a query and its context, you must first think about the reasoning process in the mind to decontextualize the query by resolving "
@@ -54,7 +56,9 @@ EXAMPLE_OUTPUT = (
 )
 
 
-def render(conversation: Conversation, style: PromptStyle = "paper", max_turns: int | None = None) -> tuple[Message, ...]:
+def render(
+    conversation: Conversation, style: PromptStyle = "paper", max_turns: int | None = None
+) -> tuple[Message, ...]:
     """The zero-shot prompt, a single user message (``rqr_think``: after a system message); ``max_turns`` keeps only the newest turns of the history.
 
     Raises:
@@ -62,7 +66,11 @@ def render(conversation: Conversation, style: PromptStyle = "paper", max_turns: 
     """
     if style not in _TEMPLATES:
         raise ValueError(f"prompt style {style!r} is not one of {', '.join(_TEMPLATES)}")
-    history = conversation.history if max_turns is None else conversation.history[max(0, len(conversation.history) - max_turns) :]
+    history = (
+        conversation.history
+        if max_turns is None
+        else conversation.history[max(0, len(conversation.history) - max_turns) :]
+    )
     context = "\n".join(f"Q{i}: {turn.question}\nA{i}: {turn.answer}" for i, turn in enumerate(history, start=1))
     asked = {"role": "user", "content": _TEMPLATES[style].format(context=context, query=conversation.question)}
     return ({"role": "system", "content": _RQR_SYSTEM}, asked) if style == "rqr_think" else (asked,)

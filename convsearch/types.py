@@ -46,7 +46,9 @@ class Conversation:
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"{qid}: field 'question' must be a non-empty string, got {question!r}")
         if not isinstance(context, list) or len(context) % 2 or not all(isinstance(text, str) for text in context):
-            raise ValueError(f"{qid}: field 'context' must be a list of strings [question 1, answer 1, ...] of even length")
+            raise ValueError(
+                f"{qid}: field 'context' must be a list of strings [question 1, answer 1, ...] of even length"
+            )
         turns = tuple(Turn(context[i], context[i + 1]) for i in range(0, len(context), 2))
         return cls(qid, turns, question, _gold_docids(qid, record))
 
@@ -55,7 +57,9 @@ def _gold_docids(qid: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     golds = record.get("gold_docids")
     if golds is None:
         passages = record.get("positive_ctxs") or []
-        if not isinstance(passages, list) or not all(isinstance(passage, dict) and "passage_id" in passage for passage in passages):
+        if not isinstance(passages, list) or not all(
+            isinstance(passage, dict) and "passage_id" in passage for passage in passages
+        ):
             raise ValueError(f"{qid}: field 'positive_ctxs' must be a list of objects with a 'passage_id'")
         golds = [passage["passage_id"] for passage in passages]
     if not isinstance(golds, list) or not all(isinstance(docid, str | int) for docid in golds):
@@ -103,7 +107,9 @@ class Example:
     messages: tuple[Message, ...]
     question: str
     gold_docids: tuple[str, ...]
-    positives: tuple[str, ...] = ()  # texts that an output should stand near; the gold passages' own where there are none
+    positives: tuple[
+        str, ...
+    ] = ()  # texts that an output should stand near; the gold passages' own where there are none
 
 
 @dataclass(frozen=True, slots=True)

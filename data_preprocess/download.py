@@ -100,8 +100,13 @@ def _fetch(url: str, target: Path, timeout_s: float, first_wait_s: float) -> Non
         except _NETWORK_ERRORS as error:
             if attempt == ATTEMPTS:
                 reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-                raise cli.Unavailable(f"cannot fetch {url} ({reason}): fetch it by hand and put it at {target}") from error
-        print(f"{target.name}: the transfer broke off; attempt {attempt + 1} of {ATTEMPTS} in {wait_s:g} s", file=sys.stderr)
+                raise cli.Unavailable(
+                    f"cannot fetch {url} ({reason}): fetch it by hand and put it at {target}"
+                ) from error
+        print(
+            f"{target.name}: the transfer broke off; attempt {attempt + 1} of {ATTEMPTS} in {wait_s:g} s",
+            file=sys.stderr,
+        )
         time.sleep(wait_s)
         wait_s *= 2
     raise AssertionError("every attempt returns or raises")
@@ -112,7 +117,9 @@ def checksums_of(path: Path, algorithms: set[str]) -> dict[str, str]:
     digests = {name: hashlib.new(name) for name in algorithms}
     with (
         open(path, "rb") as file,
-        tqdm(total=path.stat().st_size, desc=f"checking {path.name}", unit="B", unit_scale=True, mininterval=1.0) as bar,
+        tqdm(
+            total=path.stat().st_size, desc=f"checking {path.name}", unit="B", unit_scale=True, mininterval=1.0
+        ) as bar,
     ):
         while chunk := file.read(_CHUNK_BYTES):
             for digest in digests.values():
@@ -149,10 +156,14 @@ def _verify(path: Path, release: Release, timeout_s: float) -> tuple[str, str]:
         raise ValueError(f"{release.url}: got {size:,} bytes, published are {release.size_bytes:,}")
     if expected and found[algorithm] != digest:
         raise ValueError(f"{release.url}: its {algorithm} is {found[algorithm]}, published is {digest}")
-    return found["sha256"], f"{algorithm} as published" if expected else "no published checksum to check against; note this one"
+    return found[
+        "sha256"
+    ], f"{algorithm} as published" if expected else "no published checksum to check against; note this one"
 
 
-def download(release: Release, folder: Path, *, timeout_s: float = TIMEOUT_S, first_wait_s: float = FIRST_WAIT_S) -> Path:
+def download(
+    release: Release, folder: Path, *, timeout_s: float = TIMEOUT_S, first_wait_s: float = FIRST_WAIT_S
+) -> Path:
     """Brings one file into ``folder``, or reuses the one there, and says which. A file put there by hand is checked like a download.
 
     Raises:
@@ -161,7 +172,11 @@ def download(release: Release, folder: Path, *, timeout_s: float = TIMEOUT_S, fi
     """
     target = folder / release.path
     kept, part = target.with_name(f"{target.name}.sha256"), Part.of(target)
-    if target.exists() and kept.exists() and (release.size_bytes is None or target.stat().st_size == release.size_bytes):
+    if (
+        target.exists()
+        and kept.exists()
+        and (release.size_bytes is None or target.stat().st_size == release.size_bytes)
+    ):
         print(f"reused {target} (sha256 {kept.read_text(encoding='utf-8').split()[0]})")
         return target
     by_hand = target.exists()
@@ -172,7 +187,9 @@ def download(release: Release, folder: Path, *, timeout_s: float = TIMEOUT_S, fi
         sha256, checked = _verify(target if by_hand else part.path, release, timeout_s)
     except ValueError as error:
         if by_hand:
-            raise ValueError(f"{error}: {target} is not the published file; remove it and run the same command again") from error
+            raise ValueError(
+                f"{error}: {target} is not the published file; remove it and run the same command again"
+            ) from error
         part.clear()
         raise ValueError(f"{error}: removed; run the same command again") from error
     if not by_hand:
@@ -180,7 +197,9 @@ def download(release: Release, folder: Path, *, timeout_s: float = TIMEOUT_S, fi
     part.clear()
     with atomic_write(kept) as file:
         file.write(f"{sha256}  {target.name}\n")
-    print(f"{'checked' if by_hand else 'fetched'} {target}: {target.stat().st_size:,} bytes, sha256 {sha256} ({checked})")
+    print(
+        f"{'checked' if by_hand else 'fetched'} {target}: {target.stat().st_size:,} bytes, sha256 {sha256} ({checked})"
+    )
     return target
 
 
@@ -195,7 +214,9 @@ def list_releases() -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_preprocess.download", description="Fetches the public data sets.")
+    parser = argparse.ArgumentParser(
+        prog="python -m data_preprocess.download", description="Fetches the public data sets."
+    )
     parser.add_argument("dataset", nargs="?", choices=sorted(RELEASES), help="what to fetch")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to fetch into")
     parser.add_argument("--list", action="store_true", help="print the table of files and stop")

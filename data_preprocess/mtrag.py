@@ -18,7 +18,15 @@ from data_preprocess.mtrag_ibm import Task, without_marker
 from data_preprocess.options import add_common_options, prompt_options
 from data_preprocess.sources import BadRecords, RecordError, Source, read_records
 from data_preprocess.splits import partition
-from data_preprocess.writers import OutputFolder, PromptOptions, Row, read_golds, split_files, write_collection, write_splits
+from data_preprocess.writers import (
+    OutputFolder,
+    PromptOptions,
+    Row,
+    read_golds,
+    split_files,
+    write_collection,
+    write_splits,
+)
 
 ALL = "all"
 _QID = re.compile(r"(?P<conversation>.+)<::>(?P<turn>\d+)")
@@ -35,7 +43,9 @@ class Layout:
 
 
 def _file(folder: Path, name: str) -> Source | None:
-    return next((Source(folder / candidate) for candidate in (name, f"{name}.gz") if (folder / candidate).is_file()), None)
+    return next(
+        (Source(folder / candidate) for candidate in (name, f"{name}.gz") if (folder / candidate).is_file()), None
+    )
 
 
 def find_layout(folder: Path) -> Layout:
@@ -124,7 +134,9 @@ def rows(tasks: list[Task], golds: dict[str, list[str]], placed: dict[str, str])
         yield Row(ALL, record, task.where)
 
 
-def convert(folder_in: Path, folder: OutputFolder, prompt: PromptOptions, fractions: dict[str, float], seed: int) -> None:
+def convert(
+    folder_in: Path, folder: OutputFolder, prompt: PromptOptions, fractions: dict[str, float], seed: int
+) -> None:
     """Writes the splits whose fraction is above 0, ``all``, and the collection."""
     layout = find_layout(folder_in)
     splits = [split for split, fraction in fractions.items() if fraction > 0]
@@ -136,7 +148,9 @@ def convert(folder_in: Path, folder: OutputFolder, prompt: PromptOptions, fracti
         unknown = sorted(set(golds) - {task.qid for task in tasks})
         if unknown:
             bad.add(
-                RecordError(f"{folder_in}: the qrels judge {len(unknown)} queries that are not among the queries, the first {unknown[0]!r}")
+                RecordError(
+                    f"{folder_in}: the qrels judge {len(unknown)} queries that are not among the queries, the first {unknown[0]!r}"
+                )
             )
         placed = partition({task.conv_id for task in judged}, {split: fractions[split] for split in splits}, seed)
         counts = write_splits(
@@ -149,10 +163,15 @@ def convert(folder_in: Path, folder: OutputFolder, prompt: PromptOptions, fracti
             without_parquet=[ALL],
         )
         without_answers = sum("" in task.context for task in judged)
-        return counts | {"queries_without_gold": len(tasks) - len(judged), "queries_whose_history_lacks_answers": without_answers}
+        return counts | {
+            "queries_without_gold": len(tasks) - len(judged),
+            "queries_whose_history_lacks_answers": without_answers,
+        }
 
     def make_collection(bad: BadRecords) -> dict[str, Any]:
-        return write_collection(folder.path / "collection.jsonl", layout.read_passages(bad), read_golds(folder.path, [ALL]), bad)
+        return write_collection(
+            folder.path / "collection.jsonl", layout.read_passages(bad), read_golds(folder.path, [ALL]), bad
+        )
 
     files = [name for split in splits for name in split_files(split)] + split_files(ALL, with_parquet=False)
     options = prompt.as_dict() | {"fractions": fractions, "seed": seed}
@@ -165,11 +184,19 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m data_preprocess.mtrag", description="MTRAG -> conversations, collection, qrels, parquet."
     )
     parser.add_argument(
-        "--input", type=Path, required=True, metavar="DIR", help="queries.jsonl, corpus.jsonl, qrels.trec; or IBM's repository"
+        "--input",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="queries.jsonl, corpus.jsonl, qrels.trec; or IBM's repository",
     )
     for split, fraction in (("train", 0.6), ("validation", 0.1), ("test", 0.3)):
         parser.add_argument(
-            f"--{split}-fraction", type=float, default=fraction, metavar="F", help=f"conversations for {split} (default: {fraction})"
+            f"--{split}-fraction",
+            type=float,
+            default=fraction,
+            metavar="F",
+            help=f"conversations for {split} (default: {fraction})",
         )
     add_common_options(parser)
     return parser
@@ -177,8 +204,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = build_parser().parse_args()
-    fractions = {"train": arguments.train_fraction, "validation": arguments.validation_fraction, "test": arguments.test_fraction}
-    convert(arguments.input, OutputFolder(arguments.output, arguments.skip_bad), prompt_options(arguments), fractions, arguments.seed)
+    fractions = {
+        "train": arguments.train_fraction,
+        "validation": arguments.validation_fraction,
+        "test": arguments.test_fraction,
+    }
+    convert(
+        arguments.input,
+        OutputFolder(arguments.output, arguments.skip_bad),
+        prompt_options(arguments),
+        fractions,
+        arguments.seed,
+    )
 
 
 if __name__ == "__main__":

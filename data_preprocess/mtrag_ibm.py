@@ -80,11 +80,17 @@ class Repository:
         return Source(self.human / "retrieval_tasks" / domain / "qrels" / "dev.tsv")
 
     def _dialogue_files(self) -> list[Source]:
-        candidates = ["generation_tasks/reference.jsonl", "generation_tasks/RAG.jsonl", "conversations/conversations.json"]
+        candidates = [
+            "generation_tasks/reference.jsonl",
+            "generation_tasks/RAG.jsonl",
+            "conversations/conversations.json",
+        ]
         return [Source(self.human / name) for name in candidates if (self.human / name).is_file()]
 
     def inputs(self) -> list[Source]:
-        tasks = [self._task_file(domain, kind) for domain in self.domains for kind in ("lastturn", "questions", "rewrite")]
+        tasks = [
+            self._task_file(domain, kind) for domain in self.domains for kind in ("lastturn", "questions", "rewrite")
+        ]
         optional = [source for source in tasks if source.path.is_file()]
         return [*optional, *map(self._qrels_file, self.domains), *self._dialogue_files(), *self.corpora.values()]
 
@@ -106,7 +112,9 @@ class Repository:
             questions = {line.text("_id"): line for line in self._optional_lines(domain, "questions", bad)}
             for line in read_records(self._task_file(domain, "lastturn"), bad, f"mtrag queries, {domain}"):
                 with bad.tolerate():
-                    yield self._task(domain, line, questions.get(line.text("_id")), rewrites.get(line.text("_id")), dialogues)
+                    yield self._task(
+                        domain, line, questions.get(line.text("_id")), rewrites.get(line.text("_id")), dialogues
+                    )
 
     def _optional_lines(self, domain: str, kind: str, bad: BadRecords) -> Iterator[Record]:
         source = self._task_file(domain, kind)
@@ -117,7 +125,9 @@ class Repository:
                     yield line
 
     @staticmethod
-    def _task(domain: str, line: Record, questions: Record | None, rewrite: Record | None, dialogues: dict[str, list[str]]) -> Task:
+    def _task(
+        domain: str, line: Record, questions: Record | None, rewrite: Record | None, dialogues: dict[str, list[str]]
+    ) -> Task:
         qid, question = line.text("_id"), without_marker(line.text("text"))
         if not question:
             raise line.error("text", "has no question after its marker")
@@ -125,12 +135,21 @@ class Repository:
         if dialogue is not None:
             context, answer = dialogue[:-2], dialogue[-1]
         elif questions is not None:
-            context, answer = [text for earlier in user_turns(questions.text("text"))[:-1] for text in (earlier, "")], ""
+            context, answer = (
+                [text for earlier in user_turns(questions.text("text"))[:-1] for text in (earlier, "")],
+                "",
+            )
         else:
-            raise RecordError(f"{line.where}: field '_id' {qid!r} is neither among {domain}_questions.jsonl nor among the generation tasks")
+            raise RecordError(
+                f"{line.where}: field '_id' {qid!r} is neither among {domain}_questions.jsonl nor among the generation tasks"
+            )
         match = _NEW_QID.fullmatch(qid)
         first = context[0] if context else question
-        conv_id = match["conversation"] if match else hashlib.sha256(f"{qid.rpartition('_')[0]}\n{first}".encode()).hexdigest()[:16]
+        conv_id = (
+            match["conversation"]
+            if match
+            else hashlib.sha256(f"{qid.rpartition('_')[0]}\n{first}".encode()).hexdigest()[:16]
+        )
         rewritten = without_marker(rewrite.text("text", blank=True)) if rewrite else ""
         turn_id = int(match["turn"]) if match else len(context) // 2 + 1
         return Task(qid, conv_id, turn_id, domain, context, question, answer, rewritten or None, line.where)
@@ -178,8 +197,15 @@ def _conversation_dialogues(record: Record) -> Iterator[tuple[str, list[str]]]:
     messages = record.objects("messages")
     for place, message in enumerate(messages):
         if message.text("speaker") == "user":
-            answers = [later.text("text", blank=True) for later in messages[place + 1 : place + 2] if later.text("speaker") != "user"]
-            yield f"{record.data.get('author')}_{message.data.get('timestamp')}", [*_alternate(messages[: place + 1]), *(answers or [""])]
+            answers = [
+                later.text("text", blank=True)
+                for later in messages[place + 1 : place + 2]
+                if later.text("speaker") != "user"
+            ]
+            yield (
+                f"{record.data.get('author')}_{message.data.get('timestamp')}",
+                [*_alternate(messages[: place + 1]), *(answers or [""])],
+            )
 
 
 def find_repository(folder: Path) -> Repository | None:
@@ -188,10 +214,14 @@ def find_repository(folder: Path) -> Repository | None:
     Raises:
         ValueError: it has no domain, or a domain lacks its qrels or corpus.
     """
-    human = next((folder / name for name in ("mtrag-human", "human", ".") if (folder / name / "retrieval_tasks").is_dir()), None)
+    human = next(
+        (folder / name for name in ("mtrag-human", "human", ".") if (folder / name / "retrieval_tasks").is_dir()), None
+    )
     if human is None:
         return None
-    domains = sorted(path.name for path in (human / "retrieval_tasks").iterdir() if (path / f"{path.name}_lastturn.jsonl").is_file())
+    domains = sorted(
+        path.name for path in (human / "retrieval_tasks").iterdir() if (path / f"{path.name}_lastturn.jsonl").is_file()
+    )
     if not domains:
         raise ValueError(f"{human / 'retrieval_tasks'}: no folder <domain> with <domain>_lastturn.jsonl in it")
     corpora: dict[str, Source] = {}
@@ -210,8 +240,14 @@ def _corpus(folder: Path, human: Path, domain: str) -> Source:
                 continue
             if path.suffix != ".zip":
                 return Source(path)
-            members = [member for member in zip_members(path) if member.endswith((".jsonl", ".json")) and not member.startswith("__MACOSX")]
+            members = [
+                member
+                for member in zip_members(path)
+                if member.endswith((".jsonl", ".json")) and not member.startswith("__MACOSX")
+            ]
             if len(members) != 1:
                 raise ValueError(f"{path}: expected one .jsonl file in it, got {len(members)}")
             return Source(path, members[0])
-    raise ValueError(f"{folder / 'corpora' / 'passage_level' / domain}.jsonl.zip: no such file; get it from {REPOSITORY_URL}")
+    raise ValueError(
+        f"{folder / 'corpora' / 'passage_level' / domain}.jsonl.zip: no such file; get it from {REPOSITORY_URL}"
+    )

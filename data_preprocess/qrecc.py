@@ -17,7 +17,16 @@ from convsearch import cli
 from data_preprocess.options import add_common_options, prompt_options
 from data_preprocess.sources import BadRecords, Record, Source, find_sources, pick, read_records, zip_members
 from data_preprocess.splits import hold_out
-from data_preprocess.writers import UNANSWERABLE, OutputFolder, PromptOptions, Row, read_golds, split_files, write_collection, write_splits
+from data_preprocess.writers import (
+    UNANSWERABLE,
+    OutputFolder,
+    PromptOptions,
+    Row,
+    read_golds,
+    split_files,
+    write_collection,
+    write_splits,
+)
 
 TURNS_URL = "https://zenodo.org/records/5543685 (scai-qrecc21-training-turns.json, scai-qrecc21-test-turns.json)"
 PASSAGES_URL = "https://zenodo.org/records/5115890 (passages.zip, 27.5 GB)"
@@ -41,10 +50,16 @@ class History:
         if len(self.texts) != 2 * (turn_id - 1):
             name = next((name for name in ("NewContext", "Context") if name in turn.data), None)
             if name is None:
-                raise turn.error("Turn_no", f"is {turn_id} in conversation {conv_id}, but the turns before it are not all in the file")
+                raise turn.error(
+                    "Turn_no",
+                    f"is {turn_id} in conversation {conv_id}, but the turns before it are not all in the file",
+                )
             context = turn.texts(name)
             if len(context) != 2 * (turn_id - 1):
-                raise turn.error(name, f"must hold {turn_id - 1} questions and answers before turn {turn_id}, got {len(context)} strings")
+                raise turn.error(
+                    name,
+                    f"must hold {turn_id - 1} questions and answers before turn {turn_id}, got {len(context)} strings",
+                )
             self.texts = [text if place % 2 == 0 else text or UNANSWERABLE for place, text in enumerate(context)]
         return list(self.texts)
 
@@ -73,7 +88,10 @@ def turn_rows(turns: Source, own_split: str, validation: frozenset[str], bad: Ba
                 "answer": answer or UNANSWERABLE,
                 "gold_docids": golds,
             }
-            for name, value in (("rewrite", turn.optional_text("Truth_rewrite")), ("source", turn.optional_text("Conversation_source"))):
+            for name, value in (
+                ("rewrite", turn.optional_text("Truth_rewrite")),
+                ("source", turn.optional_text("Conversation_source")),
+            ):
                 if value is not None:
                     record[name] = value
             yield Row("validation" if str(conv_id) in validation else own_split, record, turn.where)
@@ -115,7 +133,13 @@ def passages(archive: Path, bad: BadRecords) -> Iterator[tuple[str, str]]:
 
 
 def convert(
-    train: Source | None, test: Source | None, archive: Path | None, folder: OutputFolder, prompt: PromptOptions, held_out: int, seed: int
+    train: Source | None,
+    test: Source | None,
+    archive: Path | None,
+    folder: OutputFolder,
+    prompt: PromptOptions,
+    held_out: int,
+    seed: int,
 ) -> None:
     """Writes what it is given: train and ``held_out`` validation conversations of it, test, the collection; None leaves one out."""
     splits = ["train", "validation"] if held_out else ["train"]
@@ -141,7 +165,9 @@ def convert(
     if archive is not None:
 
         def make_collection(bad: BadRecords) -> dict[str, Any]:
-            return write_collection(folder.path / "collection.jsonl", passages(archive, bad), read_golds(folder.path, written), bad)
+            return write_collection(
+                folder.path / "collection.jsonl", passages(archive, bad), read_golds(folder.path, written), bad
+            )
 
         inputs = [Source(archive)] + [source for source in (train, test) if source is not None]
         folder.step("collection", ["collection.jsonl"], inputs, {}, make_collection)
@@ -151,7 +177,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m data_preprocess.qrecc", description="QReCC -> conversations, collection, qrels, parquet."
     )
-    parser.add_argument("--input", type=Path, metavar="DIR", help="find the files below in a folder, by their public names")
+    parser.add_argument(
+        "--input", type=Path, metavar="DIR", help="find the files below in a folder, by their public names"
+    )
     parser.add_argument("--train", type=Path, metavar="JSON", help="scai-qrecc21-training-turns.json")
     parser.add_argument("--test", type=Path, metavar="JSON", help="scai-qrecc21-test-turns.json")
     parser.add_argument("--passages", type=Path, metavar="ZIP", help="passages.zip; it is not unpacked")
@@ -168,7 +196,11 @@ def main() -> None:
     test = Source(arguments.test) if arguments.test else pick(sources, "scai-qrecc21-test-turns.json")
     found = pick(sources, "passages.zip")
     archive = arguments.passages or (found.path if found else None)
-    wanted = {"--train": train or arguments.without_train, "--test": test, "--passages": archive or arguments.without_collection}
+    wanted = {
+        "--train": train or arguments.without_train,
+        "--test": test,
+        "--passages": archive or arguments.without_collection,
+    }
     missing = [flag for flag, value in wanted.items() if not value]
     if missing:
         raise ValueError(

@@ -16,13 +16,17 @@ class Release:
 
 def _zenodo(record: int, name: str, path: str) -> Release:
     return Release(
-        path, f"https://zenodo.org/records/{record}/files/{name}?download=1", record_url=f"https://zenodo.org/api/records/{record}"
+        path,
+        f"https://zenodo.org/records/{record}/files/{name}?download=1",
+        record_url=f"https://zenodo.org/api/records/{record}",
     )
 
 
 def _bright(folder: str, name: str, size_bytes: int, md5: str) -> Release:
     path = f"{folder}/{name}-00000-of-00001.parquet"
-    return Release(path, f"https://huggingface.co/datasets/xlangai/BRIGHT/resolve/main/{path}", size_bytes, f"md5:{md5}")
+    return Release(
+        path, f"https://huggingface.co/datasets/xlangai/BRIGHT/resolve/main/{path}", size_bytes, f"md5:{md5}"
+    )
 
 
 RELEASES: dict[str, tuple[Release, ...]] = {

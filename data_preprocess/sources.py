@@ -17,7 +17,9 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
-MAX_CELL_CHARS = 1 << 20  # a longer cell of a .tsv file means an unclosed quote, which would swallow the rest of the file
+MAX_CELL_CHARS = (
+    1 << 20
+)  # a longer cell of a .tsv file means an unclosed quote, which would swallow the rest of the file
 _TICK_RECORDS = 256
 
 
@@ -90,19 +92,25 @@ class Record:
         if isinstance(value, str) and value.isdecimal():
             return int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(name, "is missing" if name not in self.data else f"must be a whole number, got {_short(value)}")
+            raise self.error(
+                name, "is missing" if name not in self.data else f"must be a whole number, got {_short(value)}"
+            )
         return value
 
     def texts(self, name: str) -> list[str]:
         value = self.data.get(name)
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise self.error(name, "is missing" if name not in self.data else f"must be a list of strings, got {_short(value)}")
+            raise self.error(
+                name, "is missing" if name not in self.data else f"must be a list of strings, got {_short(value)}"
+            )
         return [text.strip() for text in value]
 
     def objects(self, name: str) -> list["Record"]:
         value = self.data.get(name)
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            raise self.error(name, "is missing" if name not in self.data else f"must be a list of objects, got {_short(value)}")
+            raise self.error(
+                name, "is missing" if name not in self.data else f"must be a list of objects, got {_short(value)}"
+            )
         return [Record(entry, f"{self.where}, {name}[{number}]") for number, entry in enumerate(value)]
 
 
@@ -165,7 +173,14 @@ def open_source(source: Source) -> Iterator[Stream]:
 @contextmanager
 def _progress(stream: Stream, description: str | None) -> Iterator[Callable[[int], None]]:
     """A bar over the stream's bytes; the yielded function is called with the count of records so far. None as description: no bar."""
-    with tqdm(total=stream.total_bytes, desc=description, unit="B", unit_scale=True, mininterval=1.0, disable=description is None) as bar:
+    with tqdm(
+        total=stream.total_bytes,
+        desc=description,
+        unit="B",
+        unit_scale=True,
+        mininterval=1.0,
+        disable=description is None,
+    ) as bar:
 
         def tick(count: int) -> None:
             if count % _TICK_RECORDS == 0:
@@ -185,7 +200,9 @@ def read_records(source: Source, bad: BadRecords, description: str | None = None
     with open_source(source) as stream, _progress(stream, description) as tick:
         start = stream.file.peek(64).lstrip()[:1]
         if start not in (b"[", b"{", b""):
-            raise ValueError(f"{source}: expected a JSON array or JSON lines, but it starts with {stream.file.peek(16)[:16]!r}")
+            raise ValueError(
+                f"{source}: expected a JSON array or JSON lines, but it starts with {stream.file.peek(16)[:16]!r}"
+            )
         records = _array(source, stream) if start == b"[" else _lines(source, stream, bad)
         for count, (where, value) in enumerate(records, start=1):
             tick(count)
@@ -221,7 +238,9 @@ def _lines(source: Source, stream: Stream, bad: BadRecords) -> Iterator[tuple[st
         yield f"{source}:{number}", value
 
 
-def read_table(source: Source, columns: tuple[str, ...], bad: BadRecords, description: str | None = None) -> Iterator[Record]:
+def read_table(
+    source: Source, columns: tuple[str, ...], bad: BadRecords, description: str | None = None
+) -> Iterator[Record]:
     """Yields the rows of a tab-separated file as records under the names of ``columns``; a first row of these names is passed over."""
     with open_source(source) as stream, _progress(stream, description) as tick:
         previous_limit = csv.field_size_limit(MAX_CELL_CHARS)
@@ -237,7 +256,9 @@ def read_table(source: Source, columns: tuple[str, ...], bad: BadRecords, descri
                     yield Record(dict(zip(columns, row, strict=True)), f"{source}:{rows.line_num}")
                 else:
                     bad.add(
-                        RecordError(f"{source}:{rows.line_num}: expected {len(columns)} columns ({', '.join(columns)}), got {len(row)}")
+                        RecordError(
+                            f"{source}:{rows.line_num}: expected {len(columns)} columns ({', '.join(columns)}), got {len(row)}"
+                        )
                     )
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{source}:{rows.line_num + 1}: not a row of tab-separated UTF-8 ({error})") from error

@@ -74,7 +74,9 @@ def convert(arguments: argparse.Namespace) -> None:
         found = read_questions(inputs, frozenset(site.lower() for site in arguments.sites), filters, bad, dropped)
         questions = sample(found, arguments.max_per_site, arguments.seed)
         if endpoint is not None:
-            questions = model_answers(questions, endpoint, arguments.output / "answers.jsonl", arguments.parallel, dropped)
+            questions = model_answers(
+                questions, endpoint, arguments.output / "answers.jsonl", arguments.parallel, dropped
+            )
         if not questions:
             raise ValueError(
                 f"no question is left of {', '.join(map(str, arguments.input))} (dropped: {dict(dropped)}): is this the right input?"
@@ -85,36 +87,97 @@ def convert(arguments: argparse.Namespace) -> None:
             )
         held_out = hold_out([question.qid for question in questions], arguments.validation_questions, arguments.seed)
         counts = write_splits(
-            folder.path, splits, rows(questions, held_out), data_source="stackexchange", prompt=prompt, bad=bad, with_positives=True
+            folder.path,
+            splits,
+            rows(questions, held_out),
+            data_source="stackexchange",
+            prompt=prompt,
+            bad=bad,
+            with_positives=True,
         )
-        passages = [(f"{question.qid}-{number}", text) for question in questions for number, text in enumerate(question.answers)]
+        passages = [
+            (f"{question.qid}-{number}", text) for question in questions for number, text in enumerate(question.answers)
+        ]
         collection = write_collection(folder.path / "collection.jsonl", passages, {docid for docid, _ in passages}, bad)
         sites = Counter(question.site for question in questions)
         return counts | {"collection": collection, "sites": dict(sites), "dropped": dict(dropped)}
 
-    options = {name: getattr(arguments, name) for name in ("answers", "model", "max_per_site", "max_chars", "sites", "seed", "think")}
+    options = {
+        name: getattr(arguments, name)
+        for name in ("answers", "model", "max_per_site", "max_chars", "sites", "seed", "think")
+    }
     options["validation_questions"] = arguments.validation_questions
-    folder.step("splits", [name for split in splits for name in split_files(split)] + ["collection.jsonl"], inputs, options, make)
+    folder.step(
+        "splits",
+        [name for split in splits for name in split_files(split)] + ["collection.jsonl"],
+        inputs,
+        options,
+        make,
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data_preprocess.stackexchange", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data_preprocess.stackexchange",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, metavar="PLACE", help="folder of parquet shards, or files of a form above")
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to write to; what is up to date in it is reused")
-    add("--answers", choices=("accepted", "model"), default="accepted", help="whose answers are the positives (default: accepted)")
+    add(
+        "--input",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PLACE",
+        help="folder of parquet shards, or files of a form above",
+    )
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write to; what is up to date in it is reused",
+    )
+    add(
+        "--answers",
+        choices=("accepted", "model"),
+        default="accepted",
+        help="whose answers are the positives (default: accepted)",
+    )
     add("--endpoint", metavar="URL", help="OpenAI-compatible, ending in /v1; the key is taken from $OPENAI_API_KEY")
     add("--model", help="the model that answers")
     add("--max-tokens", type=count, default=8192, metavar="N", help="of an answer (default: 8192)")
     add("--parallel", type=count, default=8, metavar="N", help="requests at a time (default: 8)")
-    add("--sites", nargs="+", default=list(SITES), metavar="SITE", help=f"first words of their addresses (default: {' '.join(SITES)})")
-    add("--max-per-site", type=count, default=1200, metavar="N", help="questions of a site at most (default: 1200; 0: all)")
-    add("--max-chars", type=count, default=16_000, metavar="N", help="characters of a question at most (default: 16000)")
+    add(
+        "--sites",
+        nargs="+",
+        default=list(SITES),
+        metavar="SITE",
+        help=f"first words of their addresses (default: {' '.join(SITES)})",
+    )
+    add(
+        "--max-per-site",
+        type=count,
+        default=1200,
+        metavar="N",
+        help="questions of a site at most (default: 1200; 0: all)",
+    )
+    add(
+        "--max-chars", type=count, default=16_000, metavar="N", help="characters of a question at most (default: 16000)"
+    )
     add("--validation-questions", type=count, default=64, metavar="N", help="questions held out (default: 64; 0: none)")
-    add("--think", action="store_true", help="prompt for <think>..</think> <answer>..</answer> (reward_model.reward.form=answer)")
-    add("--skip-bad", type=count, default=0, metavar="N", help="leave out and list at most N malformed records (default: 0)")
+    add(
+        "--think",
+        action="store_true",
+        help="prompt for <think>..</think> <answer>..</answer> (reward_model.reward.form=answer)",
+    )
+    add(
+        "--skip-bad",
+        type=count,
+        default=0,
+        metavar="N",
+        help="leave out and list at most N malformed records (default: 0)",
+    )
     add("--seed", type=int, default=DEFAULT_SEED, help=f"seed of sample and split (default: {DEFAULT_SEED})")
     return parser
 

@@ -56,10 +56,14 @@ class Endpoint:
                 problem = f"{type(error).__name__}: {error}"
             if attempt + 1 < ATTEMPTS:
                 time.sleep(FIRST_WAIT_S * 2**attempt)
-        raise Unavailable(f"{self.url} did not answer as {self.model} ({problem}): see to it and run the same command again")
+        raise Unavailable(
+            f"{self.url} did not answer as {self.model} ({problem}): see to it and run the same command again"
+        )
 
 
-def model_answers(questions: Sequence[Question], endpoint: Endpoint, path: Path, parallel: int, dropped: Counter[str]) -> list[Question]:
+def model_answers(
+    questions: Sequence[Question], endpoint: Endpoint, path: Path, parallel: int, dropped: Counter[str]
+) -> list[Question]:
     """The questions with the model's answer as their only one; empty answers are dropped and counted. ``path`` keeps what is answered."""
     from tqdm import tqdm
 
@@ -70,8 +74,13 @@ def model_answers(questions: Sequence[Question], endpoint: Endpoint, path: Path,
     try:
         with named_errors(path), open(path, "a", encoding="utf-8") as file:
             answers = pool.map(lambda question: endpoint.answer(question.text), rest)
-            for question, answer in zip(rest, tqdm(answers, desc="answers", total=len(rest), unit=" questions", leave=False), strict=True):
-                file.write(json.dumps({"qid": question.qid, "model": endpoint.model, "answer": answer}, ensure_ascii=False) + "\n")
+            for question, answer in zip(
+                rest, tqdm(answers, desc="answers", total=len(rest), unit=" questions", leave=False), strict=True
+            ):
+                file.write(
+                    json.dumps({"qid": question.qid, "model": endpoint.model, "answer": answer}, ensure_ascii=False)
+                    + "\n"
+                )
                 file.flush()
                 known[question.qid] = answer
     finally:
@@ -96,6 +105,8 @@ def answered(path: Path, model: str) -> dict[str, str]:
     for number, line in enumerate(whole.splitlines(), start=1):
         record = json.loads(line)
         if record["model"] != model:
-            raise ValueError(f"{path}:{number}: an answer by {record['model']}, not {model}: name another --output, or move the file away")
+            raise ValueError(
+                f"{path}:{number}: an answer by {record['model']}, not {model}: name another --output, or move the file away"
+            )
         found[record["qid"]] = record["answer"]
     return found

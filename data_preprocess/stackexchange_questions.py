@@ -17,7 +17,9 @@ from data_preprocess.tables import read_parquet_records
 SITES = ("stackoverflow", "biology", "chemistry", "codereview", "cs", "earthscience", "economics", "math", "robotics")
 ANY_SITE = "unnamed"  # of files that do not say; they are taken whatever --sites are
 # The reference's question texts carry its instruction; the prompt puts ours there again.
-_INSTRUCTION = re.compile(r"\AInstructions:\n1\. Identify the essential problem\.\n.*?\n(?:Query|Question): ", re.DOTALL)
+_INSTRUCTION = re.compile(
+    r"\AInstructions:\n1\. Identify the essential problem\.\n.*?\n(?:Query|Question): ", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,9 @@ def _preferences(record: Record) -> tuple[str, str, list[str]]:
     """stack-exchange-preferences: the first address names the site, ``selected`` the accepted answer."""
     addresses = record.texts("metadata")
     host = urlsplit(addresses[0]).hostname or "" if addresses else ""
-    accepted = [answer.text("text", blank=True) for answer in record.objects("answers") if answer.data.get("selected") is True]
+    accepted = [
+        answer.text("text", blank=True) for answer in record.objects("answers") if answer.data.get("selected") is True
+    ]
     return host.removeprefix("www.").partition(".")[0], record.text("question", blank=True), accepted
 
 

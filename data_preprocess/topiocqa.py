@@ -18,7 +18,15 @@ from data_preprocess.options import add_common_options, prompt_options
 from data_preprocess.sources import BadRecords, Source, find_sources, pick, read_records, read_table
 from data_preprocess.splits import hold_out
 from data_preprocess.topiocqa_turns import conversation_ids, turn_record
-from data_preprocess.writers import OutputFolder, PromptOptions, Row, read_golds, split_files, write_collection, write_splits
+from data_preprocess.writers import (
+    OutputFolder,
+    PromptOptions,
+    Row,
+    read_golds,
+    split_files,
+    write_collection,
+    write_splits,
+)
 
 RETRIEVER_URL = "https://zenodo.org/records/6151011 (data/retriever/all_history/train.json and dev.json)"
 COLLECTION_URL = "https://zenodo.org/records/6149599 (data/wikipedia_split/full_wiki_segments.tsv)"
@@ -49,7 +57,9 @@ class Files:
 
     def conversations(self) -> tuple[Source, Source]:
         if self.dataset_train is None or self.dataset_dev is None:
-            raise ValueError(f"TopiOCQA's conversations are missing: give --dataset-train and --dataset-dev, from {DATASET_URL}")
+            raise ValueError(
+                f"TopiOCQA's conversations are missing: give --dataset-train and --dataset-dev, from {DATASET_URL}"
+            )
         return self.dataset_train, self.dataset_dev
 
     def golds(self) -> tuple[Source, Source, Source]:
@@ -60,7 +70,9 @@ class Files:
         """
         if self.retriever_train is None or self.retriever_dev is None or self.collection is None:
             missing = [
-                f"--{name.replace('_', '-')}" for name in ("retriever_train", "retriever_dev", "collection") if getattr(self, name) is None
+                f"--{name.replace('_', '-')}"
+                for name in ("retriever_train", "retriever_dev", "collection")
+                if getattr(self, name) is None
             ]
             raise ValueError(
                 f"TopiOCQA's conversations hold no gold passages, and {', '.join(missing)} did not come with them: "
@@ -71,7 +83,9 @@ class Files:
         return self.retriever_train, self.retriever_dev, self.collection
 
 
-def gold_rows(dataset: Source, retriever: Source, own_split: str, validation: frozenset[str], bad: BadRecords) -> Iterator[Row]:
+def gold_rows(
+    dataset: Source, retriever: Source, own_split: str, validation: frozenset[str], bad: BadRecords
+) -> Iterator[Row]:
     """Joins turns and gold passages, which stand in one order in the two files. As in the reference's qrels the first gold passage counts.
 
     Raises:
@@ -80,7 +94,9 @@ def gold_rows(dataset: Source, retriever: Source, own_split: str, validation: fr
     turns, golds = read_records(dataset, bad, f"topiocqa {own_split}"), read_records(retriever, bad)
     for turn, gold in zip_longest(turns, golds):
         if turn is None or gold is None:
-            raise ValueError(f"{dataset} and {retriever} do not hold the same number of turns: they are not of one release")
+            raise ValueError(
+                f"{dataset} and {retriever} do not hold the same number of turns: they are not of one release"
+            )
         with bad.tolerate():
             record = turn_record(turn, own_split)
             if (gold.number("conv_id"), gold.number("turn_id")) != (record["conv_id"], record["turn_id"]):
@@ -93,7 +109,11 @@ def gold_rows(dataset: Source, retriever: Source, own_split: str, validation: fr
                 raise gold.error("positive_ctxs", "is empty")
             record["gold_docids"] = [passages[0].docid("passage_id")]
             record["positive_ctxs"] = [passage.data for passage in passages]
-            yield Row("validation" if own_split == "train" and str(record["conv_id"]) in validation else own_split, record, turn.where)
+            yield Row(
+                "validation" if own_split == "train" and str(record["conv_id"]) in validation else own_split,
+                record,
+                turn.where,
+            )
 
 
 def passages(collection: Source, bad: BadRecords) -> Iterator[tuple[str, str]]:
@@ -103,7 +123,9 @@ def passages(collection: Source, bad: BadRecords) -> Iterator[tuple[str, str]]:
             yield row.docid("id"), f"{row.data['title'].replace(' [SEP] ', ' ')} {row.data['text']}"
 
 
-def convert(files: Files, folder: OutputFolder, prompt: PromptOptions, validation_conversations: int, seed: int) -> None:
+def convert(
+    files: Files, folder: OutputFolder, prompt: PromptOptions, validation_conversations: int, seed: int
+) -> None:
     """The whole data set: train and validation (out of train), dev, collection."""
     dataset_train, dataset_dev = files.conversations()
     retriever_train, retriever_dev, collection = files.golds()
@@ -111,7 +133,9 @@ def convert(files: Files, folder: OutputFolder, prompt: PromptOptions, validatio
 
     def make_train(bad: BadRecords) -> dict[str, Any]:
         validation = (
-            hold_out(conversation_ids(dataset_train), validation_conversations, seed) if validation_conversations else frozenset[str]()
+            hold_out(conversation_ids(dataset_train), validation_conversations, seed)
+            if validation_conversations
+            else frozenset[str]()
         )
         rows = gold_rows(dataset_train, retriever_train, "train", validation, bad)
         return write_splits(folder.path, splits, rows, data_source="topiocqa", prompt=prompt, bad=bad)
@@ -139,15 +163,24 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m data_preprocess.topiocqa", description="TopiOCQA -> conversations, collection, qrels, parquet."
     )
     parser.add_argument(
-        "--input", type=Path, metavar="ZIP_OR_DIR", help="find the files below in a folder or zip file, by their public names"
+        "--input",
+        type=Path,
+        metavar="ZIP_OR_DIR",
+        help="find the files below in a folder or zip file, by their public names",
     )
     parser.add_argument("--dataset-train", type=Path, metavar="JSON", help="topiocqa_train.json")
     parser.add_argument("--dataset-dev", type=Path, metavar="JSON", help="topiocqa_dev.json")
-    parser.add_argument("--retriever-train", type=Path, metavar="JSON", help="data/retriever/all_history/train.json, with positive_ctxs")
-    parser.add_argument("--retriever-dev", type=Path, metavar="JSON", help="data/retriever/all_history/dev.json, with positive_ctxs")
+    parser.add_argument(
+        "--retriever-train", type=Path, metavar="JSON", help="data/retriever/all_history/train.json, with positive_ctxs"
+    )
+    parser.add_argument(
+        "--retriever-dev", type=Path, metavar="JSON", help="data/retriever/all_history/dev.json, with positive_ctxs"
+    )
     parser.add_argument("--collection", type=Path, metavar="TSV", help="full_wiki_segments.tsv: id, text, title")
     parser.add_argument(
-        "--proxy", action="store_true", help="build pseudo-passages out of the conversations, where the gold passages are not at hand"
+        "--proxy",
+        action="store_true",
+        help="build pseudo-passages out of the conversations, where the gold passages are not at hand",
     )
     add_common_options(parser, validation_conversations=100)
     return parser
@@ -162,7 +195,12 @@ def main() -> None:
     if arguments.proxy:
         dataset_train, dataset_dev = files.conversations()
         topiocqa_proxy.convert(
-            dataset_train, dataset_dev, folder, prompt_options(arguments), arguments.validation_conversations, arguments.seed
+            dataset_train,
+            dataset_dev,
+            folder,
+            prompt_options(arguments),
+            arguments.validation_conversations,
+            arguments.seed,
         )
     else:
         convert(files, folder, prompt_options(arguments), arguments.validation_conversations, arguments.seed)

@@ -11,7 +11,16 @@ from typing import Any
 from data_preprocess.sources import BadRecords, Source, read_records
 from data_preprocess.splits import hold_out
 from data_preprocess.topiocqa_turns import turn_record
-from data_preprocess.writers import UNANSWERABLE, OutputFolder, PromptOptions, Row, read_golds, split_files, write_collection, write_splits
+from data_preprocess.writers import (
+    UNANSWERABLE,
+    OutputFolder,
+    PromptOptions,
+    Row,
+    read_golds,
+    split_files,
+    write_collection,
+    write_splits,
+)
 
 Pair = tuple[str, str]
 
@@ -35,7 +44,9 @@ class PseudoPassages:
             yield self.docid(pair), " ".join([*pair, *answers])
 
 
-def answered_turns(dataset: Source, own_split: str, bad: BadRecords, description: str) -> Iterator[tuple[dict[str, Any], str]]:
+def answered_turns(
+    dataset: Source, own_split: str, bad: BadRecords, description: str
+) -> Iterator[tuple[dict[str, Any], str]]:
     """(record, where) of each turn that has an answer and so a topic."""
     for turn in read_records(dataset, bad, description):
         with bad.tolerate():
@@ -48,7 +59,12 @@ def answered_turns(dataset: Source, own_split: str, bad: BadRecords, description
 
 
 def convert(
-    dataset_train: Source, dataset_dev: Source, folder: OutputFolder, prompt: PromptOptions, validation_conversations: int, seed: int
+    dataset_train: Source,
+    dataset_dev: Source,
+    folder: OutputFolder,
+    prompt: PromptOptions,
+    validation_conversations: int,
+    seed: int,
 ) -> None:
     """Writes train and validation (out of train), dev and the pseudo-passages."""
     splits = ["train", "validation", "dev"] if validation_conversations else ["train", "dev"]
@@ -73,7 +89,9 @@ def convert(
 
         counts = write_splits(folder.path, splits, rows(), data_source="topiocqa-proxy", prompt=prompt, bad=bad)
         golds = read_golds(folder.path, splits)
-        return counts | {"collection": write_collection(folder.path / "collection.jsonl", pseudo.passages(), golds, bad)}
+        return counts | {
+            "collection": write_collection(folder.path / "collection.jsonl", pseudo.passages(), golds, bad)
+        }
 
     files = [name for split in splits for name in split_files(split)] + ["collection.jsonl"]
     options = prompt.as_dict() | {"proxy": True, "validation_conversations": validation_conversations, "seed": seed}

@@ -147,7 +147,9 @@ class SplitFiles:
         """
         record = row.record
         if any(character.isspace() for docid in (record["qid"], *record["gold_docids"]) for character in docid):
-            raise RecordError(f"{row.where}: field 'qid' or 'gold_docids' holds white space, which a TREC file cannot: {record['qid']!r}")
+            raise RecordError(
+                f"{row.where}: field 'qid' or 'gold_docids' holds white space, which a TREC file cannot: {record['qid']!r}"
+            )
         if record["qid"] in self.seen_qids:
             raise RecordError(f"{row.where}: field 'qid' repeats {record['qid']!r}")
         try:
@@ -203,13 +205,18 @@ def write_splits(
         ValueError: more malformed rows than ``bad`` tolerates, or a split that stays empty.
     """
     with ExitStack() as stack:
-        opened = {name: stack.enter_context(_open_split(folder, name, name not in without_parquet, with_positives)) for name in splits}
+        opened = {
+            name: stack.enter_context(_open_split(folder, name, name not in without_parquet, with_positives))
+            for name in splits
+        }
         for row in rows:
             with bad.tolerate():
                 opened[row.split].add(row, data_source, prompt)
         for name, files in opened.items():
             if not files.seen_qids:
-                raise ValueError(f"no turn with a gold passage for split '{name}' of {data_source}: is this the right input?")
+                raise ValueError(
+                    f"no turn with a gold passage for split '{name}' of {data_source}: is this the right input?"
+                )
         return {name: files.counts() for name, files in opened.items()}
 
 
@@ -222,7 +229,9 @@ def read_golds(folder: Path, splits: Iterable[str]) -> set[str]:
     return golds
 
 
-def write_collection(path: Path, passages: Iterable[tuple[str, str]], golds: set[str], bad: BadRecords) -> dict[str, Any]:
+def write_collection(
+    path: Path, passages: Iterable[tuple[str, str]], golds: set[str], bad: BadRecords
+) -> dict[str, Any]:
     """Writes (id, contents) pairs; returns the counts of passages and blank passages. Memory holds no passage but the current one.
 
     Raises:
@@ -272,7 +281,10 @@ class OutputFolder:
             file.write("\n")
 
     def _is_whole(self, entry: dict[str, Any]) -> bool:
-        return all((self.path / name).is_file() and (self.path / name).stat().st_size == size for name, size in entry["files"].items())
+        return all(
+            (self.path / name).is_file() and (self.path / name).stat().st_size == size
+            for name, size in entry["files"].items()
+        )
 
     def _sweep(self, files: Sequence[str]) -> None:
         """Removes the temporary files of runs that were killed: those whose process is no more."""
@@ -328,6 +340,8 @@ class OutputFolder:
 
 def _shown(counts: dict[str, Any]) -> str:
     return "; ".join(
-        f"{name}: {', '.join(f'{number:,} {what}' for what, number in value.items())}" if isinstance(value, dict) else f"{value:,} {name}"
+        f"{name}: {', '.join(f'{number:,} {what}' for what, number in value.items())}"
+        if isinstance(value, dict)
+        else f"{value:,} {name}"
         for name, value in counts.items()
     ).replace("_", " ")

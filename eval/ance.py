@@ -14,19 +14,37 @@ from eval.search import Job, Search, search_and_score, through_server
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The reference's flags, and ``--server``."""
-    parser = argparse.ArgumentParser(prog="python -m eval.ance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.ance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--server", help="http://host:port of a running retriever_server with a dense index")
     add("--test_file_path", nargs="+", required=True, help="rewrites (or conversations), one JSON object a line")
-    add("--test_type", default="rewrite", choices=tuple(QUERY_TYPES), help="which text is searched for (default rewrite)")
+    add(
+        "--test_type",
+        default="rewrite",
+        choices=tuple(QUERY_TYPES),
+        help="which text is searched for (default rewrite)",
+    )
     add("--trec_gold_qrel_file_path", required=True, help="TREC qrels")
     add("--qrel_output_dir", default=".", help="folder for the runs (default: here)")
     add("--output_trec_file", nargs="+", required=True, help="file name of the run of each test file")
     add("--top_k", type=int, default=100, help="passages a query (default 100)")
     add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG (default 1)")
-    add("--pretrained_encoder_path", help="the query encoder (default: the passages' own); with --server, the server's is used")
-    add("--passage_embeddings_dir_path", help="the index folder of the passages' vectors; with --server, the server's are used")
-    add("--n_gpu", type=int, default=1, help="CUDA devices that share the vectors, where there are any; 0: the CPU (default 1)")
+    add(
+        "--pretrained_encoder_path",
+        help="the query encoder (default: the passages' own); with --server, the server's is used",
+    )
+    add(
+        "--passage_embeddings_dir_path",
+        help="the index folder of the passages' vectors; with --server, the server's are used",
+    )
+    add(
+        "--n_gpu",
+        type=int,
+        default=1,
+        help="CUDA devices that share the vectors, where there are any; 0: the CPU (default 1)",
+    )
     add("--use_gpu", default="True", help="False: the CPU (default True, where there is a CUDA device)")
     add("--per_gpu_test_batch_size", type=int, default=32, help="queries a forward pass (default 32)")
     add("--max_concat_length", type=int, default=512, help="tokens of a query (default 512)")

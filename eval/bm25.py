@@ -13,21 +13,48 @@ from eval.search import Job, Search, search_and_score, through_server
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of the reference's get_metrics_using_bm25.py, and ours."""
-    parser = argparse.ArgumentParser(prog="python -m eval.bm25", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.bm25", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--index_dir_path", help="index folder of retriever_server.index bm25")
     add("--server", help="http://host:port of a running retriever_server, in place of --index_dir_path")
-    add("--query_file", "--test_file_path", nargs="+", required=True, help="rewrites (or conversations), one JSON object a line")
-    add("--query_type", "--test_type", default="rewrite", choices=tuple(QUERY_TYPES), help="which text is searched for (default rewrite)")
-    add("--gold_qrel_file_path", "--trec_gold_qrel_file_path", help="TREC qrels; needed unless --not_perform_evaluation")
+    add(
+        "--query_file",
+        "--test_file_path",
+        nargs="+",
+        required=True,
+        help="rewrites (or conversations), one JSON object a line",
+    )
+    add(
+        "--query_type",
+        "--test_type",
+        default="rewrite",
+        choices=tuple(QUERY_TYPES),
+        help="which text is searched for (default rewrite)",
+    )
+    add(
+        "--gold_qrel_file_path", "--trec_gold_qrel_file_path", help="TREC qrels; needed unless --not_perform_evaluation"
+    )
     add("--not_perform_evaluation", action="store_true", help="write the run alone")
     add("--top_n", "--top_k", type=int, default=100, help="passages a query (default 100)")
     add("--bm25_k1", type=float, default=None, help="checked against the index, which is built for one k1")
     add("--bm25_b", type=float, default=None, help="checked against the index, which is built for one b")
     add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG (default 1)")
-    add("--max_seq_length", type=int, default=None, help="cut queries to so many words (the reference cuts at 512; default: no cut)")
+    add(
+        "--max_seq_length",
+        type=int,
+        default=None,
+        help="cut queries to so many words (the reference cuts at 512; default: no cut)",
+    )
     add("--retrieval_output_path", "--qrel_output_dir", default=".", help="folder for the runs (default: here)")
-    add("--output_file_name", "--output_trec_file", nargs="+", required=True, help="file name of the run of each query file")
+    add(
+        "--output_file_name",
+        "--output_trec_file",
+        nargs="+",
+        required=True,
+        help="file name of the run of each query file",
+    )
     add("--split_num_chunk", type=int, default=1, help="accepted as the reference has it")
     args = parser.parse_args(argv)
     if (args.index_dir_path is None) == (args.server is None):

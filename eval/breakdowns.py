@@ -18,7 +18,9 @@ REWRITE_WORDS = (0, 1, 5, 9, 13, 17, 25)
 SWITCHES = ("first turn", "same topic", "topic switch")
 
 
-def means_by(qids: Sequence[str], groups: Mapping[str, Group], values: Mapping[str, Mapping[str, "Floats"]]) -> list[Record]:
+def means_by(
+    qids: Sequence[str], groups: Mapping[str, Group], values: Mapping[str, Mapping[str, "Floats"]]
+) -> list[Record]:
     """``[{group, queries, run, measure, mean}]`` in the order in which ``groups`` names them; queries that it lacks stand last, under None."""
     import numpy as np
 
@@ -26,7 +28,13 @@ def means_by(qids: Sequence[str], groups: Mapping[str, Group], values: Mapping[s
     for index, qid in enumerate(qids):
         rows.setdefault(groups.get(qid), []).append(index)
     return [
-        {"group": group, "queries": len(chosen), "run": name, "measure": measure, "mean": float(np.mean(scores[chosen]))}
+        {
+            "group": group,
+            "queries": len(chosen),
+            "run": name,
+            "measure": measure,
+            "mean": float(np.mean(scores[chosen])),
+        }
         for group, chosen in rows.items()
         if chosen
         for name, measured in values.items()
@@ -35,7 +43,10 @@ def means_by(qids: Sequence[str], groups: Mapping[str, Group], values: Mapping[s
 
 
 def labels_of(
-    qids: Sequence[str], conversations: str | Path | None = None, rewrites: str | Path | None = None, fields: Sequence[str] = ()
+    qids: Sequence[str],
+    conversations: str | Path | None = None,
+    rewrites: str | Path | None = None,
+    fields: Sequence[str] = (),
 ) -> dict[str, dict[str, Group]]:
     """Name of a breakdown -> qid -> group, the groups in their order: turn, topic switch (where the records have topics), history length, ``fields``,
     rewrite length.
@@ -69,8 +80,12 @@ def labels_of(
         records = _records(qids, rewrites)
         without = next((number for number, record in records if not isinstance(record.get("rewrite"), str)), None)
         if without is not None:
-            raise ValueError(f"{rewrites}:{without}: the record has no 'rewrite': give the file that convsearch.infer wrote")
-        found["rewrite length (words)"] = _bucketed({record["qid"]: _words([record["rewrite"]]) for _, record in records}, REWRITE_WORDS)
+            raise ValueError(
+                f"{rewrites}:{without}: the record has no 'rewrite': give the file that convsearch.infer wrote"
+            )
+        found["rewrite length (words)"] = _bucketed(
+            {record["qid"]: _words([record["rewrite"]]) for _, record in records}, REWRITE_WORDS
+        )
     return found
 
 
@@ -81,7 +96,9 @@ def _records(qids: Sequence[str], path: str | Path) -> list[tuple[int, Record]]:
         if not isinstance(record.get("qid"), str):
             raise ValueError(f"{path}:{number}: needs 'qid' (a string), got {record.get('qid')!r}")
     if not {record["qid"] for _, record in records} & set(qids):
-        raise ValueError(f"{path} has none of the {len(qids)} queries of the qrels: give the conversations that they come from")
+        raise ValueError(
+            f"{path} has none of the {len(qids)} queries of the qrels: give the conversations that they come from"
+        )
     return records
 
 
@@ -108,4 +125,6 @@ def _words(texts: Iterable[Any]) -> int:
 def _bucketed(words: Mapping[str, int], lower: Sequence[int]) -> dict[str, Group]:
     names = [str(low) if high == low + 1 else f"{low} - {high - 1}" for low, high in pairwise(lower)]
     names.append(f"{lower[-1]} or more")
-    return {qid: names[bisect_right(lower, count) - 1] for qid, count in sorted(words.items(), key=lambda item: item[1])}
+    return {
+        qid: names[bisect_right(lower, count) - 1] for qid, count in sorted(words.items(), key=lambda item: item[1])
+    }

@@ -27,11 +27,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m eval.bright", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--task", nargs="+", required=True, choices=[*TASKS, "all"], help="one task, several, or all 12", metavar="TASK")
-    add("--documents", required=True, help="parquet, JSON lines or JSON list of {id, contents or content}; or TheoremQA's own JSON")
+    add(
+        "--task", nargs="+", required=True, choices=[*TASKS, "all"], help="one task, several, or all 12", metavar="TASK"
+    )
+    add(
+        "--documents",
+        required=True,
+        help="parquet, JSON lines or JSON list of {id, contents or content}; or TheoremQA's own JSON",
+    )
     add("--topics", required=True, help="parquet or JSON lines of {id, query, excluded_ids}, gzipped or not")
     add("--qrels", required=True, help="TREC qrels")
-    add("--queries", help="reasoned queries: {query: reasoned} as released, or the lines of convsearch.infer --task rqr")
+    add(
+        "--queries", help="reasoned queries: {query: reasoned} as released, or the lines of convsearch.infer --task rqr"
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--replace", action="store_true", help="search for the reasoned query alone (default)")
     how.add_argument("--join", action="store_true", help="search for the original query and the reasoned one behind it")
@@ -46,12 +54,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--encoder", help="a dense encoder in place of BM25: an ANCE or sentence-transformers folder, or a hub name")
     add("--query_prefix", default="", help="put before each query for a dense encoder that wants an instruction")
     add("--max_length", type=int, default=512, help="tokens of a query or document for the encoder (default 512)")
-    add("--excluded", help="excluded ids, in place of those of the topics: JSON {qid: [ids]}, or records of {id, excluded_ids}")
+    add(
+        "--excluded",
+        help="excluded ids, in place of those of the topics: JSON {qid: [ids]}, or records of {id, excluded_ids}",
+    )
     add("--top_k", type=int, default=1000, help="documents a query, counted without the excluded ones (default 1000)")
     add("--measures", default=MEASURES, help=f"measures of eval.metrics (default {MEASURES!r})")
     add("--work", help="folder that keeps the indexes for the next run (default: none is kept)")
     add("--output_trec_file", help="also write the run; with several tasks the path holds {task}")
-    add("--json", action="store_true", help="print one object {measure: fraction}; several tasks: the means, and tasks under 'tasks'")
+    add(
+        "--json",
+        action="store_true",
+        help="print one object {measure: fraction}; several tasks: the means, and tasks under 'tasks'",
+    )
     return parser.parse_args(argv)
 
 
@@ -77,7 +92,10 @@ def texts_of(topics: Sequence[Topic], queries: str | None, join: bool) -> tuple[
     found = [reasoned.of(topic) for topic in topics]
     if not any(found):
         raise ValueError(f"{queries} has a reasoned query for none of the {len(topics)} topics: is it of another task?")
-    texts = [topic.query if text is None else f"{topic.query}\n{text}" if join else text for topic, text in zip(topics, found, strict=True)]
+    texts = [
+        topic.query if text is None else f"{topic.query}\n{text}" if join else text
+        for topic, text in zip(topics, found, strict=True)
+    ]
     return texts, found.count(None)
 
 
@@ -94,12 +112,16 @@ def open_search(args: argparse.Namespace, documents: Mapping[str, str], folder: 
     if args.encoder is None:
         from retriever_server.bm25.index import Bm25Index
 
-        return Bm25Index.build(collection, folder / "bm25", args.k1, args.b, overwrite=True, progress=sys.stderr.isatty()).search
+        return Bm25Index.build(
+            collection, folder / "bm25", args.k1, args.b, overwrite=True, progress=sys.stderr.isatty()
+        ).search
     from retriever_server.dense import build as dense_build
     from retriever_server.dense.index import DenseIndex
 
     place = folder / f"dense-{Path(args.encoder).name}"
-    dense_build.build([collection], place, args.encoder, dense_build.Settings(max_length=args.max_length, overwrite=True))
+    dense_build.build(
+        [collection], place, args.encoder, dense_build.Settings(max_length=args.max_length, overwrite=True)
+    )
     index = DenseIndex.load(place, args.encoder, max_length=args.max_length)
     return lambda queries, k: index.search([args.query_prefix + query for query in queries], k)
 
@@ -137,7 +159,11 @@ def evaluate_task(args: argparse.Namespace, task: str) -> Outcome:
     def path(pattern: str) -> str:
         return pattern.replace("{task}", task).replace("{name}", task.replace("_", "-"))
 
-    documents, topics, qrels = read_documents(path(args.documents)), read_topics(path(args.topics)), read_qrels(path(args.qrels))
+    documents, topics, qrels = (
+        read_documents(path(args.documents)),
+        read_topics(path(args.topics)),
+        read_qrels(path(args.qrels)),
+    )
     if args.excluded:
         excluded = read_excluded(path(args.excluded))
         topics = [Topic(topic.qid, topic.query, excluded.get(topic.qid, ())) for topic in topics]
@@ -171,14 +197,21 @@ def published() -> dict[str, Any]:
 
 def table(outcomes: Mapping[str, Outcome], label: str) -> str:
     """nDCG@10 by task and their mean in percent, under the published rows; a published mean is over the same tasks. Then the other measures."""
-    rows = {f"{name} (published)": dict(zip(published()["tasks"], values, strict=True)) for name, values in published()["rows"].items()}
+    rows = {
+        f"{name} (published)": dict(zip(published()["tasks"], values, strict=True))
+        for name, values in published()["rows"].items()
+    }
     measures = list(next(iter(outcomes.values())).means)
     lead = "nDCG@10" if "nDCG@10" in measures else measures[0]
     rows[label] = {task: 100 * outcome.means[lead] for task, outcome in outcomes.items()}
     if lead != "nDCG@10":
         rows = {label: rows[label]}
     width = max(26, 2 + max(map(len, rows)))
-    lines = [f"{lead:<{width}}" + "".join(f"{TASKS[task]:>7}" for task in outcomes) + (f"{'mean':>7}" if len(outcomes) > 1 else "")]
+    lines = [
+        f"{lead:<{width}}"
+        + "".join(f"{TASKS[task]:>7}" for task in outcomes)
+        + (f"{'mean':>7}" if len(outcomes) > 1 else "")
+    ]
     for name, values in rows.items():
         shown = [values[task] for task in outcomes]
         shown += [sum(shown) / len(shown)] if len(shown) > 1 else []
@@ -204,9 +237,16 @@ def main() -> None:
     for task in tasks:
         outcomes[task] = evaluate_task(args, task)
         print(f"{task}: {outcomes[task].notes}", file=sys.stderr)
-    means = {measure: sum(o.means[measure] for o in outcomes.values()) / len(outcomes) for measure in outcomes[tasks[0]].means}
+    means = {
+        measure: sum(o.means[measure] for o in outcomes.values()) / len(outcomes)
+        for measure in outcomes[tasks[0]].means
+    }
     if args.json:
-        print(json.dumps(means if len(tasks) == 1 else means | {"tasks": {task: dict(o.means) for task, o in outcomes.items()}}))
+        print(
+            json.dumps(
+                means if len(tasks) == 1 else means | {"tasks": {task: dict(o.means) for task, o in outcomes.items()}}
+            )
+        )
         return
     system = Path(args.encoder).name if args.encoder else f"BM25 {args.bm25}"
     print(table(outcomes, system + (", joined" if args.join else ", reasoned" if args.queries else ", raw")))

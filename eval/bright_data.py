@@ -112,7 +112,10 @@ def read_documents(path: str | Path) -> dict[str, str]:
         if "Question" in record:
             docid, text = "TheoremQA_" + _field(where, record, "id"), _field(where, record, "Question")
         else:
-            docid, text = _field(where, record, "id", "docid", "_id"), _field(where, record, "contents", "content", "text")
+            docid, text = (
+                _field(where, record, "id", "docid", "_id"),
+                _field(where, record, "contents", "content", "text"),
+            )
         if documents.setdefault(docid, text) != text:
             raise ValueError(f"{where}: the id {docid!r} stands for another text before: keep one of the two")
     if not documents:
@@ -131,7 +134,9 @@ def read_topics(path: str | Path) -> list[Topic]:
         qid = _field(where, record, "id", "qid", "_id")
         if qid in topics:
             raise ValueError(f"{where}: query {qid!r} stands twice")
-        topics[qid] = Topic(qid, _field(where, record, "query", "question", "text"), _ids(where, record.get("excluded_ids") or []))
+        topics[qid] = Topic(
+            qid, _field(where, record, "query", "question", "text"), _ids(where, record.get("excluded_ids") or [])
+        )
     if not topics:
         raise ValueError(f"{path}: no topics")
     return list(topics.values())
@@ -148,7 +153,10 @@ def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
     if Path(path).suffix == ".json" and _first_character(Path(path)) == "{":
         return {qid: _ids(f"{path}: query {qid!r}", ids) for qid, ids in _json(Path(path)).items()}
     found = records(path)
-    return {_field(where, record, "id", "qid", "_id"): _ids(where, record.get("excluded_ids") or []) for where, record in found}
+    return {
+        _field(where, record, "id", "qid", "_id"): _ids(where, record.get("excluded_ids") or [])
+        for where, record in found
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +184,9 @@ def read_reasoned(path: str | Path) -> Reasoned:
     if path.name.removesuffix(".gz").endswith(".json") and _first_character(path) == "{":
         found = _json(path)
         if not all(isinstance(text, str) for text in found.values()):
-            raise ValueError(f"{path}: must be one object of texts, {{query: reasoned query}}; lines of JSON end in .jsonl")
+            raise ValueError(
+                f"{path}: must be one object of texts, {{query: reasoned query}}; lines of JSON end in .jsonl"
+            )
         return Reasoned({query.strip(): text for query, text in found.items()} | found, {})
     by_qid = {}
     for where, record in records(path):

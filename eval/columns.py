@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 LINE_LIMIT, ID_LIMIT = 1 << 20, 4096  # bytes
 _ROWS = 1 << 14
-_KEEP = np.array([(1 << (8 * bytes_)) - 1 for bytes_ in range(9)], np.uint64)  # masks of the first 0 to 8 bytes of a word
+_KEEP = np.array(
+    [(1 << (8 * bytes_)) - 1 for bytes_ in range(9)], np.uint64
+)  # masks of the first 0 to 8 bytes of a word
 GRADE_LIMIT = 1 << 31
 _LINE = re.compile(rb"[^\r\n]+")  # carriage returns end lines too, as they do for pyarrow
 _PLAIN = bytes.maketrans(b"\t\v\f\r", b"   \n")
@@ -90,7 +92,9 @@ def load(path: str | Path) -> Any:
         try:
             raw = pa.py_buffer(gzip.decompress(raw))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{path}: the gzip stream is damaged or cut short ({error}): write the file again") from error
+            raise ValueError(
+                f"{path}: the gzip stream is damaged or cut short ({error}): write the file again"
+            ) from error
     if not _TEXT.search(raw):
         raise ValueError(f"{path} is empty: it has no line")
     return raw[3:] if raw[:3].to_pybytes() == b"\xef\xbb\xbf" else raw
@@ -135,7 +139,13 @@ def _by_arrow(raw: Any, form: Format) -> Columns | None:
         return None
     names = [str(number) for number in range(len(fields))]
     value = names[form.value_column]
-    kinds = [pa.int64()] if form.integer else [pa.int64(), pa.float64()] if _WHOLE.fullmatch(fields[form.value_column]) else [pa.float64()]
+    kinds = (
+        [pa.int64()]
+        if form.integer
+        else [pa.int64(), pa.float64()]
+        if _WHOLE.fullmatch(fields[form.value_column])
+        else [pa.float64()]
+    )
     table = None
     for kind in kinds:  # the reference's seven columns have whole numbers, which are read faster
         types = dict.fromkeys(names[: form.value_column], pa.binary()) | {
@@ -148,7 +158,9 @@ def _by_arrow(raw: Any, form: Format) -> Columns | None:
                 pa.BufferReader(raw),
                 read_options=csv.ReadOptions(column_names=names),
                 parse_options=csv.ParseOptions(delimiter=" ", quote_char=False, double_quote=False, escape_char=False),
-                convert_options=csv.ConvertOptions(include_columns=list(types), column_types=types, null_values=[], check_utf8=False),
+                convert_options=csv.ConvertOptions(
+                    include_columns=list(types), column_types=types, null_values=[], check_utf8=False
+                ),
             )
             break
     if table is None:
@@ -215,18 +227,26 @@ def _slow(path: str | Path, raw: Any, form: Format) -> Columns:
     for number, line in enumerate(raw.to_pybytes().splitlines(), start=1):
         where = f"{path}:{number}"
         if len(line) > LINE_LIMIT:
-            raise ValueError(f"{where}: a line of {len(line):,} bytes, where at most {LINE_LIMIT:,} are read: this is no {form.noun} file")
+            raise ValueError(
+                f"{where}: a line of {len(line):,} bytes, where at most {LINE_LIMIT:,} are read: this is no {form.noun} file"
+            )
         fields = _fields(where, line, form)
         if not fields:
             continue
         if len(fields) not in form.columns:
-            raise ValueError(f"{where}: found {_count(len(fields))} where a line of a {form.noun} file has {form.expected}")
+            raise ValueError(
+                f"{where}: found {_count(len(fields))} where a line of a {form.noun} file has {form.expected}"
+            )
         width, first = width or len(fields), first or number
         if len(fields) != width:
-            raise ValueError(f"{where}: found {_count(len(fields))} where line {first} has {width}: give all lines the same form")
+            raise ValueError(
+                f"{where}: found {_count(len(fields))} where line {first} has {width}: give all lines the same form"
+            )
         for name, text in (("qid", fields[0]), ("docid", fields[2])):
             if len(text.encode()) > ID_LIMIT:
-                raise ValueError(f"{where}: a {name} of {len(text.encode()):,} bytes, where at most {ID_LIMIT:,} are read")
+                raise ValueError(
+                    f"{where}: a {name} of {len(text.encode()):,} bytes, where at most {ID_LIMIT:,} are read"
+                )
         rows.append(queries.setdefault(fields[0], len(queries)))
         docids.append(fields[2])
         values.append(_value(where, fields[form.value_column], form))
@@ -240,11 +260,15 @@ def _slow(path: str | Path, raw: Any, form: Format) -> Columns:
 
 def _fields(where: str, line: bytes, form: Format) -> list[str]:
     if b"\0" in line:
-        raise ValueError(f"{where}: holds a NUL byte: this is a binary file (or UTF-16), not the text of a {form.noun} file")
+        raise ValueError(
+            f"{where}: holds a NUL byte: this is a binary file (or UTF-16), not the text of a {form.noun} file"
+        )
     try:
         return [field.decode() for field in line.split()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason}): this is a binary file, or needs to be converted") from error
+        raise ValueError(
+            f"{where}: not UTF-8 ({error.reason}): this is a binary file, or needs to be converted"
+        ) from error
 
 
 def _count(columns: int) -> str:

@@ -24,12 +24,18 @@ Record = dict[str, Any]
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description="Compares runs with the first of them, query by query.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.compare", description="Compares runs with the first of them, query by query."
+    )
     parser.add_argument("qrels", help="qrels, as eval.metrics reads them")
     parser.add_argument("runs", nargs="+", help="two runs or more; the first is the baseline")
     parser.add_argument("--names", nargs="+", help="a name for each run (default: the file names)")
-    parser.add_argument("--measures", nargs="+", default=[DEFAULT_MEASURES], help=f"as in eval.metrics (default: {DEFAULT_MEASURES})")
-    parser.add_argument("--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG (1)")
+    parser.add_argument(
+        "--measures", nargs="+", default=[DEFAULT_MEASURES], help=f"as in eval.metrics (default: {DEFAULT_MEASURES})"
+    )
+    parser.add_argument(
+        "--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG (1)"
+    )
     parser.add_argument(
         "--seeds",
         nargs="+",
@@ -39,16 +45,32 @@ def arguments() -> argparse.ArgumentParser:
         help="one system's runs with different seeds: enters the table as its mean over them; adds mean and sd over the seeds and best of n",
     )
     parser.add_argument(
-        "--conversations", metavar="FILE", help="JSON lines with qid and turn_id: adds means by turn, topic switch and history length"
+        "--conversations",
+        metavar="FILE",
+        help="JSON lines with qid and turn_id: adds means by turn, topic switch and history length",
     )
-    parser.add_argument("--rewrites", metavar="FILE", help="JSON lines with qid and rewrite: adds means by the rewrite's length")
-    parser.add_argument("--by", nargs="+", default=[], metavar="FIELD", help="fields of the conversations, as `domain`: adds means by each")
-    parser.add_argument("--per-query", metavar="FILE", help="also write every query's values, tab-separated, a column a run and measure")
-    parser.add_argument("--draws", type=int, default=10_000, help="bootstrap samples, and sign flips of the permutation test (10,000)")
+    parser.add_argument(
+        "--rewrites", metavar="FILE", help="JSON lines with qid and rewrite: adds means by the rewrite's length"
+    )
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="fields of the conversations, as `domain`: adds means by each",
+    )
+    parser.add_argument(
+        "--per-query", metavar="FILE", help="also write every query's values, tab-separated, a column a run and measure"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=10_000, help="bootstrap samples, and sign flips of the permutation test (10,000)"
+    )
     parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (0.95)")
     parser.add_argument("--seed", type=int, default=1, help="seed of both (1)")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print everything as one JSON object, fractions at full precision")
+    form.add_argument(
+        "--json", action="store_true", help="print everything as one JSON object, fractions at full precision"
+    )
     form.add_argument("--csv", action="store_true", help="print one line a run and measure")
     form.add_argument("--latex", action="store_true", help="print a LaTeX table (booktabs)")
     form.add_argument("--html", action="store_true", help="print one self-contained HTML page")
@@ -84,7 +106,13 @@ def compare(
     scores = np.stack([values[name][measure] for name, measure in cells], axis=1)
     low, high = bootstrap_intervals(scores, draws, seed, confidence)
     means = [
-        {"run": name, "measure": measure, "mean": float(scores[:, i].mean()), "low": float(low[i]), "high": float(high[i])}
+        {
+            "run": name,
+            "measure": measure,
+            "mean": float(scores[:, i].mean()),
+            "low": float(low[i]),
+            "high": float(high[i]),
+        }
         for i, (name, measure) in enumerate(cells)
     ]
     pairs = [(name, measure) for name in others for measure in measures]
@@ -97,7 +125,12 @@ def compare(
         "wins": (differences > 0).sum(axis=0), "ties": (differences == 0).sum(axis=0), "losses": (differences < 0).sum(axis=0),
     }  # fmt: skip
     comparisons = [
-        {"run": name, "baseline": baseline, "measure": measure, **{key: _number(column[i].item()) for key, column in columns.items()}}
+        {
+            "run": name,
+            "baseline": baseline,
+            "measure": measure,
+            **{key: _number(column[i].item()) for key, column in columns.items()},
+        }
         for i, (name, measure) in enumerate(pairs)
     ]
     return {"means": means, "comparisons": comparisons}
@@ -170,7 +203,10 @@ def _measured(
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     if evaluation.missing:
-        print(f"{path}: {evaluation.missing} of the {len(evaluation.qids)} queries are missing, each counts 0", file=sys.stderr)
+        print(
+            f"{path}: {evaluation.missing} of the {len(evaluation.qids)} queries are missing, each counts 0",
+            file=sys.stderr,
+        )
     return evaluation.qids, evaluation.values
 
 
@@ -178,7 +214,11 @@ def write_per_query(path: str | Path, qids: Sequence[str], values: Mapping[str, 
     """One line a query, tab-separated under a header: qid, then a column for each run and measure, fractions at full precision."""
     from convsearch.files import atomic_write
 
-    columns = {f"{name} {measure}": scores.tolist() for name, measured in values.items() for measure, scores in measured.items()}
+    columns = {
+        f"{name} {measure}": scores.tolist()
+        for name, measured in values.items()
+        for measure, scores in measured.items()
+    }
     with atomic_write(path) as file:
         file.write("\t".join(["qid", *columns]) + "\n")
         for qid, *row in zip(qids, *columns.values(), strict=True):
@@ -188,7 +228,9 @@ def write_per_query(path: str | Path, qids: Sequence[str], values: Mapping[str, 
 def main() -> None:
     args = arguments().parse_args()
     if args.by and not args.conversations:
-        raise ValueError(f"--by {' '.join(args.by)} needs the conversations that have the field: add --conversations FILE")
+        raise ValueError(
+            f"--by {' '.join(args.by)} needs the conversations that have the field: add --conversations FILE"
+        )
     qids, values, seeds = load(args)
     result: Record = {"queries": len(qids), **compare(values, args.draws, args.seed, args.confidence)}
     if seeds:

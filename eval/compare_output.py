@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 SEED_HEAD = ["run", "measure", "seeds", "mean ± sd", "best of n"]
 LEVELS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+}
 
 
 def stars(p: float) -> str:
@@ -25,7 +30,21 @@ def as_text(result: Record) -> str:
     rows += [[row["run"], row["measure"], _percent(row["mean"]), _interval(row)] for row in result["means"]]
     parts = [f"{result['queries']} queries, percent", _aligned(rows)]
     baseline = result["comparisons"][0]["baseline"]
-    rows = [["run", "measure", "difference", "interval", "p(t)", "p(perm)", "p(t) Holm", "p(perm) Holm", "", "effect", "win/tie/loss"]]
+    rows = [
+        [
+            "run",
+            "measure",
+            "difference",
+            "interval",
+            "p(t)",
+            "p(perm)",
+            "p(t) Holm",
+            "p(perm) Holm",
+            "",
+            "effect",
+            "win/tie/loss",
+        ]
+    ]
     for row in result["comparisons"]:
         p_values = [_p(row[key]) for key in ("t_p", "permutation_p", "t_p_holm", "permutation_p_holm")]
         counts = f"{row['wins']}/{row['ties']}/{row['losses']}"
@@ -33,7 +52,10 @@ def as_text(result: Record) -> str:
         effect = "-" if row["effect_size"] is None else f"{row['effect_size']:+.3f}"
         mark = stars(row["permutation_p_holm"])
         rows.append([row["run"], row["measure"], difference, _interval(row), *p_values, mark, effect, counts])
-    parts += [f"against {baseline} (* p < 0.05, ** p < 0.01, *** p < 0.001; effect: mean / sd of the differences)", _aligned(rows)]
+    parts += [
+        f"against {baseline} (* p < 0.05, ** p < 0.01, *** p < 0.001; effect: mean / sd of the differences)",
+        _aligned(rows),
+    ]
     if "over_seeds" in result:
         parts += ["over seeds (best of n: each query's best run)", _aligned([SEED_HEAD, *_seeds(result["over_seeds"])])]
     for name, cells in result.get("breakdowns", {}).items():
@@ -43,7 +65,13 @@ def as_text(result: Record) -> str:
 
 def _seeds(rows: Sequence[Record]) -> list[list[str]]:
     return [
-        [row["run"], row["measure"], str(row["seeds"]), f"{_percent(row['mean'])} ± {_percent(row['sd'])}", _percent(row["best_of"])]
+        [
+            row["run"],
+            row["measure"],
+            str(row["seeds"]),
+            f"{_percent(row['mean'])} ± {_percent(row['sd'])}",
+            _percent(row["best_of"]),
+        ]
         for row in rows
     ]
 
@@ -74,7 +102,13 @@ def as_html(result: Record) -> str:
     for row in result["means"]:
         figure = tag("strong", _percent(row["mean"])), tag("br"), tag("span", _interval(row), class_="muted small")
         rows.setdefault(row["run"], [row["run"]]).append(tag("span", figure))
-    parts = [section("Means", f"{result['queries']:,} queries, percent, with bootstrap intervals.", table(["", *measures], rows.values()))]
+    parts = [
+        section(
+            "Means",
+            f"{result['queries']:,} queries, percent, with bootstrap intervals.",
+            table(["", *measures], rows.values()),
+        )
+    ]
     baseline = result["comparisons"][0]["baseline"]
     tests = [
         [f"{row['run']}, {row['measure']}", f"{100 * row['difference']:+.2f}", _interval(row), _p(row["t_p_holm"]), _p(row["permutation_p_holm"]),
@@ -86,7 +120,9 @@ def as_html(result: Record) -> str:
     parts.append(section(f"Against {baseline}", about, table(head, tests)))
     if "over_seeds" in result:
         seeds = [[f"{run}, {measure}", *rest] for run, measure, *rest in _seeds(result["over_seeds"])]
-        parts.append(section("Over seeds", "Best of n takes each query's best run: a bound.", table(["", *SEED_HEAD[2:]], seeds)))
+        parts.append(
+            section("Over seeds", "Best of n takes each query's best run: a bound.", table(["", *SEED_HEAD[2:]], seeds))
+        )
     for name, cells in result.get("breakdowns", {}).items():
         first, *lines = _breakdown(cells)
         parts.append(section(f"By {name}", "Means in percent.", table(first, lines)))
@@ -101,7 +137,9 @@ def as_csv(result: Record) -> str:
     names = {"low": "difference_low", "high": "difference_high"}
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", "measure", "queries", "mean", "low", "high", *(names.get(field, field) for field in fields)])
+    writer.writerow(
+        ["run", "measure", "queries", "mean", "low", "high", *(names.get(field, field) for field in fields)]
+    )
     for row in result["means"]:
         test = tested.get((row["run"], row["measure"]), {})
         cells = [row["run"], row["measure"], result["queries"], row["mean"], row["low"], row["high"]]
@@ -147,6 +185,9 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -51,14 +51,18 @@ def _parse_measure(name: str) -> Measure:
     match = _NAME.fullmatch(name)
     kind = _KINDS.get(match[1].lower()) if match else None
     if match is None or kind is None:
-        raise ValueError(f"unknown measure {name!r}: there are MRR[@k], NDCG[@k], MAP[@k], R@k, P@k, Success@k, and (rel=N) before the @")
+        raise ValueError(
+            f"unknown measure {name!r}: there are MRR[@k], NDCG[@k], MAP[@k], R@k, P@k, Success@k, and (rel=N) before the @"
+        )
     rel, cutoff = (int(group) if group else None for group in match.group(2, 3))
     if cutoff is None and kind in ("R", "P", "Success"):
         raise ValueError(f"measure {name!r} needs a cutoff of at least 1, as in {name}@10")
     if cutoff == 0 or rel == 0:
         raise ValueError(f"measure {name!r}: cutoff and rel must be at least 1")
     if kind == "nDCG" and rel is not None:
-        raise ValueError(f"measure {name!r}: nDCG weighs the grades themselves, it has no threshold: leave (rel={rel}) out")
+        raise ValueError(
+            f"measure {name!r}: nDCG weighs the grades themselves, it has no threshold: leave (rel={rel}) out"
+        )
     return Measure(name, kind, cutoff, rel)
 
 
@@ -89,7 +93,14 @@ def judge(run: Columns, qrels: Columns) -> Judged:
     rows, query, found = rows[known], query[known], found[known]
     rank = ranks(run, rows)
     order = np.lexsort((rank, query))
-    return Judged(len(qrels.qids), query[order], rank[order], grades[found][order], qrels.query_of_row.astype(np.int64), qrels.values)
+    return Judged(
+        len(qrels.qids),
+        query[order],
+        rank[order],
+        grades[found][order],
+        qrels.query_of_row.astype(np.int64),
+        qrels.values,
+    )
 
 
 def _candidates(run: Columns, qrels: Columns) -> Ints:
@@ -112,7 +123,9 @@ def _lookup(items: Any, values: Any) -> Ints:
 def ranks(run: Columns, rows: Ints) -> Ints:
     """The ranks of ``rows`` within their queries, from 1, in trec_eval's order: score in float32 and then docid, both descending."""
     query, score = run.query_of_row, run.values.astype(np.float32)
-    firsts = np.flatnonzero(np.concatenate([[True], query[1:] != query[:-1]])[: len(query)])  # where a stretch of equal queries begins
+    firsts = np.flatnonzero(
+        np.concatenate([[True], query[1:] != query[:-1]])[: len(query)]
+    )  # where a stretch of equal queries begins
     descends = score[1:] < score[:-1]
     descends[firsts[1:] - 1] = True
     if len(firsts) == len(run.qids) and descends.all():
@@ -135,7 +148,9 @@ def _trec_order(run: Columns, query: npt.NDArray[np.int32], score: npt.NDArray[n
     places = np.flatnonzero(np.concatenate([tied, [False]]) | np.concatenate([[False], tied]))
     if len(places):
         rows = order[places]
-        table = pa.table({"query": query[rows], "score": score[rows] + np.float32(0), "docid": run.docids.take(pa.array(rows))})
+        table = pa.table(
+            {"query": query[rows], "score": score[rows] + np.float32(0), "docid": run.docids.take(pa.array(rows))}
+        )
         keys = [("query", "ascending"), ("score", "descending"), ("docid", "descending")]
         order[places] = rows[pc.sort_indices(table, sort_keys=keys).to_numpy().astype(np.int64)]
     return order

@@ -38,7 +38,11 @@ class Evaluation:
 
 
 def evaluate(
-    run: "Columns", qrels: "Columns", measures: "Sequence[Measure]", rel_threshold: int = 1, skip_unanswerable: bool = False
+    run: "Columns",
+    qrels: "Columns",
+    measures: "Sequence[Measure]",
+    rel_threshold: int = 1,
+    skip_unanswerable: bool = False,
 ) -> Evaluation:
     """Computes the measures of every query.
 
@@ -55,10 +59,14 @@ def evaluate(
     qids = qrels.qids.to_pylist()
     shared = pc.sum(pc.is_in(run.qids, value_set=qrels.qids)).as_py() or 0
     if len(run.qids) and not shared:
-        raise ValueError(f"the run has none of the {len(qids)} queries of the qrels (run: {_some(run.qids)}; qrels: {_some(qrels.qids)})")
+        raise ValueError(
+            f"the run has none of the {len(qids)} queries of the qrels (run: {_some(run.qids)}; qrels: {_some(qrels.qids)})"
+        )
     answerable = np.bincount(qrels.query_of_row[qrels.values >= rel_threshold], minlength=len(qids)) > 0
     if not answerable.any():
-        raise ValueError(f"no query of the qrels has a passage of grade {rel_threshold} or more: lower the relevance threshold")
+        raise ValueError(
+            f"no query of the qrels has a passage of grade {rel_threshold} or more: lower the relevance threshold"
+        )
     kept = np.flatnonzero(answerable) if skip_unanswerable else np.arange(len(qids))
     judged = judge(run, qrels)
     return Evaluation(
@@ -75,7 +83,11 @@ def _some(qids: Any) -> str:
 
 
 def evaluate_files(
-    run: str | Path, qrels: str | Path, measures: str = DEFAULT_MEASURES, rel_threshold: int = 1, skip_unanswerable: bool = False
+    run: str | Path,
+    qrels: str | Path,
+    measures: str = DEFAULT_MEASURES,
+    rel_threshold: int = 1,
+    skip_unanswerable: bool = False,
 ) -> Evaluation:
     """Reads both files and computes the named measures. ``evaluate_files("run.trec", "dev.trec").means()["MRR"]``
 
@@ -126,24 +138,36 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m eval.metrics", description="Measures of a TREC run. Percent in the table, fractions in --json."
     )
-    parser.add_argument("--run", required=True, help="run: 6 or 7 columns, or JSON {qid: {docid: score}}; gzipped or not")
-    parser.add_argument("--qrels", required=True, help="qrels: qid 0 docid grade, or JSON {qid: {docid: grade}}; gzipped or not")
-    parser.add_argument("--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG (1)")
+    parser.add_argument(
+        "--run", required=True, help="run: 6 or 7 columns, or JSON {qid: {docid: score}}; gzipped or not"
+    )
+    parser.add_argument(
+        "--qrels", required=True, help="qrels: qid 0 docid grade, or JSON {qid: {docid: grade}}; gzipped or not"
+    )
+    parser.add_argument(
+        "--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG (1)"
+    )
     parser.add_argument(
         "--measures",
         nargs="+",
         default=[DEFAULT_MEASURES],
         help=f"MRR[@k] NDCG[@k] MAP[@k] R@k P@k Success@k, also under ir_measures' names (default: {DEFAULT_MEASURES})",
     )
-    parser.add_argument("--skip-unanswerable", action="store_true", help="leave queries without a relevant passage out of the mean")
-    parser.add_argument("--json", action="store_true", help="print one object {measure: value}, fractions at full precision")
+    parser.add_argument(
+        "--skip-unanswerable", action="store_true", help="leave queries without a relevant passage out of the mean"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one object {measure: value}, fractions at full precision"
+    )
     parser.add_argument("--per-query", metavar="FILE", help="also write every query's values, tab-separated")
     return parser
 
 
 def main() -> None:
     args = arguments().parse_args()
-    evaluation = evaluate_files(args.run, args.qrels, " ".join(args.measures), args.rel_threshold, args.skip_unanswerable)
+    evaluation = evaluate_files(
+        args.run, args.qrels, " ".join(args.measures), args.rel_threshold, args.skip_unanswerable
+    )
     if args.per_query:
         write_per_query(args.per_query, evaluation)
     print(notes(evaluation), file=sys.stderr)

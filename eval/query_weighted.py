@@ -82,5 +82,7 @@ class QueryWeightedBm25:
             for row in self.scores(queries[start : start + BLOCK]):
                 best = np.argsort(-row, kind="stable")[:k]
                 best = best[row[best] > 0]
-                found.append([(self.docids[i], float(score)) for i, score in zip(best.tolist(), row[best], strict=True)])
+                found.append(
+                    [(self.docids[i], float(score)) for i, score in zip(best.tolist(), row[best], strict=True)]
+                )
         return found

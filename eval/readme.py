@@ -32,11 +32,17 @@ def markdown(folders: Sequence[Path]) -> str:
     for folder in folders:
         results = read_results(folder)
         if results is None:
-            raise ValueError(f"{folder} has no test.trec with runs beside it: give a run folder as scripts/job_cpu.sh leaves it")
+            raise ValueError(
+                f"{folder} has no test.trec with runs beside it: give a run folder as scripts/job_cpu.sh leaves it"
+            )
         if results.disagreements:
-            raise ValueError(f"{folder}: {results.disagreements[0]}; make results.json anew with `python -m eval.summary`")
+            raise ValueError(
+                f"{folder}: {results.disagreements[0]}; make results.json anew with `python -m eval.summary`"
+            )
         if found and (results.qids, list(results.values)) != (found[0].qids, list(found[0].values)):
-            raise ValueError(f"{folder} has other questions or systems than {folders[0]}: a table takes runs that differ in the seed alone")
+            raise ValueError(
+                f"{folder} has other questions or systems than {folders[0]}: a table takes runs that differ in the seed alone"
+            )
         found.append(results)
     written = {SYSTEMS[stem] for stem in REWRITERS}
     lines = [f"| | {' | '.join(MEASURES)} |", f"|{'---|' * (1 + len(MEASURES))}"]
@@ -57,7 +63,9 @@ def replaced(text: str, table: str, name: str) -> str:
         ValueError: the marks are not there, once each and in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{name} needs one line {BEGIN.strip()} and, below it, one line {END}: the table stands between them")
+        raise ValueError(
+            f"{name} needs one line {BEGIN.strip()} and, below it, one line {END}: the table stands between them"
+        )
     return text[: text.index(BEGIN) + len(BEGIN)] + table + text[text.index(END) :]
 
 
@@ -66,7 +74,9 @@ def main() -> None:
         prog="python -m eval.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of the same job with different seeds")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file to put the table into (default: print it)")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="Markdown file to put the table into (default: print it)"
+    )
     args = parser.parse_args()
     from convsearch.files import atomic_write
 

@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description="Writes one self-contained HTML page about a run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report", description="Writes one self-contained HTML page about a run."
+    )
     parser.add_argument("run", help="run folder, as scripts/job_cpu.sh leaves it, or one of convsearch.grpo")
     parser.add_argument("--output", help="HTML file to write (default: report.html in the run folder)")
     parser.add_argument("--index", help="index folder that was searched: adds the passages' text")
     parser.add_argument("--cases", type=int, default=20, help="wins and losses to show, each (20)")
-    parser.add_argument("--draws", type=int, default=10_000, help="of the intervals and tests, as in eval.compare (10,000)")
+    parser.add_argument(
+        "--draws", type=int, default=10_000, help="of the intervals and tests, as in eval.compare (10,000)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="seed of both (1)")
     return parser
 
@@ -42,7 +46,9 @@ def report(folder: Path, index: "Searcher | None" = None, most: int = 20, draws:
         raise ValueError(f"there is no run folder {folder}")
     results, metrics, shares = data.read_results(folder), data.read_metrics(folder), data.rank_shares(folder)
     if results is None and not metrics and not shares:
-        raise ValueError(f"{folder} has neither test.trec with runs beside it, nor metrics.jsonl, nor rollouts: name a run's folder")
+        raise ValueError(
+            f"{folder} has neither test.trec with runs beside it, nor metrics.jsonl, nor rollouts: name a run's folder"
+        )
     parts: list[Html] = []
     if results is not None:
         parts += _results(folder, results, draws, seed)
@@ -54,9 +60,13 @@ def report(folder: Path, index: "Searcher | None" = None, most: int = 20, draws:
         f"{len(results.qids):,} test questions" if results else "",
         f"{sum('reward' in m for m in metrics)} training steps" if metrics else "",
     ]
-    head = tag("header", tag("div", tag("h1", name), tag("p", " · ".join(filter(None, about)), class_="muted"), class_="bar-inner"))
+    head = tag(
+        "header",
+        tag("div", tag("h1", name), tag("p", " · ".join(filter(None, about)), class_="muted"), class_="bar-inner"),
+    )
     style = "".join(
-        Path(path).read_text(encoding="utf-8") for path in (Path(files.__file__).with_name("pages.css"), Path(__file__).with_suffix(".css"))
+        Path(path).read_text(encoding="utf-8")
+        for path in (Path(files.__file__).with_name("pages.css"), Path(__file__).with_suffix(".css"))
     )
     skip = tag("a", "Skip to the results", href="#content", class_="skip")
     return page(f"{name}: report", style, skip, head, tag("main", parts, id="content"))
@@ -70,11 +80,15 @@ def _results(folder: Path, results: "data.Results", draws: int, seed: int) -> "l
 
     systems = list(results.values)
     if len(systems) < 2 or len(results.qids) < 2:
-        raise ValueError(f"{folder} has {len(systems)} runs of {len(results.qids)} questions: a comparison needs two of each")
+        raise ValueError(
+            f"{folder} has {len(systems)} runs of {len(results.qids)} questions: a comparison needs two of each"
+        )
     parts = [sections.results_section(results, compare(results.values, draws, seed))]
     found = data.rewriter_of(folder, results)
     if found is not None and found[0] != systems[0]:
-        first = {found[0]: results.values[found[0]]} | {name: results.values[name] for name in systems if name != found[0]}
+        first = {found[0]: results.values[found[0]]} | {
+            name: results.values[name] for name in systems if name != found[0]
+        }
         parts.append(sections.differences_section(found[0], compare(first, draws, seed)))
         parts.append(sections.movement_section(results, systems[0], found[0]))
     if sections.numbered_turns(folder / "test.json"):
@@ -91,7 +105,9 @@ def _cases(folder: Path, results: "data.Results", index: "Searcher | None", most
     if found is None or found[0] == baseline:
         return []
     wins, losses = data.cases(results, baseline, found[0], found[1], most)
-    about = f"Questions whose gold passage moved most {{}}, {found[0]} against the {baseline}, by the change of 1 / rank."
+    about = (
+        f"Questions whose gold passage moved most {{}}, {found[0]} against the {baseline}, by the change of 1 / rank."
+    )
     return [
         sections.cases_section("Biggest wins", about.format("up"), wins, index),
         sections.cases_section("Biggest losses", about.format("down"), losses, index),

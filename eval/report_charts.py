@@ -62,7 +62,14 @@ def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Html:
         f"highest {max(y for _, y in line.points):.3g}"
         for line in shown
     )
-    svg = tag("svg", tag("title", f"{title}, {unit}"), tag("desc", described), parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img")
+    svg = tag(
+        "svg",
+        tag("title", f"{title}, {unit}"),
+        tag("desc", described),
+        parts,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+    )
     return tag("figure", tag("h3", title, " ", tag("span", unit, class_="unit small")), svg, class_="chart")
 
 
@@ -87,12 +94,22 @@ def _drawn(line: Line, place: Place) -> list[Html]:
     curve = [place(*point) for point in line.points]
     if line.dots:
         dots = [
-            tag("circle", tag("title", f"{line.name}, step {x:g}: {y:.4g}"), cx=at[0], cy=at[1], r=4, class_=f"d{line.colour}")
+            tag(
+                "circle",
+                tag("title", f"{line.name}, step {x:g}: {y:.4g}"),
+                cx=at[0],
+                cy=at[1],
+                r=4,
+                class_=f"d{line.colour}",
+            )
             for at, (x, y) in zip(curve, line.points, strict=True)
         ]
         return [tag("path", d=_path(curve), class_=f"curve raw s{line.colour}"), *dots]
     smooth = [place(*point) for point in running_mean(line.points)]
-    return [tag("path", d=_path(curve), class_=f"curve raw s{line.colour}"), tag("path", d=_path(smooth), class_=f"curve s{line.colour}")]
+    return [
+        tag("path", d=_path(curve), class_=f"curve raw s{line.colour}"),
+        tag("path", d=_path(smooth), class_=f"curve s{line.colour}"),
+    ]
 
 
 def stacked(title: str, names: Sequence[str], columns: Sequence[tuple[str, Sequence[float]]]) -> Html:
@@ -114,12 +131,23 @@ def stacked(title: str, names: Sequence[str], columns: Sequence[tuple[str, Seque
             if share:
                 tip = tag("title", f"{label}: {names[j]} {share:.1%}")
                 parts.append(
-                    tag("rect", tip, x=round(x, 2), y=round(y, 2), width=round(bar, 2), height=round(share * span, 2), class_=f"r{j + 1}")
+                    tag(
+                        "rect",
+                        tip,
+                        x=round(x, 2),
+                        y=round(y, 2),
+                        width=round(bar, 2),
+                        height=round(share * span, 2),
+                        class_=f"r{j + 1}",
+                    )
                 )
         if i % every == 0:
-            parts.append(tag("text", label.removeprefix("step "), x=round(x + bar / 2, 1), y=height - 8, text_anchor="middle"))
+            parts.append(
+                tag("text", label.removeprefix("step "), x=round(x + bar / 2, 1), y=height - 8, text_anchor="middle")
+            )
     described = "; ".join(
-        f"{name}: {columns[0][1][j]:.0%} in {columns[0][0]}, {columns[-1][1][j]:.0%} in {columns[-1][0]}" for j, name in enumerate(names)
+        f"{name}: {columns[0][1][j]:.0%} in {columns[0][0]}, {columns[-1][1][j]:.0%} in {columns[-1][0]}"
+        for j, name in enumerate(names)
     )
     svg = tag("svg", tag("title", title), tag("desc", described), parts, viewBox=f"0 0 {width} {height}", role="img")
     return tag(
@@ -131,7 +159,9 @@ def stacked(title: str, names: Sequence[str], columns: Sequence[tuple[str, Seque
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> Html:
-    return tag("ul", [tag("li", tag("span", class_=f"swatch {style}"), name) for name, style in entries], class_="legend")
+    return tag(
+        "ul", [tag("li", tag("span", class_=f"swatch {style}"), name) for name, style in entries], class_="legend"
+    )
 
 
 def interval_bar(mean: float, low: float, high: float, top: float) -> Html:

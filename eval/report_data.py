@@ -25,7 +25,11 @@ SYSTEMS = {
     "sft": "after SFT",
     "grpo": "after GRPO",
 }
-REWRITERS = ("grpo", "sft", "zero_shot")  # the first that has both a run and its rewrites is the one that is looked into
+REWRITERS = (
+    "grpo",
+    "sft",
+    "zero_shot",
+)  # the first that has both a run and its rewrites is the one that is looked into
 BUCKETS = ("rank 1", "2 - 10", "11 - 100", "not found", "no rewrite")  # of samples; a run has the first four
 _UPPER = (1, 10, 100)
 
@@ -99,7 +103,9 @@ def read_results(folder: Path) -> Results | None:
         values[name], qids = evaluation.values, evaluation.qids
     golds: dict[str, list[str]] = {}
     names = qrels.qids.to_pylist()
-    for query, docid, grade in zip(qrels.query_of_row.tolist(), qrels.docids.to_pylist(), qrels.values.tolist(), strict=True):
+    for query, docid, grade in zip(
+        qrels.query_of_row.tolist(), qrels.docids.to_pylist(), qrels.values.tolist(), strict=True
+    ):
         if grade > 0:
             golds.setdefault(names[query], []).append(docid)
     with paths[stems[-1]].open(encoding="utf-8") as file:
@@ -119,7 +125,9 @@ def _disagreements(path: Path, values: Mapping[str, Mapping[str, "Floats"]]) -> 
         for measure, scores in measured.items():
             says = written.get(name, {}).get(measure)
             if says is not None and abs(says - scores.mean()) > 1e-9:
-                found.append(f"{name}, {measure}: results.json has {100 * says:.2f}, the run gives {100 * scores.mean():.2f}")
+                found.append(
+                    f"{name}, {measure}: results.json has {100 * says:.2f}, the run gives {100 * scores.mean():.2f}"
+                )
     return found
 
 

@@ -47,11 +47,18 @@ def table(head: Sequence[Node], rows: Iterable[Sequence[Node]], caption: Node = 
         return tag(name, content, class_="num" if index >= numeric_from else None, scope=scope)
 
     lines = [
-        tag("tr", [cell("th" if i == 0 else "td", i, content, "row" if i == 0 else None) for i, content in enumerate(row)]) for row in rows
+        tag(
+            "tr",
+            [cell("th" if i == 0 else "td", i, content, "row" if i == 0 else None) for i, content in enumerate(row)],
+        )
+        for row in rows
     ]
     header = tag("thead", tag("tr", [cell("th", i, content, "col") for i, content in enumerate(head)]))
     return tag(
-        "div", tag("table", tag("caption", caption) if caption else None, header, tag("tbody", lines)), class_="scroll", tabindex="0"
+        "div",
+        tag("table", tag("caption", caption) if caption else None, header, tag("tbody", lines)),
+        class_="scroll",
+        tabindex="0",
     )
 
 

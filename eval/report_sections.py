@@ -67,7 +67,12 @@ TEST_SETS = {"TopiOCQA": ("topiocqa-dev_", (2514,)), "QReCC": ("QReCC-Test_", (8
 def section(title: str, about: Node, *content: Node) -> Html:
     anchor = title.lower().replace(" ", "-")
     return tag(
-        "section", tag("h2", title, id=anchor), tag("p", about, class_="muted small"), content, class_="panel", aria_labelledby=anchor
+        "section",
+        tag("h2", title, id=anchor),
+        tag("p", about, class_="muted small"),
+        content,
+        class_="panel",
+        aria_labelledby=anchor,
     )
 
 
@@ -93,7 +98,12 @@ def results_section(results: data.Results, comparison: Mapping[str, list[Record]
         row = means[system, measure]
         mark = stars(tests[system, measure]["permutation_p_holm"]) if (system, measure) in tests else ""
         figure = tag("strong", _percent(row["mean"])), tag("span", mark, class_="stars")
-        return tag("span", figure, tag("br"), tag("span", f"{_percent(row['low'])} – {_percent(row['high'])}", class_="muted small"))
+        return tag(
+            "span",
+            figure,
+            tag("br"),
+            tag("span", f"{_percent(row['low'])} – {_percent(row['high'])}", class_="muted small"),
+        )
 
     rows: list[list[Node]] = []
     for system in results.values:
@@ -111,10 +121,16 @@ def results_section(results: data.Results, comparison: Mapping[str, list[Record]
     figures = PAPER.get((data_set or "", results.retriever))
     if figures:
         lines = [[name, *(f"{value:.1f}" for value in values)] for name, values in figures.items()]
-        parts.append(table(["", *measures], lines, f"The paper's figures: {data_set}, {results.retriever} (arXiv 2505.15776)"))
+        parts.append(
+            table(["", *measures], lines, f"The paper's figures: {data_set}, {results.retriever} (arXiv 2505.15776)")
+        )
     else:
         parts.append(
-            tag("p", "The paper's figures are not shown: they are of the whole test sets of TopiOCQA and QReCC.", class_="muted small")
+            tag(
+                "p",
+                "The paper's figures are not shown: they are of the whole test sets of TopiOCQA and QReCC.",
+                class_="muted small",
+            )
         )
     return section("Results", about, parts)
 
@@ -152,7 +168,10 @@ def breakdown_section(name: str, cells: Sequence[Record], systems: Sequence[str]
     groups = list(dict.fromkeys(cell["group"] for cell in cells))
     counts = {cell["group"]: cell["queries"] for cell in cells}
     means = {(cell["group"], cell["run"]): cell["mean"] for cell in cells if cell["measure"] == "MRR"}
-    head: list[Node] = ["", *(tag("span", f"{group or '?'}", tag("br"), tag("span", f"n = {counts[group]}")) for group in groups)]
+    head: list[Node] = [
+        "",
+        *(tag("span", f"{group or '?'}", tag("br"), tag("span", f"n = {counts[group]}")) for group in groups),
+    ]
     rows = [[system, *(_percent(means[group, system]) for group in groups)] for system in systems]
     return section(f"By {name}", "MRR in percent; n is how many questions stand in a column.", table(head, rows))
 
@@ -170,17 +189,32 @@ def curves_section(records: Sequence[Record], shares: Sequence[tuple[str, Sequen
     parts = []
     if figures:
         key = charts.legend(
-            [(f"training: each step, and the mean of {charts.WINDOW} steps", "curve-1"), ("held-out conversations", "curve-2")]
+            [
+                (f"training: each step, and the mean of {charts.WINDOW} steps", "curve-1"),
+                ("held-out conversations", "curve-2"),
+            ]
         )
-        parts.append(section("Training", "Over the optimiser steps.", key, tag("div", figures, class_="grid"), _figures_table(records)))
+        parts.append(
+            section(
+                "Training",
+                "Over the optimiser steps.",
+                key,
+                tag("div", figures, class_="grid"),
+                _figures_table(records),
+            )
+        )
     if shares:
         about = "Where the retriever put the gold passage for the samples of each step."
-        parts.append(section("Gold rank over time", about, charts.stacked("Share of samples by gold rank", data.BUCKETS, shares)))
+        parts.append(
+            section("Gold rank over time", about, charts.stacked("Share of samples by gold rank", data.BUCKETS, shares))
+        )
     return parts
 
 
 def _points(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
-    return [(record["step"] + 1, float(record[name])) for record in records if isinstance(record.get(name), int | float)]
+    return [
+        (record["step"] + 1, float(record[name])) for record in records if isinstance(record.get(name), int | float)
+    ]
 
 
 def _figures_table(records: Sequence[Record], most: int = 100) -> Html:
@@ -244,7 +278,10 @@ def _talk(record: Record) -> Html:
     context = [str(line) for line in record.get("context", [])]
     lines = [("QA"[i % 2], line) for i, line in enumerate(context)] + [("Q", str(record["question"]))]
     last = len(lines) - 1
-    items = [tag("li", tag("span", who, class_="who"), tag("strong", said) if i == last else said) for i, (who, said) in enumerate(lines)]
+    items = [
+        tag("li", tag("span", who, class_="who"), tag("strong", said) if i == last else said)
+        for i, (who, said) in enumerate(lines)
+    ]
     return tag("ol", items, class_="talk")
 
 

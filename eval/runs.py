@@ -59,7 +59,9 @@ def from_mapping(mapping: Mapping[str, Mapping[str, float]], form: Format = RUN,
     wanted = "a whole number" if form.integer else "a number"
     for number, (qid, scored) in enumerate(mapping.items()):
         if not isinstance(scored, Mapping):
-            raise ValueError(f"{name}: query {qid!r} must hold an object {{docid: {form.value_name}}}, got {type(scored).__name__}")
+            raise ValueError(
+                f"{name}: query {qid!r} must hold an object {{docid: {form.value_name}}}, got {type(scored).__name__}"
+            )
         for docid, value in scored.items():
             where = f"{name}: query {qid!r}, passage {docid!r}"
             if isinstance(value, bool) or not isinstance(value, int if form.integer else int | float):
@@ -88,7 +90,9 @@ def _refuse_duplicates(path: str | Path, raw: Any, columns: Columns) -> None:
     if twice is not None:
         first, second = line_of_row(raw, twice[0]), line_of_row(raw, twice[1])
         qid, docid = columns.qids[columns.query_of_row[twice[0]]].as_py(), columns.docids[twice[0]].as_py()
-        raise ValueError(f"{path}:{second}: passage {docid!r} of query {qid!r} stands on line {first} already: keep one of the two lines")
+        raise ValueError(
+            f"{path}:{second}: passage {docid!r} of query {qid!r} stands on line {first} already: keep one of the two lines"
+        )
 
 
 def _from_json(path: str | Path, raw: Any, form: Format) -> Columns:

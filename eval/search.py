@@ -29,7 +29,9 @@ class Job:
 
     def __post_init__(self) -> None:
         if len(self.query_files) != len(self.run_names):
-            raise ValueError(f"{len(self.query_files)} query files and {len(self.run_names)} run names: give one name a file")
+            raise ValueError(
+                f"{len(self.query_files)} query files and {len(self.run_names)} run names: give one name a file"
+            )
         if self.top_k < 1:
             raise ValueError(f"{self.top_k} passages a query were asked for; it must be at least 1")
 

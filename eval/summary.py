@@ -51,7 +51,11 @@ def main() -> None:
         if not path:
             raise ValueError(f'{item!r}: expected NAME=RUN, as in "raw question=raw.trec"')
         evaluation = evaluate_files(path, args.qrels, " ".join(MEASURES))
-        results[name] = {**evaluation.means(), "MRR_interval": interval(evaluation.values["MRR"]), "queries": len(evaluation.qids)}
+        results[name] = {
+            **evaluation.means(),
+            "MRR_interval": interval(evaluation.values["MRR"]),
+            "queries": len(evaluation.qids),
+        }
     print(table(results))
     with atomic_write(args.output) as file:
         json.dump(results, file, indent=1)

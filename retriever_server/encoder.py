@@ -20,7 +20,10 @@ from retriever_server.storage import Array
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
 ACTIVATIONS = {"torch.nn.modules.linear.Identity": "Identity", "torch.nn.modules.activation.Tanh": "Tanh"}
-CHARS_A_TOKEN, LEAST = 6, 4  # characters of a long token, for guessing what is cut off; texts that are batched in any case
+CHARS_A_TOKEN, LEAST = (
+    6,
+    4,
+)  # characters of a long token, for guessing what is cut off; texts that are batched in any case
 HASHED = ("*.safetensors", "*.bin", "*.json", "*.txt", "*/*.safetensors", "*/*.bin", "*/*.json")
 
 
@@ -30,7 +33,17 @@ class Encoder:
     Example: ``Encoder.load("castorini/ance-msmarco-passage").encode(["who wrote Hamlet?"], max_length=512)`` is float32 [1, 768].
     """
 
-    def __init__(self, folder: Path, name: str, device: str, kind: str, model: Any, pooling: str, heads: Sequence[Any], limit: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        device: str,
+        kind: str,
+        model: Any,
+        pooling: str,
+        heads: Sequence[Any],
+        limit: int,
+    ) -> None:
         from transformers import AutoTokenizer
 
         self.name, self.kind, self.device, self.limit = name, kind, device, limit
@@ -68,7 +81,9 @@ class Encoder:
         from tqdm import tqdm
 
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        out = np.empty((len(texts), getattr(self, "dim", 0)), np.float32) if len(texts) and hasattr(self, "dim") else None
+        out = (
+            np.empty((len(texts), getattr(self, "dim", 0)), np.float32) if len(texts) and hasattr(self, "dim") else None
+        )
         bar = tqdm(total=len(texts), desc="encode", unit=" texts", disable=not progress, leave=False, mininterval=0.5)
         with self._lock, torch.inference_mode(), bar:
             for rows in _alike(order, [min(len(text), CHARS_A_TOKEN * max_length) for text in texts], batch_size):
@@ -80,8 +95,12 @@ class Encoder:
         return out if out is not None else np.empty((0, self.dim), np.float32)
 
     def _forward(self, texts: list[str], max_length: int) -> Any:
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]  # a lone surrogate would end the tokenizer
-        batch = self._tokenizer(clean, max_length=max_length, truncation=True, padding=True, return_tensors="pt").to(self.device)
+        clean = [
+            text.encode("utf-8", "replace").decode("utf-8") for text in texts
+        ]  # a lone surrogate would end the tokenizer
+        batch = self._tokenizer(clean, max_length=max_length, truncation=True, padding=True, return_tensors="pt").to(
+            self.device
+        )
         hidden = self._model(**batch).last_hidden_state
         if self._pooling == "cls":
             vectors = hidden[:, 0]
@@ -117,9 +136,15 @@ def find(name_or_path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name_or_path, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.onnx"]))
+        return Path(
+            snapshot_download(
+                name_or_path, ignore_patterns=["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.onnx"]
+            )
+        )
     except (OSError, ValueError) as error:
-        raise Unavailable(f"{name_or_path} is no folder, and the Hugging Face hub does not give it ({type(error).__name__})") from error
+        raise Unavailable(
+            f"{name_or_path} is no folder, and the Hugging Face hub does not give it ({type(error).__name__})"
+        ) from error
 
 
 def choose_device(device: str) -> str:
@@ -158,17 +183,31 @@ def _ance(folder: Path) -> tuple[Any, list[Any], int]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModel.from_config(config, add_pooling_layer=False, trust_remote_code=False).float()
     prefix = model.base_model_prefix + "."
-    _fill(model, {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}, folder, prefix)
+    _fill(
+        model,
+        {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)},
+        folder,
+        prefix,
+    )
     size, hidden = weights["embeddingHead.weight"].shape
     linear, norm = torch.nn.Linear(hidden, size), torch.nn.LayerNorm(size)
     for module, name in ((linear, "embeddingHead."), (norm, "norm.")):
-        _fill(module, {key.removeprefix(name): value for key, value in weights.items() if key.startswith(name)}, folder, name)
+        _fill(
+            module,
+            {key.removeprefix(name): value for key, value in weights.items() if key.startswith(name)},
+            folder,
+            name,
+        )
     return model, [linear, norm], _positions(model)
 
 
 def _positions(model: Any) -> int:
     """Tokens that the model has positions for; RoBERTa's start behind the padding's."""
-    padding = getattr(model.embeddings, "padding_idx", None) if model.config.model_type in ("roberta", "xlm-roberta", "camembert") else None
+    padding = (
+        getattr(model.embeddings, "padding_idx", None)
+        if model.config.model_type in ("roberta", "xlm-roberta", "camembert")
+        else None
+    )
     return int(model.config.max_position_embeddings - (0 if padding is None else padding + 1))
 
 
@@ -182,10 +221,16 @@ def read_weights(folder: Path) -> dict[str, Any]:
     if path is None:
         raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        weights = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is damaged, or holds more than tensors, and is not read ({reason}): get the weights again") from error
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors, and is not read ({reason}): get the weights again"
+        ) from error
     for wrapper in ("module.", "model."):
         if all(name.startswith(wrapper) for name in weights):
             weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
@@ -210,19 +255,25 @@ def _sentence_transformer(folder: Path) -> tuple[Any, str, list[Any], int]:
         kind, place = module["type"].rpartition(".")[2], folder / module["path"]
         if kind == "Transformer" and model is None:
             model = AutoModel.from_pretrained(place, trust_remote_code=False).float()
-            limit = min(_settings(place, "sentence_bert_config.json").get("max_seq_length") or 1 << 30, _positions(model))
+            limit = min(
+                _settings(place, "sentence_bert_config.json").get("max_seq_length") or 1 << 30, _positions(model)
+            )
         elif kind == "Pooling" and pooling is None:
             pooling = _pooling(_settings(place, "config.json"), place)
         elif kind == "Dense":
             heads.append(_dense(place))
         elif kind == "LayerNorm":
             norm = torch.nn.LayerNorm(_settings(place, "config.json")["dimension"])
-            _fill(norm, {name.removeprefix("norm."): value for name, value in read_weights(place).items()}, place, "norm.")
+            _fill(
+                norm, {name.removeprefix("norm."): value for name, value in read_weights(place).items()}, place, "norm."
+            )
             heads.append(norm)
         elif kind == "Normalize":
             heads.append(_Normalize())
         else:
-            raise ValueError(f"{folder}/modules.json: a module of type {module['type']!r} in this place is not known here")
+            raise ValueError(
+                f"{folder}/modules.json: a module of type {module['type']!r} in this place is not known here"
+            )
     if model is None or pooling is None:
         raise ValueError(f"{folder}/modules.json needs a Transformer and a Pooling module")
     return model, pooling, heads, limit
@@ -252,7 +303,9 @@ def _dense(place: Path) -> Any:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{place}/config.json: activation {activation!r} is not known here ({', '.join(ACTIVATIONS)})")
     linear = torch.nn.Linear(settings["in_features"], settings["out_features"], bias=settings.get("bias", True))
-    _fill(linear, {name.removeprefix("linear."): value for name, value in read_weights(place).items()}, place, "linear.")
+    _fill(
+        linear, {name.removeprefix("linear."): value for name, value in read_weights(place).items()}, place, "linear."
+    )
     return torch.nn.Sequential(linear, getattr(torch.nn, ACTIVATIONS[activation])())
 
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from retriever_server.searcher import Searcher
 
-FUSED_DEPTH = 100  # each index gives its best max(k, FUSED_DEPTH): then the first k of a longer list are those of a shorter one
+FUSED_DEPTH = (
+    100  # each index gives its best max(k, FUSED_DEPTH): then the first k of a longer list are those of a shorter one
+)
 
 
 def fuse(lists: Sequence[Sequence[str]], rrf_k: int) -> list[tuple[str, float]]:
@@ -38,7 +40,10 @@ class Fusion:
         """The first ``k`` of the fused order; the lists that are fused are cut at max(k, FUSED_DEPTH)."""
         depth = max(k, FUSED_DEPTH)
         found = [searcher.search(queries, depth) for searcher in self._searchers]
-        return [fuse([[docid for docid, _ in hits] for hits in of_query], self._rrf_k)[:k] for of_query in zip(*found, strict=True)]
+        return [
+            fuse([[docid for docid, _ in hits] for hits in of_query], self._rrf_k)[:k]
+            for of_query in zip(*found, strict=True)
+        ]
 
     def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
         """The best gold's place in what ``search`` returns for k = ``depth``; None where none of them is there."""

@@ -132,7 +132,11 @@ class LuceneIndex:
             raise ValueError(f"k must be at least 1, got {k}")
         fields, only_id = self._reader.storedFields(), java("java.util.Collections").singleton("id")
         return [
-            [(fields.document(hit.doc, only_id).get("id"), float(hit.score)) for hit in self._top(query, k) if hit.score > 0]
+            [
+                (fields.document(hit.doc, only_id).get("id"), float(hit.score))
+                for hit in self._top(query, k)
+                if hit.score > 0
+            ]
             for query in queries
         ]
 
@@ -199,7 +203,10 @@ class LuceneIndex:
             texts.add(java_string(query))
             keys.add(str(number))
         hits = self._reference.batch_search(texts, keys, k, threads)
-        return [[json.loads(hit.lucene_document.get("raw"))["id"] for hit in hits.get(str(number))] for number in range(len(queries))]
+        return [
+            [json.loads(hit.lucene_document.get("raw"))["id"] for hit in hits.get(str(number))]
+            for number in range(len(queries))
+        ]
 
 
 def java_string(text: str) -> Any:
@@ -227,7 +234,9 @@ def _text(document: Any) -> str:
         return str(stored)
     raw = document.get("raw")
     if raw is None:
-        raise ValueError(f"passage {document.get('id')!r} has neither contents nor raw stored: index again with --storeRaw")
+        raise ValueError(
+            f"passage {document.get('id')!r} has neither contents nor raw stored: index again with --storeRaw"
+        )
     try:
         record = json.loads(raw)
     except ValueError:
@@ -255,7 +264,10 @@ def build(collections: str | Path | Sequence[str | Path], output: str | Path, th
     Raises:
         ValueError: a collection file is absent, or the output exists.
     """
-    paths, output = [Path(path) for path in ([collections] if isinstance(collections, str | Path) else collections)], Path(output)
+    paths, output = (
+        [Path(path) for path in ([collections] if isinstance(collections, str | Path) else collections)],
+        Path(output),
+    )
     for path in paths:
         if not path.is_file():
             raise ValueError(f'there is no collection file {path}: give JSON lines of {{"id", "contents"}}')
@@ -312,9 +324,17 @@ def parser() -> argparse.ArgumentParser:
     reads.add_argument("--index", type=Path, required=True, help="an Anserini index with raw or contents stored")
     reads.add_argument("--output", type=Path, required=True, help='JSON lines of {"id", "contents"}')
     makes = kinds.add_parser("build", help="make a Lucene index of a collection")
-    makes.add_argument("--collection", type=Path, nargs="+", required=True, help='JSON lines of {"id", "contents"}, gzipped (.gz) or not')
+    makes.add_argument(
+        "--collection",
+        type=Path,
+        nargs="+",
+        required=True,
+        help='JSON lines of {"id", "contents"}, gzipped (.gz) or not',
+    )
     makes.add_argument("--output", type=Path, required=True, help="the index folder, which must not exist")
-    makes.add_argument("--threads", type=int, default=1, help="with one, passages keep their order; more share the work by files")
+    makes.add_argument(
+        "--threads", type=int, default=1, help="with one, passages keep their order; more share the work by files"
+    )
     return top
 
 

@@ -33,7 +33,9 @@ DENSE_OPTIONS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m retriever_server", description="Serves exact gold ranks and searches over HTTP.")
+    top = argparse.ArgumentParser(
+        prog="python -m retriever_server", description="Serves exact gold ranks and searches over HTTP."
+    )
     top.add_argument(
         "--index_path",
         action="append",
@@ -42,13 +44,28 @@ def parser() -> argparse.ArgumentParser:
         help="index folder; repeat for several, the first is the default",
     )
     top.add_argument(
-        "--trec_path", action="append", type=Path, metavar="FILE", help='qrels ("qid 0 docid 1") for requests by query id; may be repeated'
+        "--trec_path",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help='qrels ("qid 0 docid 1") for requests by query id; may be repeated',
     )
-    top.add_argument("--retriever_name", metavar="NAME", help="refuse a first index of another kind, such as bm25 or ance")
-    top.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 opens it to the network)")
-    top.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000; 0 takes a free one and prints it)")
     top.add_argument(
-        "--exit-with-parent", nargs="?", type=int, const=0, metavar="PID", help="stop when the process that started this one dies"
+        "--retriever_name", metavar="NAME", help="refuse a first index of another kind, such as bm25 or ance"
+    )
+    top.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 opens it to the network)"
+    )
+    top.add_argument(
+        "--port", type=int, default=8000, help="port to listen on (default: 8000; 0 takes a free one and prints it)"
+    )
+    top.add_argument(
+        "--exit-with-parent",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="PID",
+        help="stop when the process that started this one dies",
     )
     pages = top.add_argument_group("playground", "the page at /")
     pages.add_argument(
@@ -59,7 +76,10 @@ def parser() -> argparse.ArgumentParser:
         help="model folder, or http://HOST/v1[#MODEL] of an OpenAI-compatible server (key: OPENAI_API_KEY); may be repeated",
     )
     pages.add_argument(
-        "--prompt_style", choices=["paper", "compact"], default="paper", help="the rewriters' prompt at first (default: paper)"
+        "--prompt_style",
+        choices=["paper", "compact"],
+        default="paper",
+        help="the rewriters' prompt at first (default: paper)",
     )
     _add_queue_flags(top)
     bm25 = top.add_argument_group("bm25")
@@ -68,9 +88,15 @@ def parser() -> argparse.ArgumentParser:
     limits = top.add_argument_group("limits of one request")
     limits.add_argument("--max_request_mib", type=int, default=64, help="size (default: 64)")
     limits.add_argument("--max_items", type=int, default=10_000, help="queries (default: 10000)")
-    limits.add_argument("--max_query_chars", type=int, default=1_000_000, help="characters of a query (default: 1000000)")
-    limits.add_argument("--max_results", type=int, default=500_000, help="queries x k, a tenth of it with contents (default: 500000)")
-    dense = top.add_argument_group("dense", "for the dense indexes among those that are served; default: what the index folder says")
+    limits.add_argument(
+        "--max_query_chars", type=int, default=1_000_000, help="characters of a query (default: 1000000)"
+    )
+    limits.add_argument(
+        "--max_results", type=int, default=500_000, help="queries x k, a tenth of it with contents (default: 500000)"
+    )
+    dense = top.add_argument_group(
+        "dense", "for the dense indexes among those that are served; default: what the index folder says"
+    )
     dense.add_argument("--model_name_or_path", help="the model that encodes queries")
     dense.add_argument("--corpus_docid_path", help="the passages' ids, where the reference's format keeps them apart")
     dense.add_argument("--faiss_gpu", action="store_true", default=None, help="search on the GPUs")
@@ -78,29 +104,66 @@ def parser() -> argparse.ArgumentParser:
     dense.add_argument("--max_length", type=int, help="tokens that are kept of a query")
     dense.add_argument("--retrieval_batch_size", type=int, help="queries that are encoded at a time")
     dense.add_argument(
-        "--ray_parts", type=int, metavar="N", help="spread the vectors over N actors (a GPU or CPU core each) of a Ray cluster"
+        "--ray_parts",
+        type=int,
+        metavar="N",
+        help="spread the vectors over N actors (a GPU or CPU core each) of a Ray cluster",
     )
-    dense.add_argument("--ray_address", metavar="ADDRESS", help="that cluster (default: RAY_ADDRESS, or one started here)")
-    similarity = top.add_argument_group("similarity", "how much nearer a text stands to its positives than its question (/similarity)")
-    similarity.add_argument("--similarity_model", metavar="MODEL", help="encoder: an ANCE or sentence-transformers folder, or a hub name")
-    similarity.add_argument("--similarity_device", default="auto", metavar="DEVICE", help="where it runs (default: auto)")
-    similarity.add_argument("--similarity_max_length", type=int, default=512, help="tokens that are kept of a text (default: 512)")
+    dense.add_argument(
+        "--ray_address", metavar="ADDRESS", help="that cluster (default: RAY_ADDRESS, or one started here)"
+    )
+    similarity = top.add_argument_group(
+        "similarity", "how much nearer a text stands to its positives than its question (/similarity)"
+    )
+    similarity.add_argument(
+        "--similarity_model", metavar="MODEL", help="encoder: an ANCE or sentence-transformers folder, or a hub name"
+    )
+    similarity.add_argument(
+        "--similarity_device", default="auto", metavar="DEVICE", help="where it runs (default: auto)"
+    )
+    similarity.add_argument(
+        "--similarity_max_length", type=int, default=512, help="tokens that are kept of a text (default: 512)"
+    )
     return top
 
 
 def _add_queue_flags(top: argparse.ArgumentParser) -> None:
-    queue = top.add_argument_group("queue", "requests are merged into batches, fairly; past the bounds the answer is 503 with Retry-After")
-    queue.add_argument("--threads", type=int, default=2, help="searcher calls at a time; each spreads over cores itself (default: 2)")
+    queue = top.add_argument_group(
+        "queue", "requests are merged into batches, fairly; past the bounds the answer is 503 with Retry-After"
+    )
+    queue.add_argument(
+        "--threads", type=int, default=2, help="searcher calls at a time; each spreads over cores itself (default: 2)"
+    )
     queue.add_argument("--max_batch", type=int, default=512, help="items a searcher call (default: 512)")
-    queue.add_argument("--max_wait_ms", type=float, default=2, help="how long an item waits for others to share its call (default: 2)")
-    queue.add_argument("--max_queue", type=int, default=20_000, help="items in the server that are not answered yet (default: 20000)")
-    queue.add_argument("--max_queue_s", type=float, default=30, help="and the seconds they may take, by the speed measured (default: 30)")
+    queue.add_argument(
+        "--max_wait_ms", type=float, default=2, help="how long an item waits for others to share its call (default: 2)"
+    )
+    queue.add_argument(
+        "--max_queue", type=int, default=20_000, help="items in the server that are not answered yet (default: 20000)"
+    )
+    queue.add_argument(
+        "--max_queue_s",
+        type=float,
+        default=30,
+        help="and the seconds they may take, by the speed measured (default: 30)",
+    )
     more = top.add_argument_group("cache and log")
-    more.add_argument("--rank_cache", metavar="DIR", help="keep ranks on disk and answer repeated items from there (default: no cache)")
-    more.add_argument("--rank_cache_mib", type=int, default=256, help="its size; the oldest ranks make room (default: 256)")
-    more.add_argument("--log_format", choices=["json", "text"], default="json", help="JSON object a line, or text (default: json)")
     more.add_argument(
-        "--log_level", choices=["debug", "info", "warning", "error"], default="warning", help="info logs each request (default: warning)"
+        "--rank_cache",
+        metavar="DIR",
+        help="keep ranks on disk and answer repeated items from there (default: no cache)",
+    )
+    more.add_argument(
+        "--rank_cache_mib", type=int, default=256, help="its size; the oldest ranks make room (default: 256)"
+    )
+    more.add_argument(
+        "--log_format", choices=["json", "text"], default="json", help="JSON object a line, or text (default: json)"
+    )
+    more.add_argument(
+        "--log_level",
+        choices=["debug", "info", "warning", "error"],
+        default="warning",
+        help="info logs each request (default: warning)",
     )
 
 
@@ -139,11 +202,20 @@ def main() -> None:
         similarity = Similarity.load(args.similarity_model, args.similarity_device, args.similarity_max_length)
     cache = RankCache(args.rank_cache, args.rank_cache_mib) if args.rank_cache else None
     about = f"index {', '.join(index.index_id for index in indexes.values())}, {default.num_passages} passages"
-    serve(create_app(indexes, qrels, limits, settings, cache, rewriters, args.prompt_style, similarity), args.host, args.port, about)
+    serve(
+        create_app(indexes, qrels, limits, settings, cache, rewriters, args.prompt_style, similarity),
+        args.host,
+        args.port,
+        about,
+    )
 
 
 def open_indexes(
-    arguments: Sequence[str], k1: float | None, b: float | None, retriever_name: str | None = None, options: Mapping[str, Any] | None = None
+    arguments: Sequence[str],
+    k1: float | None,
+    b: float | None,
+    retriever_name: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """name -> index, from DIR or NAME=DIR (an index that is given without a name is called after its folder).
 
@@ -239,7 +311,9 @@ def listen(host: str, port: int) -> socket.socket:
         bound.listen(2048)
     except (OSError, OverflowError) as error:
         bound.close()
-        raise ValueError(f"cannot listen on {host} port {port} ({error}): choose another --port, 0 for any free one") from error
+        raise ValueError(
+            f"cannot listen on {host} port {port} ({error}): choose another --port, 0 for any free one"
+        ) from error
     return bound
 
 
@@ -276,7 +350,13 @@ def serve(app: Any, host: str, port: int, about: str) -> None:
             return await super().on_tick(counter)
 
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_keep_alive=120, timeout_graceful_shutdown=1, ws="none", server_header=False
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=120,
+        timeout_graceful_shutdown=1,
+        ws="none",
+        server_header=False,
     )
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal once more after it has shut down: a drained server has done its job, so let it end with status 0

@@ -38,7 +38,9 @@ class Similarity:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, name_or_path: str, device: str = "auto", max_length: int = MAX_LENGTH, batch_size: int | None = None) -> "Similarity":
+    def load(
+        cls, name_or_path: str, device: str = "auto", max_length: int = MAX_LENGTH, batch_size: int | None = None
+    ) -> "Similarity":
         """Opens an encoder (see Encoder.load for the forms, and for what is raised); ``batch_size``: texts at once, by the device where left out."""
         from retriever_server.encoder import Encoder
 
@@ -58,11 +60,16 @@ class Similarity:
         anchors = {text for item in items for text in (item.question, *item.positives)}
         vectors = self._known(anchors)
         missing = list(
-            dict.fromkeys(text for item in items for text in (item.output, item.question, *item.positives) if text not in vectors)
+            dict.fromkeys(
+                text for item in items for text in (item.output, item.question, *item.positives) if text not in vectors
+            )
         )
         vectors |= zip(missing, unit(self._encode(missing)), strict=True)
         self._keep({text: vectors[text] for text in anchors})
-        centres = {item.positives: np.mean([vectors[text] for text in item.positives], axis=0, dtype=np.float64) for item in items}
+        centres = {
+            item.positives: np.mean([vectors[text] for text in item.positives], axis=0, dtype=np.float64)
+            for item in items
+        }
         return [float((vectors[item.output] - vectors[item.question]) @ centres[item.positives]) for item in items]
 
     def _known(self, texts: set[str]) -> dict[str, Array]:

@@ -174,7 +174,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"there is no index folder {folder}: {remedy}")
     path = folder / "manifest.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no manifest.json, so it is no index folder or its building was cut short: {remedy}")
+        raise ValueError(
+            f"{folder} has no manifest.json, so it is no index folder or its building was cut short: {remedy}"
+        )
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:

@@ -80,4 +80,6 @@ def toy_parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """GRPO rows, one a passage."""
     import helpers_trainers as helpers
 
-    return helpers.write_parquet(tmp_path_factory.mktemp("parquet") / "train.parquet", helpers.grpo_rows(list(helpers.GOLDS)))
+    return helpers.write_parquet(
+        tmp_path_factory.mktemp("parquet") / "train.parquet", helpers.grpo_rows(list(helpers.GOLDS))
+    )

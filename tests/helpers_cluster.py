@@ -44,7 +44,12 @@ def why_absent() -> str | None:
 def environment() -> dict[str, str]:
     beside = "" if importlib.util.find_spec("vllm") else str(FOLDER)  # the extra "gpu" has brought the real one
     paths = [str(ROOT), str(ROOT / "tests"), beside, os.environ.get("PYTHONPATH", "")]
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return helpers.environment() | quiet | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
@@ -52,7 +57,9 @@ def start(arguments: Sequence[object]) -> "subprocess.Popen[str]":
     """``python -m convsearch.grpo arguments``; all it prints goes to a file, for workers that outlive it would hold a pipe open."""
     descriptor, name = tempfile.mkstemp(prefix="cluster-", suffix=".log")
     command = [sys.executable, "-m", "convsearch.grpo", *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=descriptor, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=descriptor, stderr=subprocess.STDOUT, text=True
+    )
     os.close(descriptor)
     process.log = Path(name)  # type: ignore[attr-defined]
     return process
@@ -96,7 +103,9 @@ def vllm_report(folder: str) -> dict[str, Any]:
 
     tokenizer, model = load_tokenizer(folder), load_model(folder)
     stop_ids = (*stop_token_ids(model, tokenizer), *range(40, 50))
-    sampler = VllmSampler(folder, tokenizer, SamplingConfig(0.7, max_tokens=24, batch_size=16), stop_ids, model_len=160, device="cpu")
+    sampler = VllmSampler(
+        folder, tokenizer, SamplingConfig(0.7, max_tokens=24, batch_size=16), stop_ids, model_len=160, device="cpu"
+    )
     texts = ("rome", "where is oslo? " * 5, "lima, its food?")
     prompts = [encode_chat(tokenizer, ({"role": "user", "content": text},)) for text in texts]
     policy = Policy(model, torch.device("cpu"), temperature=0.7, lr=1e-2)
@@ -111,7 +120,9 @@ def vllm_report(folder: str) -> dict[str, Any]:
     report: dict[str, Any] = {"before": gap(), "stale": [], "after": []}
     for version in (1, 2):
         branch = Branch(tuple(range(60, 70)), 1.0, 0.1)
-        policy.forward_backward(collate([Tree(prompts[0], (branch,))]), lambda micro, logprobs_R, _: (-logprobs_R.sum(), {}))
+        policy.forward_backward(
+            collate([Tree(prompts[0], (branch,))]), lambda micro, logprobs_R, _: (-logprobs_R.sum(), {})
+        )
         policy.optim_step(1e-2)
         report["stale"].append(gap())
         sampler.load_weights(policy, version)
@@ -119,7 +130,10 @@ def vllm_report(folder: str) -> dict[str, Any]:
     samples = sampler.generate(prompts, 4, seed=3)
     report["versions"] = sorted({sample.weights_version for sample in samples})
     report["again"] = sampler.generate(prompts, 4, seed=3) == samples
-    report["alone"] = [sampler.generate([prompt], 4, seed=3, keys=[p]) == samples[4 * p : 4 * p + 4] for p, prompt in enumerate(prompts)]
+    report["alone"] = [
+        sampler.generate([prompt], 4, seed=3, keys=[p]) == samples[4 * p : 4 * p + 4]
+        for p, prompt in enumerate(prompts)
+    ]
     report["other_seed"] = sampler.generate(prompts, 4, seed=4) == samples
     report["different"] = len({sample.token_ids for sample in samples})
     report["ends"] = [
@@ -132,7 +146,8 @@ def vllm_report(folder: str) -> dict[str, Any]:
         for sample in samples
     ]
     report["texts"] = all(
-        sample.text == tokenizer.decode(list(sample.token_ids[: -1 if sample.finish_reason == "stop" else None])) for sample in samples
+        sample.text == tokenizer.decode(list(sample.token_ids[: -1 if sample.finish_reason == "stop" else None]))
+        for sample in samples
     )
     parts = sampler.stream(prompts, 4, seed=3)  # left after the first part: the rest must not come back later
     next(parts)
@@ -160,7 +175,11 @@ def family(pid: int) -> dict[int, str]:
 
 def kill(pid: int, kind: str, draw: random.Random) -> bool:
     """kill -9 of one process of the run; False where there is none of the kind at the moment."""
-    victims = [pid] if kind == "driver" else [each for each, line in family(pid).items() if KINDS[kind] in line and each != pid]
+    victims = (
+        [pid]
+        if kind == "driver"
+        else [each for each, line in family(pid).items() if KINDS[kind] in line and each != pid]
+    )
     if not victims:
         return False
     os.kill(draw.choice(sorted(victims)), signal.SIGKILL)
@@ -181,7 +200,9 @@ def steps_logged(run_dir: Path) -> int:
     return len(read_metrics(run_dir)) if (run_dir / "metrics.jsonl").is_file() else 0
 
 
-def kill_at_random(arguments: Sequence[object], run_dir: Path, steps: int, kind: str, draw: random.Random) -> dict[str, Any]:
+def kill_at_random(
+    arguments: Sequence[object], run_dir: Path, steps: int, kind: str, draw: random.Random
+) -> dict[str, Any]:
     """One run with one kill at a random moment, and a second command where the first one has ended with it."""
     begun, at, pause_s = time.monotonic(), draw.randrange(steps - 4), 0.3 * draw.random()
     process = start(arguments)
@@ -196,7 +217,15 @@ def kill_at_random(arguments: Sequence[object], run_dir: Path, steps: int, kind:
         if status != 0:
             print(output, again, sep="\n----\n", file=sys.stderr)
     seconds = round(time.monotonic() - begun, 1)
-    report = {"kind": kind, "step": at, "struck": struck, "commands": commands, "restarts": restarts, "status": status, "seconds": seconds}
+    report = {
+        "kind": kind,
+        "step": at,
+        "struck": struck,
+        "commands": commands,
+        "restarts": restarts,
+        "status": status,
+        "seconds": seconds,
+    }
     return report | ({"ended": ended} if ended else {})
 
 
@@ -209,7 +238,9 @@ def curves(run_dir: Path) -> list[dict[str, float]]:
 def largest_difference(left: Sequence[dict[str, float]], right: Sequence[dict[str, float]]) -> float:
     """Over all steps and figures, relative to the larger of the figure and 1e-3."""
     assert len(left) == len(right), (len(left), len(right))
-    return max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-3) for a, b in zip(left, right, strict=True) for name in SAME)
+    return max(
+        abs(a[name] - b[name]) / max(abs(a[name]), 1e-3) for a, b in zip(left, right, strict=True) for name in SAME
+    )
 
 
 def main() -> None:
@@ -217,19 +248,33 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10, help="runs, each with one kill")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--kind", choices=["driver", *KINDS], default=None, help="what is killed; left out: each kind once, then at random")
+    parser.add_argument(
+        "--kind",
+        choices=["driver", *KINDS],
+        default=None,
+        help="what is killed; left out: each kind once, then at random",
+    )
     parser.add_argument("--sampler", choices=["vllm", "hf"], default="vllm")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--folder", type=Path, default=None, help="where the runs are; one that has the unbroken run already is gone on with"
+        "--folder",
+        type=Path,
+        default=None,
+        help="where the runs are; one that has the unbroken run already is gone on with",
     )
     options = parser.parse_args()
     folder: Path = options.folder or Path(tempfile.mkdtemp(prefix="kills-"))
 
     def arguments(run_dir: Path) -> list[str]:
-        changed = {"cluster": "cpu2", "actor_rollout_ref__rollout__name": options.sampler, "total_training_steps": options.steps}
+        changed = {
+            "cluster": "cpu2",
+            "actor_rollout_ref__rollout__name": options.sampler,
+            "total_training_steps": options.steps,
+        }
         changed |= {"trainer__save_freq": 4}
-        return helpers.grpo_overrides(folder / "form", folder / "train.parquet", run_dir, f"embedded:{folder / 'index'}", **changed)
+        return helpers.grpo_overrides(
+            folder / "form", folder / "train.parquet", run_dir, f"embedded:{folder / 'index'}", **changed
+        )
 
     if not (folder / "unbroken" / "model" / "model.safetensors").is_file():
         helpers.teach_form(vllm_model(folder / "model", spread=0.02), folder / "form")

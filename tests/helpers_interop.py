@@ -45,7 +45,9 @@ def ask_trl(given: dict[str, Any]) -> dict[str, Any]:
     trainer = GRPOTrainer(given["model"], reward_funcs=[reward, watched], args=config, train_dataset=rows)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
-    moved = max(float((parameter.detach() - before[name]).abs().max()) for name, parameter in trainer.model.named_parameters())
+    moved = max(
+        float((parameter.detach() - before[name]).abs().max()) for name, parameter in trainer.model.named_parameters()
+    )
     logged = next(log for log in trainer.state.log_history if "reward" in log)
     return {"seen": seen, "moved": moved, "logged": logged}
 
@@ -71,7 +73,11 @@ def ask_verl(given: dict[str, Any]) -> dict[str, Any]:
     responses = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in encoded])
     mask = torch.tensor([[1] + [1] * len(ids) + [0] * (longest - len(ids)) for ids in encoded])
     batch = DataProto.from_dict(
-        tensors={"prompts": torch.ones(len(encoded), 1, dtype=torch.long), "responses": responses, "attention_mask": mask},
+        tensors={
+            "prompts": torch.ones(len(encoded), 1, dtype=torch.long),
+            "responses": responses,
+            "attention_mask": mask,
+        },
         non_tensors={
             "data_source": np.array(["toy"] * len(encoded), dtype=object),
             "reward_model": np.array([{"ground_truth": golds} for golds in given["golds"]], dtype=object),
@@ -83,7 +89,9 @@ def ask_verl(given: dict[str, Any]) -> dict[str, Any]:
         result = manager(tokenizer, 0, load(name))(batch, return_dict=True)
         answers[name] = {
             "rewards": result["reward_tensor"].sum(dim=1).tolist(),
-            "on_last": [bool(row[len(ids) - 1] != 0) for row, ids in zip(result["reward_tensor"], encoded, strict=True)],
+            "on_last": [
+                bool(row[len(ids) - 1] != 0) for row, ids in zip(result["reward_tensor"], encoded, strict=True)
+            ],
             "extra": {key: list(map(float, value)) for key, value in result["reward_extra_info"].items()},
         }
     return answers

@@ -12,7 +12,9 @@ from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / ".venv" / "lucene"))  # where scripts/test.sh puts the extra; behind the environment's own packages
+sys.path.append(
+    str(ROOT / ".venv" / "lucene")
+)  # where scripts/test.sh puts the extra; behind the environment's own packages
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
@@ -62,7 +64,17 @@ def _alphabets() -> list[list[str]]:
     for _, first, last, letter in rows:
         start, end = int(first, 16), int(last, 16)
         by_class.setdefault(letter, []).extend(map(chr, {start, end, (start + end) // 2, min(start + 1, end)}))
-    together = ("A9'.:,_", "A9N_.,' ", "HQ'A.:_", "KRC_xA", "GAxz'.", "Ttx A", "PMLzVvkx#9Ise", "A_xz9", "ANH'Q.:,_xzKGL ")
+    together = (
+        "A9'.:,_",
+        "A9N_.,' ",
+        "HQ'A.:_",
+        "KRC_xA",
+        "GAxz'.",
+        "Ttx A",
+        "PMLzVvkx#9Ise",
+        "A_xz9",
+        "ANH'Q.:,_xzKGL ",
+    )
     mixes = [[sign for letter in letters for sign in by_class.get(letter, [" "])] for letters in together]
     cased = [chr(code) for code in word_break.lower_table()]
     return [
@@ -98,7 +110,9 @@ def fuzzed(count: int, seed: int) -> Iterator[str]:
             yield text + random.choice(("", "", "\ud800", "\udc00", "😀", "a\udbff"))
 
 
-def lucene_index(passages: Iterable[tuple[str, str]], folder: Path, k1: float = 0.9, b: float = 0.4) -> lucene.LuceneIndex:
+def lucene_index(
+    passages: Iterable[tuple[str, str]], folder: Path, k1: float = 0.9, b: float = 0.4
+) -> lucene.LuceneIndex:
     """A Lucene index, in ``folder``/lucene, of (docid, text) pairs; the passages keep their order."""
     from convsearch.files import write_jsonl
 
@@ -107,7 +121,9 @@ def lucene_index(passages: Iterable[tuple[str, str]], folder: Path, k1: float = 
     return lucene.LuceneIndex(folder / "lucene", k1, b)
 
 
-def lucene_ranks(index: lucene.LuceneIndex, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
+def lucene_ranks(
+    index: lucene.LuceneIndex, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int
+) -> list[int | None]:
     """The place of each query's first gold among Lucene's best ``depth``; None where none is there."""
     return index.gold_ranks(queries, golds, depth)
 
@@ -151,7 +167,11 @@ def word_break_lines() -> Iterator[str]:
         first = last + 1
     yield "# lower FIRST LAST STEP SHIFT: every STEPth code point becomes itself + SHIFT."
     lower = lucene.java("java.lang.Character").toLowerCase
-    shifts = {code: shift for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000 and (shift := int(lower(code)) - code)}
+    shifts = {
+        code: shift
+        for code in range(sys.maxunicode + 1)
+        if not 0xD800 <= code < 0xE000 and (shift := int(lower(code)) - code)
+    }
     yield from (f"lower {first:04X} {last:04X} {step} {shift}" for first, last, step, shift in runs(shifts))
 
 

@@ -43,7 +43,9 @@ CASES = {
     "gspo": Case("seq-mean-token-mean", "grpo", verl_loss="gspo", clip=(0.01, 0.02)),
     "grpo_token_weights": Case("token-mean", "dapo", weighted="token"),
     "grpo_sequence_weights": Case("token-mean", "dapo", weighted="sequence"),
-    "gspo_sequence_weights": Case("seq-mean-token-mean", "grpo", verl_loss="gspo", clip=(0.01, 0.02), weighted="sequence"),
+    "gspo_sequence_weights": Case(
+        "seq-mean-token-mean", "grpo", verl_loss="gspo", clip=(0.01, 0.02), weighted="sequence"
+    ),
 }
 
 
@@ -59,7 +61,9 @@ def ask_verl(given: Arrays) -> Arrays:
         scores_NT[:, 0] = torch.tensor(given["rewards_N"])  # the reward stands on one token; they sum over the row
         index = np.arange(len(mask_NT)) // size
         for by_std in (True, False):
-            advantages_NT, _ = core_algos.compute_grpo_outcome_advantage(scores_NT, mask_NT, index, norm_adv_by_std_in_grpo=by_std)
+            advantages_NT, _ = core_algos.compute_grpo_outcome_advantage(
+                scores_NT, mask_NT, index, norm_adv_by_std_in_grpo=by_std
+            )
             answers[f"advantages_{size}_{by_std}"] = advantages_NT[:, 0]
     low, high = given["clip"].tolist()
     for name in ("far", "near"):
@@ -68,9 +72,16 @@ def ask_verl(given: Arrays) -> Arrays:
         # Their dual clip (a third bound, for negative advantages and ratios above 3) is put out of reach for "far".
         bound = {"far": 1e30, "near": 3.0}[name]
         config = ActorConfig(
-            strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=bound
+            strategy="fsdp",
+            rollout_n=1,
+            use_dynamic_bsz=True,
+            clip_ratio_low=low,
+            clip_ratio_high=high,
+            clip_ratio_c=bound,
         )
-        loss, metrics = core_algos.get_policy_loss_fn("vanilla")(old_NT, logprobs_NT, advantages_NT, mask_NT, "token-mean", config)
+        loss, metrics = core_algos.get_policy_loss_fn("vanilla")(
+            old_NT, logprobs_NT, advantages_NT, mask_NT, "token-mean", config
+        )
         loss.backward()
         answers[f"{name}_loss"], answers[f"{name}_gradient"] = loss, logprobs_NT.grad
         answers[f"{name}_clipped"] = np.array(metrics["actor/pg_clipfrac"])
@@ -101,10 +112,14 @@ def verl_case(given: Arrays, case: Case) -> tuple[torch.Tensor, Any]:
     logprobs_NT = torch.tensor(given["near_logprobs_NT"], requires_grad=True)
     names = ("mask_NT", "old_NT", "sampler_NT", "near_ref_NT", "advantages_NT", "entropies_NT")
     columns = {name: torch.tensor(given[name]) for name in names}
-    config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio_low=case.clip[0], clip_ratio_high=case.clip[1])
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio_low=case.clip[0], clip_ratio_high=case.clip[1]
+    )
     config.global_batch_info.update(loss_scale_factor=HORIZON)
     losses = []
-    for rows in torch.arange(len(logprobs_NT)).split(int(given["micro_batch_size"]) if case.pieces else len(logprobs_NT)):
+    for rows in torch.arange(len(logprobs_NT)).split(
+        int(given["micro_batch_size"]) if case.pieces else len(logprobs_NT)
+    ):
         mask, old, sampler, ref, advantages, entropies = (columns[name][rows] for name in names)
         weights = None
         if case.weighted:
@@ -124,7 +139,10 @@ def ask_trl(given: Arrays) -> Arrays:
     """Advantages and whole losses with their gradients, by ``trl.GRPOTrainer``'s own code."""
     from trl.trainer import grpo_trainer
 
-    answers: Arrays = {f"advantages_{size}": trl_advantages(grpo_trainer, given["rewards_N"], int(size)) for size in given["group_sizes"]}
+    answers: Arrays = {
+        f"advantages_{size}": trl_advantages(grpo_trainer, given["rewards_N"], int(size))
+        for size in given["group_sizes"]
+    }
     for name, case in CASES.items():
         logprobs_NT = torch.tensor(given["near_logprobs_NT"], requires_grad=True)
         loss = trl_loss(grpo_trainer, given, logprobs_NT, case)
@@ -137,8 +155,12 @@ def trl_advantages(module: Any, rewards_N: Any, group_size: int) -> torch.Tensor
     """Executes the statement of their ``_generate_and_score_completions`` that turns rewards into advantages."""
     source = textwrap.dedent(inspect.getsource(module.GRPOTrainer._generate_and_score_completions))
     wanted = "self.multi_objective_aggregation == 'sum_then_normalize'"
-    (statement,) = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.If) and ast.unparse(node.test) == wanted)
-    trainer = SimpleNamespace(multi_objective_aggregation="sum_then_normalize", scale_rewards="group", reward_weights=torch.ones(1))
+    (statement,) = (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.If) and ast.unparse(node.test) == wanted
+    )
+    trainer = SimpleNamespace(
+        multi_objective_aggregation="sum_then_normalize", scale_rewards="group", reward_weights=torch.ones(1)
+    )
     rewards_per_func = torch.tensor(rewards_N)[:, None]
     names = {
         **vars(module),
@@ -207,8 +229,12 @@ def trl_weights(module: Any, trainer: Any, given: Arrays, mask_NT: torch.Tensor)
     """Executes the statement of their ``_generate_and_score_completions`` that weighs the samples of another engine."""
     source = textwrap.dedent(inspect.getsource(module.GRPOTrainer._generate_and_score_completions))
     wanted = "self.use_vllm and self.vllm_importance_sampling_correction"
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.If) and ast.unparse(node.test) == wanted]
-    (statement,) = (node for node in found if "torch.exp(logps_diff)" in ast.unparse(node))  # the others log and pass on
+    found = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.If) and ast.unparse(node.test) == wanted
+    ]
+    (statement,) = (
+        node for node in found if "torch.exp(logps_diff)" in ast.unparse(node)
+    )  # the others log and pass on
     names = {
         **vars(module),
         "self": trainer,
@@ -225,7 +251,9 @@ def main() -> None:
     given = dict(np.load(sys.argv[1]))
     answers = {f"verl/{name}": value for name, value in ask_verl(given).items()}
     answers |= {f"trl/{name}": value for name, value in ask_trl(given).items()}
-    plain = {name: value.detach().numpy() if isinstance(value, torch.Tensor) else value for name, value in answers.items()}
+    plain = {
+        name: value.detach().numpy() if isinstance(value, torch.Tensor) else value for name, value in answers.items()
+    }
     np.savez(sys.argv[2], **plain)
 
 

@@ -40,12 +40,15 @@ def write_run(folder: Path, steps: int = 3) -> Path:
     ]
     write_lines(folder / "test.json", records)
     rewrites = [
-        {**r, "rewrite": f"rewrite of {r['question']}", "reasoning_content": f"thinking {SCRIPT}", "fallback": False} for r in records
+        {**r, "rewrite": f"rewrite of {r['question']}", "reasoning_content": f"thinking {SCRIPT}", "fallback": False}
+        for r in records
     ]
     write_lines(folder / "grpo.jsonl", rewrites)
     (folder / "test.trec").write_text("".join(f"{qid} 0 {gold} 1\n" for qid, (_, _, gold, _, _) in QUESTIONS.items()))
     for name, column in (("raw", 3), ("grpo", 4)):
-        (folder / f"{name}.trec").write_text("".join(_run_lines(qid, row[2], row[column]) for qid, row in QUESTIONS.items()))
+        (folder / f"{name}.trec").write_text(
+            "".join(_run_lines(qid, row[2], row[column]) for qid, row in QUESTIONS.items())
+        )
     for step in range(steps):
         add_step(folder / "grpo", step)
     return folder
@@ -62,7 +65,14 @@ def add_step(run: Path, step: int) -> None:
     """One more finished step of a GRPO run: its rollouts, then its line of metrics."""
     group = [rollout("a_1", f"tall towers {step}", 1, 2.0), rollout("a_1", "many cats", 40, 0.7)]
     dump(run, step, [*group, rollout("b_1", SCRIPT, None, 0.0), rollout("b_1", "no tags at all", None, -0.1, "no_tag")])
-    values = {"reward": 1 + step / 10, "kl": step / 100, "entropy": 0.3, "response_tokens": 40.0, "format_rate": 0.75, "mrr": 0.25}
+    values = {
+        "reward": 1 + step / 10,
+        "kl": step / 100,
+        "entropy": 0.3,
+        "response_tokens": 40.0,
+        "format_rate": 0.75,
+        "mrr": 0.25,
+    }
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, **values}) + "\n")
 
@@ -116,7 +126,8 @@ def browser_page(width: int = 1280, scheme: str = "light") -> Iterator[Any]:
     if folder.is_dir() and str(folder) not in sys.path:
         sys.path.append(str(folder))
     api = pytest.importorskip(
-        "playwright.sync_api", reason="needs playwright: pip install --target .venv/browser -r tests/requirements-browser.txt"
+        "playwright.sync_api",
+        reason="needs playwright: pip install --target .venv/browser -r tests/requirements-browser.txt",
     )
     path = chromium()
     if path is None:
@@ -126,7 +137,9 @@ def browser_page(width: int = 1280, scheme: str = "light") -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
         page.set_default_timeout(15_000)
-        page.on("console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None)
+        page.on(
+            "console", lambda message: faults.append(message.text) if message.type in ("error", "warning") else None
+        )
         page.on("pageerror", lambda error: faults.append(str(error)))
         try:
             yield page

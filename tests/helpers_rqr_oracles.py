@@ -19,7 +19,9 @@ ORACLES = Path(os.environ.get("CONVSEARCH_ORACLES", Path(sys.prefix) / "oracles"
 def ask(kind: str, given: dict[str, Any], folder: Path) -> np.ndarray:
     """What the library of ``kind`` answers; the test skips where it is not installed."""
     if not (ORACLES / kind).is_dir():
-        pytest.skip(f"{kind} is not installed: pip install --no-deps --target {ORACLES} -r tests/requirements-oracles.txt")
+        pytest.skip(
+            f"{kind} is not installed: pip install --no-deps --target {ORACLES} -r tests/requirements-oracles.txt"
+        )
     (folder / "in.json").write_text(json.dumps(given))
     environment = {**os.environ, "PYTHONPATH": str(ORACLES), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, kind, str(folder / "in.json"), str(folder / "out.npy")]
@@ -38,7 +40,11 @@ def gensim(given: dict[str, Any]) -> np.ndarray:
     model = LuceneBM25Model(dictionary=dictionary, k1=0.9, b=0.4)
     bags = model[list(map(dictionary.doc2bow, given["documents"]))]
     index = SparseMatrixSimilarity(
-        bags, num_docs=len(given["documents"]), num_terms=len(dictionary), normalize_queries=False, normalize_documents=False
+        bags,
+        num_docs=len(given["documents"]),
+        num_terms=len(dictionary),
+        normalize_queries=False,
+        normalize_documents=False,
     )
     return np.stack([index[model[dictionary.doc2bow(query)]] for query in given["queries"]])
 
@@ -59,5 +65,7 @@ def sentence_transformers(given: dict[str, Any]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    answer = {"gensim": gensim, "sentence_transformers": sentence_transformers}[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))
+    answer = {"gensim": gensim, "sentence_transformers": sentence_transformers}[sys.argv[1]](
+        json.loads(Path(sys.argv[2]).read_text())
+    )
     np.save(sys.argv[3], answer)

@@ -35,7 +35,9 @@ def build_tokenizer(folder: Path, texts: Sequence[str]) -> Any:
     bpe.decoder = decoders.ByteLevel()
     specials = ["<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")
     tokenizer.chat_template = TEMPLATE
@@ -47,10 +49,16 @@ def training_texts() -> list[str]:
     from convsearch.prompts import EXAMPLE, EXAMPLE_OUTPUT, render
 
     prompts = [render(EXAMPLE, style)[0]["content"] for style in ("paper", "compact")]
-    return [*prompts, EXAMPLE_OUTPUT, *(text for town, aspect in GOLDS for text in [question(town, aspect), answer(town, aspect)] * 20)]
+    return [
+        *prompts,
+        EXAMPLE_OUTPUT,
+        *(text for town, aspect in GOLDS for text in [question(town, aspect), answer(town, aspect)] * 20),
+    ]
 
 
-def build_model(folder: Path, kind: str = "llama", spread: float = 0.15, positions: int = 1024, head_size: int = 16) -> None:
+def build_model(
+    folder: Path, kind: str = "llama", spread: float = 0.15, positions: int = 1024, head_size: int = 16
+) -> None:
     """Saves a random model of two layers beside the tokenizer that is already in ``folder``; a wide ``spread`` gives uneven distributions.
 
     vLLM's CPU attention takes no ``head_size`` below 32.
@@ -219,14 +227,21 @@ def _overrides(values: dict[str, Any], changed: dict[str, Any]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1"}
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def start(module: str, arguments: Sequence[object], **options: Any) -> "subprocess.Popen[str]":
     """``python -m module arguments`` as a process of its own, both outputs as text through one pipe."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     options = {"preexec_fn": listen_to_ctrl_c, **options}
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
 
 
 def listen_to_ctrl_c() -> None:

@@ -54,7 +54,9 @@ def test_equal_rewards_have_no_advantage() -> None:
 @settings(max_examples=50, deadline=None)
 @given(
     st.integers(2, 6).flatmap(
-        lambda size: st.tuples(st.just(size), st.lists(st.lists(rewards, min_size=size, max_size=size), min_size=1, max_size=4))
+        lambda size: st.tuples(
+            st.just(size), st.lists(st.lists(rewards, min_size=size, max_size=size), min_size=1, max_size=4)
+        )
     )
 )
 def test_advantages_of_any_groups(case: tuple[int, list[list[float]]]) -> None:
@@ -160,7 +162,9 @@ def test_the_default_is_the_paper_s() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(-60, 0), st.floats(-60, 0)), min_size=1, max_size=8))
-def test_the_low_variance_estimate_is_never_negative_and_pulls_to_the_reference(pairs: list[tuple[float, float]]) -> None:
+def test_the_low_variance_estimate_is_never_negative_and_pulls_to_the_reference(
+    pairs: list[tuple[float, float]],
+) -> None:
     logprobs = tensor(*(policy for policy, _ in pairs), grad=True)
     reference = tensor(*(ref for _, ref in pairs))
     values = kl_penalty(logprobs, reference)
@@ -205,7 +209,10 @@ lengths = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 @given(lengths, st.integers(1, 9))
 def test_the_weighted_sum_is_the_average_that_it_stands_for(lengths_N: list[int], size: int) -> None:
     losses = [[math.sin(10 * row + column) for column in range(length)] for row, length in enumerate(lengths_N)]
-    means = [statistics.fmean([value for row in losses[start : start + size] for value in row]) for start in range(0, len(lengths_N), size)]
+    means = [
+        statistics.fmean([value for row in losses[start : start + size] for value in row])
+        for start in range(0, len(lengths_N), size)
+    ]
     for aggregation, expected in (
         ("token-mean", statistics.fmean([value for row in losses for value in row])),
         ("micro-batch-mean", statistics.fmean(means)),

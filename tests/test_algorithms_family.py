@@ -38,14 +38,20 @@ def test_gspo_worked_by_hand() -> None:
     assert clipped_R.tolist() == [True, True, False, False, False]
     torch.autograd.backward(losses_R.sum() / 3)
     assert logprobs_R.grad is not None
-    assert logprobs_R.grad.tolist() == near([0, 0, 1, 1, 1])  # a clipped sequence has none, the other -advantage x ratio a token
+    assert logprobs_R.grad.tolist() == near(
+        [0, 0, 1, 1, 1]
+    )  # a clipped sequence has none, the other -advantage x ratio a token
 
 
 def test_weights_against_the_sampler_worked_by_hand() -> None:
-    old_R, sampler_R = (tensor(*map(math.log, values)) for values in ((0.6, 0.1, 0.2, 0.3, 0.5), (0.2, 0.2, 0.2, 0.2, 0.4)))
+    old_R, sampler_R = (
+        tensor(*map(math.log, values)) for values in ((0.6, 0.1, 0.2, 0.3, 0.5), (0.2, 0.2, 0.2, 0.2, 0.4))
+    )
     assert importance_weights(old_R, sampler_R, SEQUENCES, "token", 2.0).tolist() == near([2.0, 0.5, 1.0, 1.5, 1.25])
     products = [3 * 0.5] * 2 + [1.5 * 1.25] * 3
-    assert importance_weights(old_R, sampler_R, SEQUENCES, "sequence", 1.6).tolist() == near([products[0]] * 2 + [1.6] * 3)
+    assert importance_weights(old_R, sampler_R, SEQUENCES, "sequence", 1.6).tolist() == near(
+        [products[0]] * 2 + [1.6] * 3
+    )
     assert not importance_weights(old_R.requires_grad_(), sampler_R, SEQUENCES, "token", 2.0).requires_grad
     assert importance_weights(tensor(0.0), tensor(-1e4), torch.tensor([0]), "token", 1e12).item() == near(math.exp(20))
 
@@ -85,10 +91,13 @@ def test_equal_groups_are_drawn_again_in_place() -> None:
 
 
 def test_presets_are_what_they_are_named() -> None:
-    presets = {name: load_grpo_config([f"algorithm={name}", *SMALL]) for name in ("grpo_faithful", "grpo", "dr_grpo", "dapo", "gspo")}
-    assert {name: cfg.actor_rollout_ref.actor.entropy_coeff for name, cfg in presets.items()} == dict.fromkeys(presets, 0.0) | {
-        "grpo_faithful": 0.001
+    presets = {
+        name: load_grpo_config([f"algorithm={name}", *SMALL])
+        for name in ("grpo_faithful", "grpo", "dr_grpo", "dapo", "gspo")
     }
+    assert {name: cfg.actor_rollout_ref.actor.entropy_coeff for name, cfg in presets.items()} == dict.fromkeys(
+        presets, 0.0
+    ) | {"grpo_faithful": 0.001}
     averages = {name: cfg.algorithm.loss_agg for name, cfg in presets.items()}
     assert averages == {
         "grpo_faithful": "micro-batch-mean",
@@ -114,5 +123,7 @@ def test_without_a_weight_the_entropy_has_no_gradient() -> None:
         logprobs_R, entropy_R = tensor(-1, -1, grad=True), tensor(2, 3, grad=True)
         loss, report = grpo_loss(cfg)(micro, logprobs_R, entropy_R)
         torch.autograd.backward(loss)
-        assert (None if entropy_R.grad is None else entropy_R.grad.tolist()) == ([-coefficient] * 2 if coefficient else None)
+        assert (None if entropy_R.grad is None else entropy_R.grad.tolist()) == (
+            [-coefficient] * 2 if coefficient else None
+        )
         assert report["entropy"] == near(5)

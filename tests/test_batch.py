@@ -20,7 +20,10 @@ WORKED = Tree((7, 8), (Branch((1, 2), advantage=0.5, weight=0.1), Branch((3,), a
 tokens = st.lists(st.integers(1, 99), min_size=1, max_size=6).map(tuple)
 small = st.integers(-8, 8).map(lambda number: number / 4)  # exact in float32
 branches = st.builds(
-    lambda ids, advantage, weight: Branch(ids, advantage, weight, tuple(-token / 8 for token in ids)), tokens, small, small
+    lambda ids, advantage, weight: Branch(ids, advantage, weight, tuple(-token / 8 for token in ids)),
+    tokens,
+    small,
+    small,
 )
 trees = st.lists(st.builds(Tree, tokens, st.lists(branches, min_size=1, max_size=4).map(tuple)), min_size=1, max_size=8)
 
@@ -42,7 +45,9 @@ def trees_of(batch: MicroBatch) -> list[Tree]:
             logprobs = tuple(batch.sampler_logprobs_R[at].tolist())
             grown.append(Branch(own, batch.advantages_R[at][0].item(), batch.weights_R[at][0].item(), logprobs))
         assert cursor == len(mine)
-        found.append(Tree(tuple(token for token, branch in zip(ids, numbers, strict=True) if branch == 0), tuple(grown)))
+        found.append(
+            Tree(tuple(token for token, branch in zip(ids, numbers, strict=True) if branch == 0), tuple(grown))
+        )
     return found
 
 
@@ -124,7 +129,9 @@ def test_packing_loses_doubles_and_splits_nothing_within_its_limit(forest: list[
 def test_sharing_a_prompt_or_not_trains_on_the_same_samples(forest: list[Tree]) -> None:
     alone = unshared(forest)
     assert all(len(tree.branches) == 1 for tree in alone)
-    assert [(tree.prompt_ids, tree.branches[0]) for tree in alone] == [(tree.prompt_ids, b) for tree in forest for b in tree.branches]
+    assert [(tree.prompt_ids, tree.branches[0]) for tree in alone] == [
+        (tree.prompt_ids, b) for tree in forest for b in tree.branches
+    ]
 
     def samples(batch: MicroBatch) -> Counter[tuple[float, ...]]:
         columns = (batch.target_ids_R, batch.advantages_R, batch.weights_R, batch.sampler_logprobs_R)
@@ -153,7 +160,9 @@ def test_an_empty_prompt_or_sample_is_a_bug_of_the_caller() -> None:
 
 def test_moving_a_batch_moves_every_tensor() -> None:
     batch = collate([WORKED]).to(torch.device("meta"))
-    assert {getattr(batch, name).device.type for name in MicroBatch.__slots__ if getattr(batch, name) is not None} == {"meta"}
+    assert {getattr(batch, name).device.type for name in MicroBatch.__slots__ if getattr(batch, name) is not None} == {
+        "meta"
+    }
     assert batch.ref_logprobs_R is None
 
 
@@ -177,7 +186,9 @@ def test_trees_of_one_row_do_not_see_each_other(given_trees: list[Tree]) -> None
     row = collate_rows([given_trees])
     expected = torch.block_diag(*(collate([tree]).attention_mask()[0, 0].int() for tree in given_trees))
     assert torch.equal(row.attention_mask()[0, 0].int(), expected)
-    assert row.segments == [(0, end - len(tree), end) for tree, end in zip(given_trees, accumulate(map(len, given_trees)), strict=True)]
+    assert row.segments == [
+        (0, end - len(tree), end) for tree, end in zip(given_trees, accumulate(map(len, given_trees)), strict=True)
+    ]
 
 
 @settings(max_examples=50, deadline=None)

@@ -20,10 +20,27 @@ def test_prompts_have_three_turns_of_history() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ORACLES / "trl").is_dir(), reason="TRL is not installed: bash scripts/test.sh fast")
-def test_it_runs_against_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_runs_against_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("benchmarks.grpo_step.ORACLES", ORACLES)
-    arguments = ["--size", "tiny", "--rounds", "1", "--threads", "1", "--prompts", "2", "--samples", "2", "--trl_micro_batch", "2"]
-    args = parser().parse_args([*arguments, "--contestants", "ours", "trl", "--work", str(tmp_path), "--model", str(tmp_path / "none")])
+    arguments = [
+        "--size",
+        "tiny",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--prompts",
+        "2",
+        "--samples",
+        "2",
+        "--trl_micro_batch",
+        "2",
+    ]
+    args = parser().parse_args(
+        [*arguments, "--contestants", "ours", "trl", "--work", str(tmp_path), "--model", str(tmp_path / "none")]
+    )
     assert re.fullmatch(r"ratio=\d+\.\d\d memory_ratio=\d+\.\d\d", compare(args))
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[-2:]] == ["ours", "trl"]

@@ -18,12 +18,17 @@ def test_flops_worked_by_hand() -> None:
     tree = Tree((1, 2, 3), (Branch((4, 5)), Branch((6,))))
     assert forward_flops(SHAPES["tiny"], [tree]) == 2 * (2 * 9216 * 6 + 4 * 32 * 19) + 2 * 100 * 32 * 3
     # Without sharing the prompt's 3 positions and 6 pairs come once more.
-    assert forward_flops(SHAPES["tiny"], unshared([tree])) - forward_flops(SHAPES["tiny"], [tree]) == 2 * (2 * 9216 * 3 + 4 * 32 * 6)
+    assert forward_flops(SHAPES["tiny"], unshared([tree])) - forward_flops(SHAPES["tiny"], [tree]) == 2 * (
+        2 * 9216 * 3 + 4 * 32 * 6
+    )
 
 
 def test_qwen_shape_has_three_billion_parameters() -> None:
     shape = SHAPES["qwen2.5-3b"]
-    one = forward_flops(shape | {"vocab_size": 0}, [Tree((1,), ())]) - 4 * shape["hidden_size"] * shape["num_hidden_layers"]
+    one = (
+        forward_flops(shape | {"vocab_size": 0}, [Tree((1,), ())])
+        - 4 * shape["hidden_size"] * shape["num_hidden_layers"]
+    )
     assert 2.7e9 < one / 2 < 2.8e9  # Qwen2.5-3B: 2.77 billion without its embeddings
 
 

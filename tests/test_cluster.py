@@ -39,12 +39,18 @@ from convsearch.types import Completion, Example
 
 @st.composite
 def micro_batches(draw: st.DrawFn) -> MicroBatch:
-    sizes = draw(st.lists(st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=3)), min_size=1, max_size=7))
+    sizes = draw(
+        st.lists(
+            st.tuples(st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=3)), min_size=1, max_size=7
+        )
+    )
     tokens = iter(range(10, 1000))
     trees = []
     for prompt, branches in sizes:
         made = tuple(
-            Branch(tuple(next(tokens) for _ in range(size)), float(size), 0.1 * size, tuple(float(-i) for i in range(size)))
+            Branch(
+                tuple(next(tokens) for _ in range(size)), float(size), 0.1 * size, tuple(float(-i) for i in range(size))
+            )
             for size in branches
         )
         trees.append(Tree(tuple(next(tokens) for _ in range(prompt)), made))
@@ -75,13 +81,18 @@ def test_every_row_goes_to_one_rank(micro: MicroBatch, ranks: int) -> None:
 
 
 def toy_loss(micro: MicroBatch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict[str, float]]:
-    total = (micro.weights_R * (0.1 * logprobs_R.square() - micro.advantages_R * logprobs_R.exp() - 0.3 * entropy_R)).sum()
+    total = (
+        micro.weights_R * (0.1 * logprobs_R.square() - micro.advantages_R * logprobs_R.exp() - 0.3 * entropy_R)
+    ).sum()
     return total, {"loss": float(total.detach())}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shares_add_up_to_the_whole(ranks: int, tiny_llama: Path) -> None:
-    trees = [Tree((5, 6, 7), (Branch((8, 9, 10), 0.5, 0.1),)), Tree((3,) * 9, (Branch((4, 2), 1.0, 0.2), Branch((7,) * 5, -1.0, 0.05)))]
+    trees = [
+        Tree((5, 6, 7), (Branch((8, 9, 10), 0.5, 0.1),)),
+        Tree((3,) * 9, (Branch((4, 2), 1.0, 0.2), Branch((7,) * 5, -1.0, 0.05))),
+    ]
     trees.append(Tree((11, 12), (Branch((13,), -0.5, 0.3),)))
     micro = collate(trees)
 
@@ -148,7 +159,9 @@ def rewrite(text: str) -> str:
 
 
 def cfg(tmp_path: Path, **changed: Any) -> Any:
-    return load_grpo_config(helpers.grpo_overrides(tmp_path, tmp_path / "train.parquet", tmp_path, "http://127.0.0.1:1", **changed))
+    return load_grpo_config(
+        helpers.grpo_overrides(tmp_path, tmp_path / "train.parquet", tmp_path, "http://127.0.0.1:1", **changed)
+    )
 
 
 def test_finished_samples_are_scored_while_others_are_generated(tmp_path: Path) -> None:
@@ -174,9 +187,15 @@ def trainer(config: Any) -> grpo_step.Trainer:
     return grpo_step.Trainer(config, Path(), {"q0": (1, 2)}, nothing, nothing, nothing, nothing, 9)
 
 
-@pytest.mark.parametrize(("overlap", "version", "fine"), [(0, 5, 1), (0, 4, 0), (0, 6, 0), (1, 4, 1), (1, 5, 1), (1, 3, 0), (1, 6, 0)])
+@pytest.mark.parametrize(
+    ("overlap", "version", "fine"), [(0, 5, 1), (0, 4, 0), (0, 6, 0), (1, 4, 1), (1, 5, 1), (1, 3, 0), (1, 6, 0)]
+)
 def test_samples_of_other_weights_end_the_run(overlap: int, version: int, fine: int, tmp_path: Path) -> None:
-    changed = {"actor_rollout_ref__rollout__overlap": True, "actor_rollout_ref__rollout__n_gpus_per_node": 1} if overlap else {}
+    changed = (
+        {"actor_rollout_ref__rollout__overlap": True, "actor_rollout_ref__rollout__n_gpus_per_node": 1}
+        if overlap
+        else {}
+    )
     t, scored = trainer(cfg(tmp_path, **changed)), rewarder.Score(*[None] * 3, 0.0)  # type: ignore[arg-type]
     columns = ([example(0)] * 2, [completion(version=5), completion(version=version)], [scored] * 2, [0.0] * 2)
     if fine:
@@ -287,7 +306,9 @@ def test_who_needs_workers(tmp_path: Path) -> None:
     assert not needs_workers(cfg(tmp_path))
     assert needs_workers(cfg(tmp_path, trainer__n_gpus_per_node=2))
     assert needs_workers(cfg(tmp_path, actor_rollout_ref__rollout__name="vllm"))
-    assert not needs_workers(cfg(tmp_path, actor_rollout_ref__rollout__name="vllm", actor_rollout_ref__rollout__replay_from=tmp_path))
+    assert not needs_workers(
+        cfg(tmp_path, actor_rollout_ref__rollout__name="vllm", actor_rollout_ref__rollout__replay_from=tmp_path)
+    )
     assert needs_workers(cfg(tmp_path, trainer__n_gpus_per_node=2, actor_rollout_ref__rollout__replay_from=tmp_path))
 
 
@@ -305,7 +326,15 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_samplers_need_whole_tensor_parallel_groups(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"rollout\.n_gpus_per_node=3 is not divisible by rollout\.tensor_model_parallel_size=2"):
-        cfg(tmp_path, actor_rollout_ref__rollout__n_gpus_per_node=3, actor_rollout_ref__rollout__tensor_model_parallel_size=2)
-    with pytest.raises(ValueError, match=r"trainer\.n_gpus_per_node=1 is not divisible by rollout\.tensor_model_parallel_size=2"):
+    with pytest.raises(
+        ValueError, match=r"rollout\.n_gpus_per_node=3 is not divisible by rollout\.tensor_model_parallel_size=2"
+    ):
+        cfg(
+            tmp_path,
+            actor_rollout_ref__rollout__n_gpus_per_node=3,
+            actor_rollout_ref__rollout__tensor_model_parallel_size=2,
+        )
+    with pytest.raises(
+        ValueError, match=r"trainer\.n_gpus_per_node=1 is not divisible by rollout\.tensor_model_parallel_size=2"
+    ):
         cfg(tmp_path, actor_rollout_ref__rollout__tensor_model_parallel_size=2)

@@ -31,16 +31,27 @@ def trained(model: Path, parquet: Path, run_dir: Path, url: str, **changed: Any)
 
 
 def on_ray(model: Path, parquet: Path, run_dir: Path, url: str, **changed: Any) -> list[dict[str, Any]]:
-    arguments = helpers.grpo_overrides(model, parquet, run_dir, url, **({"cluster": "cpu2", "trainer__save_freq": -1} | changed))
+    arguments = helpers.grpo_overrides(
+        model, parquet, run_dir, url, **({"cluster": "cpu2", "trainer__save_freq": -1} | changed)
+    )
     status, output = cluster.end(cluster.start(arguments))
     assert status == 0, output
     return read_metrics(run_dir)
 
 
-def test_ranks_have_the_losses_and_gradients_of_one(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
-    steps = {"total_training_steps": 5, "trainer__save_freq": -1, "ppo_mini_batch_size": 2, "ppo_micro_batch_size_per_gpu": 2}
+def test_ranks_have_the_losses_and_gradients_of_one(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
+    steps = {
+        "total_training_steps": 5,
+        "trainer__save_freq": -1,
+        "ppo_mini_batch_size": 2,
+        "ppo_micro_batch_size_per_gpu": 2,
+    }
     one = trained(form_llama, toy_parquet, tmp_path / "one", toy_server, **steps)
-    lengths = {len(rollout.completion.token_ids) for step in range(5) for rollout in rollouts.load(tmp_path / "one", step)}
+    lengths = {
+        len(rollout.completion.token_ids) for step in range(5) for rollout in rollouts.load(tmp_path / "one", step)
+    }
     assert len(lengths) > 5
     for ranks in (2, 4):  # two trees an update: of four ranks two have nothing to do
         changed = steps | {REPLAY: tmp_path / "one", "trainer__n_gpus_per_node": ranks}
@@ -54,7 +65,10 @@ def test_ranks_have_the_losses_and_gradients_of_one(form_llama: Path, toy_parque
 @pytest.mark.vllm
 def test_a_run_with_vllm(toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
     helpers.teach_form(cluster.vllm_model(tmp_path / "model", spread=0.02), tmp_path / "form")
-    run_dir, steps = tmp_path / "run", {"total_training_steps": 3, "data__val_files": toy_parquet, "trainer__test_freq": 2}
+    run_dir, steps = (
+        tmp_path / "run",
+        {"total_training_steps": 3, "data__val_files": toy_parquet, "trainer__test_freq": 2},
+    )
     metrics = on_ray(tmp_path / "form", toy_parquet, run_dir, toy_server, **steps)
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-9)
     assert metrics[0]["clip_rate"] == 0
@@ -87,7 +101,9 @@ def test_a_killed_process(form_llama: Path, toy_parquet: Path, toy_server: str, 
     run_dir, draw = tmp_path / "run", random.Random(5)
 
     def started(max_restarts: int) -> Any:
-        arguments = helpers.grpo_overrides(form_llama, toy_parquet, run_dir, toy_server, trainer__max_restarts=max_restarts, **changed)
+        arguments = helpers.grpo_overrides(
+            form_llama, toy_parquet, run_dir, toy_server, trainer__max_restarts=max_restarts, **changed
+        )
         return cluster.start(arguments)
 
     first = started(0)
@@ -106,7 +122,11 @@ def test_a_killed_process(form_llama: Path, toy_parquet: Path, toy_server: str, 
 
 
 def test_one_step_ahead(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
-    changed = {"actor_rollout_ref__rollout__name": "hf", "actor_rollout_ref__rollout__overlap": True, "trainer__n_gpus_per_node": 1}
+    changed = {
+        "actor_rollout_ref__rollout__name": "hf",
+        "actor_rollout_ref__rollout__overlap": True,
+        "trainer__n_gpus_per_node": 1,
+    }
     correction = {"algorithm__rollout_correction__rollout_is": "token", "total_training_steps": 4}
     metrics = on_ray(form_llama, toy_parquet, tmp_path, toy_server, **changed, **correction)
     versions = [{rollout.completion.weights_version for rollout in rollouts.load(tmp_path, step)} for step in range(4)]
@@ -128,16 +148,26 @@ def test_weights_reach_the_samplers_of_gpus(layout: str, toy_parquet: Path, toy_
     if torch.cuda.device_count() < needed:
         pytest.skip(f"needs {needed} CUDA devices")
     helpers.teach_form(cluster.vllm_model(tmp_path / "model", spread=0.02), tmp_path / "form")
-    exact = {"actor_rollout_ref__model__dtype": "fp32", "actor_rollout_ref__rollout__dtype": "fp32", "trainer__n_gpus_per_node": 1}
+    exact = {
+        "actor_rollout_ref__model__dtype": "fp32",
+        "actor_rollout_ref__rollout__dtype": "fp32",
+        "trainer__n_gpus_per_node": 1,
+    }
     own = {"cluster": "gpu8", "actor_rollout_ref__rollout__gpu_memory_utilization": 0.3}
     if layout == "disaggregated":
-        own = {"cluster": "disaggregated", "actor_rollout_ref__rollout__n_gpus_per_node": 1, "actor_rollout_ref__rollout__overlap": False}
+        own = {
+            "cluster": "disaggregated",
+            "actor_rollout_ref__rollout__n_gpus_per_node": 1,
+            "actor_rollout_ref__rollout__overlap": False,
+        }
     steps = {"total_training_steps": 4, "data__val_files": toy_parquet, "trainer__test_freq": 2}
     metrics = on_ray(tmp_path / "form", toy_parquet, tmp_path / "run", toy_server, **own, **exact, **steps)
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert metrics[3]["kl"] > 1e-6
     assert all(line["sampler_gap"] < 5e-3 for line in metrics)
-    assert [{rollout.completion.weights_version for rollout in rollouts.load(tmp_path / "run", step)} for step in range(4)] == [
+    assert [
+        {rollout.completion.weights_version for rollout in rollouts.load(tmp_path / "run", step)} for step in range(4)
+    ] == [
         {0},
         {1},
         {2},

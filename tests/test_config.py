@@ -177,16 +177,26 @@ def test_seed_values_keep_their_types():
 
 
 def test_extra_arguments_of_the_script_win():
-    config = load_grpo_config(overrides(GRPO_BLOCK, extras="actor_rollout_ref.rollout.n=16 retriever.url=http://127.0.0.1:8000"))
+    config = load_grpo_config(
+        overrides(GRPO_BLOCK, extras="actor_rollout_ref.rollout.n=16 retriever.url=http://127.0.0.1:8000")
+    )
     assert config.actor_rollout_ref.rollout.n == 16
     assert config.retriever.resolved_url() == "http://127.0.0.1:8000"
 
 
 def test_defaults_are_the_papers():
-    sft, grpo = load_sft_config(["experiment=paper_qrecc_llama_ance"]), load_grpo_config(["experiment=paper_qrecc_llama_ance"])
+    sft, grpo = (
+        load_sft_config(["experiment=paper_qrecc_llama_ance"]),
+        load_grpo_config(["experiment=paper_qrecc_llama_ance"]),
+    )
     seed_sft, seed_grpo = load_sft_config(overrides(SFT_BLOCK)), load_grpo_config(overrides(GRPO_BLOCK))
     assert sft.optim == seed_sft.optim
-    assert (sft.optim.lr, sft.optim.betas, sft.optim.weight_decay, sft.optim.warmup_steps_ratio) == (1e-5, (0.9, 0.95), 0.01, 0.1)
+    assert (sft.optim.lr, sft.optim.betas, sft.optim.weight_decay, sft.optim.warmup_steps_ratio) == (
+        1e-5,
+        (0.9, 0.95),
+        0.01,
+        0.1,
+    )
     seed_actor = seed_grpo.actor_rollout_ref.actor.model_copy(
         update={"entropy_coeff": 0.001}
     )  # its trainer's default, not in its command line
@@ -203,7 +213,10 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_every_file_parses(kind, file):
-    argv = ["data.train_files=a.parquet", "model.partial_pretrain=m" if kind == "sft" else "actor_rollout_ref.model.path=m"]
+    argv = [
+        "data.train_files=a.parquet",
+        "model.partial_pretrain=m" if kind == "sft" else "actor_rollout_ref.model.path=m",
+    ]
     if len(file.parts) > 1:
         argv = [f"{file.parts[0]}={file.stem}"] + ([] if file.parts[0] == "experiment" else CPU)
     if kind == "sft" and (file.stem.startswith("rqr_") or file.stem == "stackexchange"):
@@ -229,14 +242,18 @@ def test_one_experiment_file_serves_both_stages():
 
 
 def test_references_follow_the_overrides():
-    config = load_grpo_config([*CPU, "trainer.seed=7", "trainer.default_local_dir=x/${trainer.experiment_name}/${trainer.seed}"])
+    config = load_grpo_config(
+        [*CPU, "trainer.seed=7", "trainer.default_local_dir=x/${trainer.experiment_name}/${trainer.seed}"]
+    )
     assert (config.trainer.seed, config.data.seed, config.actor_rollout_ref.rollout.seed) == (7, 7, 7)
     assert config.trainer.default_local_dir == "x/mtrag_smollm2/7"
     assert load_grpo_config([*CPU, "trainer.seed=7", "data.seed=1"]).data.seed == 1
 
 
 def test_files_may_be_a_list_and_names_may_be_numbers():
-    config = load_sft_config([*CPU, "data.train_files=[a.parquet,b.parquet]", "trainer.experiment_name=7", "data.val_files=null"])
+    config = load_sft_config(
+        [*CPU, "data.train_files=[a.parquet,b.parquet]", "trainer.experiment_name=7", "data.val_files=null"]
+    )
     assert config.data.train_files == ("a.parquet", "b.parquet")
     assert config.trainer.experiment_name == "7"
     assert config.data.val_files == ()
@@ -278,10 +295,19 @@ def test_a_misspelt_key_is_answered_with_the_right_one(kind):
         (["data.train_batch_size=9"], ["data.train_batch_size=9", "ppo_mini_batch_size=8"]),
         (["data.max_response_length=9000"], ["=896", "=9768"]),
         (["trainer.n_gpus_per_node=3"], ["=64", "=3"]),
-        (["algorithm.loss_agg=micro-batch-mean", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=7"], ["=64", "=7"]),
-        (["actor_rollout_ref.rollout.tensor_model_parallel_size=2"], ["n_gpus_per_node=1", "tensor_model_parallel_size=2"]),
+        (
+            ["algorithm.loss_agg=micro-batch-mean", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=7"],
+            ["=64", "=7"],
+        ),
+        (
+            ["actor_rollout_ref.rollout.tensor_model_parallel_size=2"],
+            ["n_gpus_per_node=1", "tensor_model_parallel_size=2"],
+        ),
         (["actor_rollout_ref.actor.clip_ratio_high=0.1"], ["clip_ratio_high=0.1", "clip_ratio=0.2"]),
-        (["actor_rollout_ref.actor.use_kl_loss=false", "algorithm.kl_ctrl.kl_coef=0.5"], ["kl_coef=0.5", "use_kl_loss"]),
+        (
+            ["actor_rollout_ref.actor.use_kl_loss=false", "algorithm.kl_ctrl.kl_coef=0.5"],
+            ["kl_coef=0.5", "use_kl_loss"],
+        ),
         (["data.train_batch_size=abc"], ["data.train_batch_size='abc'", "integer"]),
         (["data.train_batch_size=true"], ["data.train_batch_size=True", "integer"]),
         (["data.shuffle=1"], ["data.shuffle=1", "boolean"]),
@@ -400,9 +426,20 @@ def test_rqrs_presets_have_the_papers_numbers(size):
     config = load_grpo_config([f"experiment=rqr_qwen2.5-{size}"])
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     optim = actor.optim
-    assert (optim.lr, optim.lr_scheduler, optim.min_lr_ratio, optim.betas, optim.weight_decay) == (1e-6, "cosine", 0.1, (0.9, 0.99), 0.1)
+    assert (optim.lr, optim.lr_scheduler, optim.min_lr_ratio, optim.betas, optim.weight_decay) == (
+        1e-6,
+        "cosine",
+        0.1,
+        (0.9, 0.99),
+        0.1,
+    )
     assert (config.trainer.total_training_steps, optim.lr_warmup_steps) == (150, 15)
-    assert (config.data.train_batch_size, rollout.n, config.data.max_prompt_length, config.data.max_response_length) == (12, 16, 8000, 500)
+    assert (
+        config.data.train_batch_size,
+        rollout.n,
+        config.data.max_prompt_length,
+        config.data.max_response_length,
+    ) == (12, 16, 8000, 500)
     assert (actor.kl_loss_coef, actor.grad_clip, actor.use_kl_loss) == (0.008, 0.1, True)
     reward = config.reward_model.reward
     assert (reward.weights, reward.form, reward.format_penalty) == ((0.0, 1.0), "text", -1.0)

@@ -10,11 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convsearch.files import write_jsonl
-from convsearch.trainers.data import batch_indices, fit_length, read_conversations, read_examples, read_parquet, truncate
+from convsearch.trainers.data import (
+    batch_indices,
+    fit_length,
+    read_conversations,
+    read_examples,
+    read_parquet,
+    truncate,
+)
 from convsearch.types import Conversation, Example, Turn
 
 CHAT = [{"role": "user", "content": "rewrite: and his wife?"}]
-EXTRA = {"split": "train", "index": 0, "answer": "", "question": "and his wife?", "query_id": "t_1_2", "context": ["who?", "he"]}
+EXTRA = {
+    "split": "train",
+    "index": 0,
+    "answer": "",
+    "question": "and his wife?",
+    "query_id": "t_1_2",
+    "context": ["who?", "he"],
+}
 ROW: dict[str, Any] = {
     "data_source": "topiocqa",
     "prompt": CHAT,
@@ -40,8 +54,12 @@ def test_rows_of_several_files_in_order(tmp_path: Path) -> None:
     assert examples == [first, Example("t_1_3", first.messages, "and when?", ("d17", "d18")), first]
 
 
-@pytest.mark.parametrize(("truth", "golds"), [("d17", ("d17",)), (["d17"], ("d17",)), ([17, 18], ("17", "18")), ("12 a", ("12 a",))])
-def test_one_gold_passage_as_the_reference_writes_it_or_a_list(tmp_path: Path, truth: Any, golds: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("truth", "golds"), [("d17", ("d17",)), (["d17"], ("d17",)), ([17, 18], ("17", "18")), ("12 a", ("12 a",))]
+)
+def test_one_gold_passage_as_the_reference_writes_it_or_a_list(
+    tmp_path: Path, truth: Any, golds: tuple[str, ...]
+) -> None:
     row = {**ROW, "reward_model": {"style": "rule", "ground_truth": truth}}
     assert read_examples([parquet(tmp_path / "a.parquet", row)])[0].gold_docids == golds
 
@@ -70,11 +88,16 @@ def test_the_prompt_may_have_another_name_and_several_messages(tmp_path: Path) -
         ({"prompt": [{"role": "user", "content": None}]}, "content"),
     ],
 )
-def test_a_row_of_another_form_is_named_by_file_row_and_field(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+def test_a_row_of_another_form_is_named_by_file_row_and_field(
+    tmp_path: Path, changes: dict[str, Any], field: str
+) -> None:
     path = parquet(tmp_path / "a.parquet", {**ROW, **changes})
     with pytest.raises(ValueError) as raised:
         read_examples([path])
-    assert str(raised.value) == f"{path}: row 0 is not of the GRPO form: field '{field}' is missing, empty or of the wrong type"
+    assert (
+        str(raised.value)
+        == f"{path}: row 0 is not of the GRPO form: field '{field}' is missing, empty or of the wrong type"
+    )
 
 
 def test_a_column_that_is_missing_is_named_with_those_that_are_there(tmp_path: Path) -> None:
@@ -88,7 +111,8 @@ def test_files_that_are_no_parquet_are_named(tmp_path: Path) -> None:
     text.write_text("qid,question\n")
     cut.write_bytes(Path(parquet(tmp_path / "a.parquet", ROW)).read_bytes()[:-20])
     with pytest.raises(
-        ValueError, match=rf"^{absent}: no such file; write it with data_preprocess \(GRPO\) or convsearch.distill \(SFT\)$"
+        ValueError,
+        match=rf"^{absent}: no such file; write it with data_preprocess \(GRPO\) or convsearch.distill \(SFT\)$",
     ):
         read_examples([str(absent)])
     with pytest.raises(ValueError, match=rf"^{tmp_path}: no such file"):
@@ -115,8 +139,17 @@ def test_parquet_rows_have_the_columns_that_are_asked_for(tmp_path: Path) -> Non
 
 def test_conversations(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
-    write_jsonl(path, [{"qid": "a", "question": "who?", "gold_docids": ["d"]}, {"qid": "b", "question": "when?", "context": ["q", "a"]}])
-    assert read_conversations(path) == [Conversation("a", (), "who?", ("d",)), Conversation("b", (Turn("q", "a"),), "when?", ())]
+    write_jsonl(
+        path,
+        [
+            {"qid": "a", "question": "who?", "gold_docids": ["d"]},
+            {"qid": "b", "question": "when?", "context": ["q", "a"]},
+        ],
+    )
+    assert read_conversations(path) == [
+        Conversation("a", (), "who?", ("d",)),
+        Conversation("b", (Turn("q", "a"),), "when?", ()),
+    ]
 
 
 def test_a_faulty_conversation_is_named_by_file_and_line(tmp_path: Path) -> None:
@@ -135,10 +168,13 @@ def test_rows_that_are_too_long_are_left_out_or_cut_or_an_error() -> None:
     assert fit_length(lengths, 10, False, "left") == [0, 1, 2, 3, 4]
     assert fit_length(lengths, 30, False, "error") == [0, 1, 2, 3, 4]
     with pytest.raises(
-        ValueError, match=r"^row 3 has 11 prompt tokens, above data.max_prompt_length=10: raise it, set data.filter_overlong"
+        ValueError,
+        match=r"^row 3 has 11 prompt tokens, above data.max_prompt_length=10: raise it, set data.filter_overlong",
     ):
         fit_length(lengths, 10, False, "error")
-    with pytest.raises(ValueError, match=r"^all 5 prompts are longer than data.max_prompt_length=4; the shortest has 5 tokens$"):
+    with pytest.raises(
+        ValueError, match=r"^all 5 prompts are longer than data.max_prompt_length=4; the shortest has 5 tokens$"
+    ):
         fit_length(lengths, 4, True, "error")
 
 
@@ -155,16 +191,29 @@ def test_truncation(limit: int, left: tuple[int, ...], right: tuple[int, ...]) -
 
 
 def test_order_without_shuffling() -> None:
-    assert [batch_indices(7, 3, step, 0, shuffle=False) for step in range(4)] == [[0, 1, 2], [3, 4, 5], [0, 1, 2], [3, 4, 5]]
+    assert [batch_indices(7, 3, step, 0, shuffle=False) for step in range(4)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [0, 1, 2],
+        [3, 4, 5],
+    ]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.integers(0, 2**31), st.integers(0, 5))
-def test_an_epoch_draws_every_row_once_but_for_an_incomplete_last_batch(sizes: tuple[int, int], seed: int, epoch: int) -> None:
+@given(
+    st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
+    st.integers(0, 2**31),
+    st.integers(0, 5),
+)
+def test_an_epoch_draws_every_row_once_but_for_an_incomplete_last_batch(
+    sizes: tuple[int, int], seed: int, epoch: int
+) -> None:
     num_items, batch_size = sizes
     per_epoch = num_items // batch_size
     steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-    batches = {step: batch_indices(num_items, batch_size, step, seed) for step in reversed(steps)}  # asked for in any order
+    batches = {
+        step: batch_indices(num_items, batch_size, step, seed) for step in reversed(steps)
+    }  # asked for in any order
     drawn = [row for step in steps for row in batches[step]]
     assert all(len(batch) == batch_size for batch in batches.values())
     assert len(drawn) == len(set(drawn)) == per_epoch * batch_size

@@ -24,7 +24,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bm25Index]:
     import sys
 
     folder = tmp_path_factory.mktemp("demo")
-    subprocess.run([sys.executable, "-m", "data_preprocess.demo", "--output", folder / "data"], check=True, cwd=ROOT, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "data_preprocess.demo", "--output", folder / "data"],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+    )
     Bm25Index.build([folder / "data" / "collection.jsonl"], folder / "index", 0.9, 0.4)
     return folder / "data", Bm25Index.load(folder / "index")
 
@@ -43,7 +48,9 @@ def test_there_are_enough_conversations_of_four_to_seven_turns() -> None:
 
 
 def test_no_article_and_no_longer_question_stands_in_two_conversations() -> None:
-    articles = Counter(a for split in SPLITS for c in conversations(split) for a in {turn["article"] for turn in c["turns"]})
+    articles = Counter(
+        a for split in SPLITS for c in conversations(split) for a in {turn["article"] for turn in c["turns"]}
+    )
     assert [article for article, count in articles.items() if count > 1] == []
     words = Counter(
         " ".join(turn["question"].lower().split())

@@ -30,9 +30,34 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(model: Path, source: Path, output: Path, url: str, *flags: object) -> list[object]:
-    fixed = ["--prompt_style", "compact", "--max_tokens", 64, "--device", "cpu", "--threads", 1, "--batch_size", 32, "--k", 6]
+    fixed = [
+        "--prompt_style",
+        "compact",
+        "--max_tokens",
+        64,
+        "--device",
+        "cpu",
+        "--threads",
+        1,
+        "--batch_size",
+        32,
+        "--k",
+        6,
+    ]
     form = ["--scaffold", "--think_tokens", 6, "--rewrite_tokens", 6, "--temperature", 1]
-    return ["--model_name_or_path", model, "--input_path", source, "--output_dir", output, "--retriever_url", url, *fixed, *form, *flags]
+    return [
+        "--model_name_or_path",
+        model,
+        "--input_path",
+        source,
+        "--output_dir",
+        output,
+        "--retriever_url",
+        url,
+        *fixed,
+        *form,
+        *flags,
+    ]
 
 
 def distilled(model: Path, source: Path, output: Path, url: str, *flags: object) -> str:
@@ -45,7 +70,9 @@ def failed(model: Path, source: Path, output: Path, url: str, *flags: object) ->
     return helpers.one_sentence(*helpers.call(distill.main, command(model, source, output, url, *flags)))
 
 
-def test_samples_ranks_filter_and_parquet(form_llama: Path, conversations: Path, toy_server: str, toy_index: Path, tmp_path: Path) -> None:
+def test_samples_ranks_filter_and_parquet(
+    form_llama: Path, conversations: Path, toy_server: str, toy_index: Path, tmp_path: Path
+) -> None:
     from retriever_server.bm25.index import Bm25Index
 
     output = tmp_path / "out"
@@ -60,7 +87,10 @@ def test_samples_ranks_filter_and_parquet(form_llama: Path, conversations: Path,
             assert (sample["rewrite"], sample["error"]) == (parsed.text, None)
             assert [sample["rank"]] == index.gold_ranks([sample["rewrite"]], [row["gold_docids"]], 100)
 
-    kept = {qid: {sample["output"].strip() for sample in rows if (sample["rank"] or 99) <= 4} for qid, rows in samples.items()}
+    kept = {
+        qid: {sample["output"].strip() for sample in rows if (sample["rank"] or 99) <= 4}
+        for qid, rows in samples.items()
+    }
     table = pq.read_table(output / "sft.parquet").to_pylist()
     assert len(table) == sum(min(2, len(outputs)) for outputs in kept.values())
     assert len(table) > 5
@@ -84,7 +114,9 @@ def test_samples_ranks_filter_and_parquet(form_llama: Path, conversations: Path,
     assert f"{output / 'sft.parquet'}: {len(table)} rows to learn from" in printed
     assert "gold not found" in printed
 
-    overrides = helpers.sft_overrides(form_llama, output / "sft.parquet", tmp_path / "sft", max_length=512, train_batch_size=4)
+    overrides = helpers.sft_overrides(
+        form_llama, output / "sft.parquet", tmp_path / "sft", max_length=512, train_batch_size=4
+    )
     assert helpers.call(sft.main, [*overrides, "trainer.total_training_steps=1"])[0] == 0
     assert read_metrics(tmp_path / "sft")[0]["loss"] > 0
 
@@ -93,9 +125,18 @@ def sample(output: str, rank: int | None, error: str | None = None) -> dict[str,
     return {"output": output, "rewrite": None if error else output, "error": error, "rank": rank}
 
 
-RECORDS = [{"qid": "a", "question": "its food?", "context": ["q", "a"]}, {"qid": "b", "question": "rome food", "context": []}]
+RECORDS = [
+    {"qid": "a", "question": "its food?", "context": ["q", "a"]},
+    {"qid": "b", "question": "rome food", "context": []},
+]
 SAMPLES = {
-    "a": [sample("rome", 3), sample("rome food", 1), sample("x", None, "no_tag"), sample("rome food", 1), sample("Its FOOD", 1)],
+    "a": [
+        sample("rome", 3),
+        sample("rome food", 1),
+        sample("x", None, "no_tag"),
+        sample("rome food", 1),
+        sample("Its FOOD", 1),
+    ],
     "b": [
         sample("far", None),
         sample("rome food", 2),
@@ -140,18 +181,24 @@ def test_the_filter_by_hand(flags: dict[str, Any], kept: list[str], reasons: dic
 
 
 @pytest.mark.slow
-def test_a_broken_run_goes_on(form_llama: Path, conversations: Path, toy_server: str, toy_index: Path, tmp_path: Path) -> None:
+def test_a_broken_run_goes_on(
+    form_llama: Path, conversations: Path, toy_server: str, toy_index: Path, tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     distilled(form_llama, conversations, whole, toy_server)
     lines = (whole / "samples.jsonl").read_bytes().splitlines(keepends=True)
     broken.mkdir()
     (broken / "samples.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:40])
-    printed = distilled(form_llama, conversations, broken, f"embedded:{toy_index}", "--batch_size", 12)  # another server, other batches
+    printed = distilled(
+        form_llama, conversations, broken, f"embedded:{toy_index}", "--batch_size", 12
+    )  # another server, other batches
     assert "5 of 18 conversations are there already and are kept" in printed
     assert (broken / "samples.jsonl").read_bytes() == b"".join(lines)
     for name in ("sft.parquet", "yield.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
-    printed = distilled(form_llama, conversations, broken, "", "--rank_limit", 3)  # all is there: no server is needed to filter anew
+    printed = distilled(
+        form_llama, conversations, broken, "", "--rank_limit", 3
+    )  # all is there: no server is needed to filter anew
     assert "18 of 18 conversations are there already" in printed
     strict, loose = (json.loads((folder / "yield.json").read_text())["rows"] for folder in (whole, broken))
     assert loose > strict
@@ -169,7 +216,9 @@ def test_limits_and_first_turns(form_llama: Path, conversations: Path, toy_serve
 def test_nothing_kept_says_what_to_try_and_keeps_the_samples(
     tiny_llama: Path, conversations: Path, toy_server: str, tmp_path: Path
 ) -> None:
-    arguments = [part for part in command(tiny_llama, conversations, tmp_path, toy_server, "--limit", 4) if part != "--scaffold"]
+    arguments = [
+        part for part in command(tiny_llama, conversations, tmp_path, toy_server, "--limit", 4) if part != "--scaffold"
+    ]
     status, printed = helpers.call(distill.main, arguments)
     error = helpers.one_sentence(status, printed)
     assert "no sample of 24 was kept; raise --k or --rank_limit, or let --scaffold write the tags" in error

@@ -18,7 +18,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ance")
     helpers_encoders.build_ance(root / "model")
     passages = {"d1": "who wrote hamlet", "d2": "capital of france", "d3": "many words"}
-    (root / "collection.jsonl").write_text("".join(json.dumps({"id": docid, "contents": text}) + "\n" for docid, text in passages.items()))
+    (root / "collection.jsonl").write_text(
+        "".join(json.dumps({"id": docid, "contents": text}) + "\n" for docid, text in passages.items())
+    )
     options = dense_build.Settings(device="cpu", progress=False)
     dense_build.build([root / "collection.jsonl"], root / "index", str(root / "model"), options)
     for name, texts in (
@@ -34,9 +36,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(folder: Path, *more: str) -> list[str]:
     """The flags of the original project's README, over two test files."""
     return [
-        *("ance", "--pretrained_encoder_path", str(folder / "model"), "--test_file_path", str(folder / "a.jsonl"), str(folder / "b.jsonl")),
+        *(
+            "ance",
+            "--pretrained_encoder_path",
+            str(folder / "model"),
+            "--test_file_path",
+            str(folder / "a.jsonl"),
+            str(folder / "b.jsonl"),
+        ),
         *("--passage_embeddings_dir_path", str(folder / "index"), "--qrel_output_dir", str(folder / "runs")),
-        *("--output_trec_file", "a.trec", "b.trec", "--trec_gold_qrel_file_path", str(folder / "dev.trec"), "--n_gpu", "0"),
+        *(
+            "--output_trec_file",
+            "a.trec",
+            "b.trec",
+            "--trec_gold_qrel_file_path",
+            str(folder / "dev.trec"),
+            "--n_gpu",
+            "0",
+        ),
         *("--test_type", "rewrite", "--top_k", "2", *more),
     ]
 
@@ -48,7 +65,9 @@ def test_two_files_are_searched_and_measured(folder: Path, monkeypatch: pytest.M
     for name, queries in (("a", ["who wrote hamlet", "capital of france"]), ("b", ["many words", "capital of france"])):
         lines = [line.split() for line in (folder / "runs" / f"{name}.trec").read_text().splitlines()]
         hits = index.search(queries, 2)
-        assert [(line[0], line[2]) for line in lines] == [(f"q{q + 1}", docid) for q in range(2) for docid, _ in hits[q]]
+        assert [(line[0], line[2]) for line in lines] == [
+            (f"q{q + 1}", docid) for q in range(2) for docid, _ in hits[q]
+        ]
         assert {line[5] for line in lines} == {"ance"}
         metrics = json.loads((folder / "runs" / f"{name}.metrics.json").read_text())
         golds = index.gold_ranks(queries, [["d1"], ["d2"]], 2)

@@ -40,7 +40,10 @@ def test_query_weighted_scores_by_hand() -> None:
 
 
 def texts(count: int, seed: int) -> list[str]:
-    rng, words = random.Random(seed), [a + b for a in "bdkmpt" for b in ("ar", "ines", "ought", "ely", "ist", "oom", "ed")]
+    rng, words = (
+        random.Random(seed),
+        [a + b for a in "bdkmpt" for b in ("ar", "ines", "ought", "ely", "ist", "oom", "ed")],
+    )
     return [" ".join(rng.choices(words, range(1, len(words) + 1), k=rng.randint(0, 60))) for _ in range(count)]
 
 
@@ -84,8 +87,17 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def evaluate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, files: Path, *more: str) -> tuple[dict[str, float], str]:
-    given = ["--documents", f"{files}/documents.jsonl", "--topics", f"{files}/topics.jsonl.gz", "--qrels", f"{files}/qrels.txt"]
+def evaluate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, files: Path, *more: str
+) -> tuple[dict[str, float], str]:
+    given = [
+        "--documents",
+        f"{files}/documents.jsonl",
+        "--topics",
+        f"{files}/topics.jsonl.gz",
+        "--qrels",
+        f"{files}/qrels.txt",
+    ]
     monkeypatch.setattr("sys.argv", ["bright", "--task", "biology", *given, "--json", *more])
     bright.main()
     out, err = capsys.readouterr()
@@ -123,8 +135,13 @@ def test_all_tasks_have_one_table_with_the_published_rows(capsys, monkeypatch, f
     for task in ("biology", "earth-science"):
         for name in ("documents.jsonl", "topics.jsonl.gz", "qrels.txt"):
             (files / f"{task}.{name}").write_bytes((files / name).read_bytes())
-    given = [f"--{flag}={files}/{{name}}.{name}" for flag, name in (("documents", "documents.jsonl"), ("topics", "topics.jsonl.gz"))]
-    monkeypatch.setattr("sys.argv", ["bright", "--task", "biology", "earth_science", *given, f"--qrels={files}/{{name}}.qrels.txt"])
+    given = [
+        f"--{flag}={files}/{{name}}.{name}"
+        for flag, name in (("documents", "documents.jsonl"), ("topics", "topics.jsonl.gz"))
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["bright", "--task", "biology", "earth_science", *given, f"--qrels={files}/{{name}}.qrels.txt"]
+    )
     bright.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["nDCG@10", "Bio", "Ear", "mean"]
@@ -142,7 +159,11 @@ def test_published_means_are_those_of_the_rows() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "part"),
     [
-        ("documents", '{"id": "a", "content": "x"}\n{"id": "a", "content": "y"}\n', ":2: the id 'a' stands for another text"),
+        (
+            "documents",
+            '{"id": "a", "content": "x"}\n{"id": "a", "content": "y"}\n',
+            ":2: the id 'a' stands for another text",
+        ),
         ("documents", '{"id": "a"}\n', "none of the fields contents, content, text holds a text"),
         ("topics", '{"id": "t1", "query": "x", "excluded_ids": "all"}\n', "excluded_ids must be a list"),
         ("queries", '{"another question": "reasoned"}', "has a reasoned query for none of the 2 topics"),
@@ -174,7 +195,9 @@ def test_theoremqa_questions(capsys, monkeypatch) -> None:
     for queries in ([], ["--queries", "tongsearch-qr-1.5b_reasoned_queries.json.gz"]):
         for form in ("lucene", "query-weighted"):
             monkeypatch.chdir(BRIGHT)
-            monkeypatch.setattr("sys.argv", ["bright", "--task", "theoremqa_questions", *given, *queries, "--bm25", form, "--json"])
+            monkeypatch.setattr(
+                "sys.argv", ["bright", "--task", "theoremqa_questions", *given, *queries, "--bm25", form, "--json"]
+            )
             bright.main()
             figures[form, bool(queries)] = round(100 * json.loads(capsys.readouterr().out)["nDCG@10"], 1)
     assert figures == {
@@ -189,7 +212,14 @@ def release(folder: Path) -> None:
     """BRIGHT's folders as they are released, for all tasks: the first query excludes the only document that it finds, and finds its gold when reasoned."""
     for number, task in enumerate(bright_data.TASKS):
         documents = [{"id": f"{task}/{i}.txt", "content": f"topic{i} of {task}"} for i in range(14)]
-        examples = [{"id": "0", "query": f"topic{number + 1}", "excluded_ids": [f"{task}/{number + 1}.txt"], "gold_ids": [f"{task}/0.txt"]}]
+        examples = [
+            {
+                "id": "0",
+                "query": f"topic{number + 1}",
+                "excluded_ids": [f"{task}/{number + 1}.txt"],
+                "gold_ids": [f"{task}/0.txt"],
+            }
+        ]
         examples += [{"id": "1", "query": "topic13\n", "excluded_ids": ["N/A"], "gold_ids": [f"{task}/13.txt"]}]
         for kind, rows in (("documents", documents), ("examples", examples)):
             (folder / kind).mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,11 @@ def run_file(ranks: list[int]) -> str:
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "eval.compare", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "eval.compare", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -90,7 +94,9 @@ def test_holm_by_hand() -> None:
 def test_bootstrap_equals_scipy_and_covers() -> None:
     values = np.random.default_rng(7).random((80, 3))
     low, high = bootstrap_intervals(values, draws=4000, seed=1, confidence=0.9)
-    theirs = scipy.stats.bootstrap((values[:, 1],), np.mean, n_resamples=4000, confidence_level=0.9, method="percentile", rng=2)
+    theirs = scipy.stats.bootstrap(
+        (values[:, 1],), np.mean, n_resamples=4000, confidence_level=0.9, method="percentile", rng=2
+    )
     assert (low[1], high[1]) == pytest.approx(tuple(theirs.confidence_interval), abs=0.004)
     samples = np.random.default_rng(9).random((60, 300))  # 300 samples of 60 draws from a distribution of mean 1/2
     low, high = bootstrap_intervals(samples, draws=1000, seed=1, confidence=0.9)
@@ -106,7 +112,9 @@ def test_seeds_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     blocked = compare(values, draws=500, seed=4)
     assert [row["mean"] for row in blocked["means"]] == [row["mean"] for row in first["means"]]
     assert [row["low"] for row in blocked["means"]] == pytest.approx([row["low"] for row in first["means"]], abs=0.02)
-    assert blocked["comparisons"][0]["permutation_p"] == pytest.approx(first["comparisons"][0]["permutation_p"], abs=0.02)
+    assert blocked["comparisons"][0]["permutation_p"] == pytest.approx(
+        first["comparisons"][0]["permutation_p"], abs=0.02
+    )
 
 
 def test_compare_by_hand() -> None:
@@ -123,7 +131,13 @@ def test_compare_by_hand() -> None:
     assert row["t_p"] == pytest.approx(scipy.stats.ttest_rel(new, old).pvalue, abs=1e-12)
     assert row["effect_size"] == pytest.approx((2.5 / 6) / np.std(new - old, ddof=1))
     assert row["low"] < row["difference"] < row["high"]
-    assert (same["difference"], same["t_p"], same["permutation_p"], same["effect_size"], same["ties"]) == (0, 1, 1, 0, 6)
+    assert (same["difference"], same["t_p"], same["permutation_p"], same["effect_size"], same["ties"]) == (
+        0,
+        1,
+        1,
+        0,
+        6,
+    )
     assert [row["mean"] for row in result["means"]] == pytest.approx([2.5 / 6, 5 / 6, 2.5 / 6])
 
 
@@ -140,7 +154,10 @@ def test_command_json_and_text(files: list[Path]) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["queries"] == 6
-    assert [(row["run"], row["measure"]) for row in result["comparisons"]] == [("new & _better", "MRR"), ("new & _better", "R@1")]
+    assert [(row["run"], row["measure"]) for row in result["comparisons"]] == [
+        ("new & _better", "MRR"),
+        ("new & _better", "R@1"),
+    ]
     assert result["comparisons"][0]["permutation_p"] == 2 / 2**5
     assert "1 of the 6 queries are missing, each counts 0" in done.stderr
     text = command(*files, "--measures", "MRR", "--draws", "1000").stdout
@@ -157,7 +174,9 @@ def compare_of(files: list[Path]) -> dict[str, list[dict[str, object]]]:
 
 def test_command_csv(files: list[Path]) -> None:
     rows = list(csv.DictReader(io.StringIO(command(*files, "--csv", "--names", "a", "b,c").stdout)))
-    assert [(row["run"], row["measure"]) for row in rows] == [(r, m) for r in ("a", "b,c") for m in ("MRR", "NDCG@3", "R@10", "R@100")]
+    assert [(row["run"], row["measure"]) for row in rows] == [
+        (r, m) for r in ("a", "b,c") for m in ("MRR", "NDCG@3", "R@10", "R@100")
+    ]
     assert float(rows[0]["mean"]) == pytest.approx(2.5 / 6)
     assert rows[0]["difference"] == ""
     assert float(rows[4]["difference"]) == pytest.approx(2.5 / 6)
@@ -178,7 +197,9 @@ def test_breakdown_by_turn(files: list[Path], tmp_path: Path) -> None:
     conversations = tmp_path / "c.json"
     turns = {"q1": 1, "q2": 2, "q3": 1, "q4": 2, "q5": 10, "other": 1}
     conversations.write_text("".join(json.dumps({"qid": qid, "turn_id": turn}) + "\n" for qid, turn in turns.items()))
-    result = json.loads(command(*files, "--measures", "MRR", "--json", "--conversations", conversations).stdout)["breakdowns"]["turn"]
+    result = json.loads(command(*files, "--measures", "MRR", "--json", "--conversations", conversations).stdout)[
+        "breakdowns"
+    ]["turn"]
     raw = {row["group"]: (row["queries"], row["mean"]) for row in result if row["run"] == "raw"}
     assert raw == {1: (2, 0.375), 2: (2, 0.375), 10: (1, 1.0), None: (1, 0.0)}
     text = command(*files, "--measures", "MRR", "--conversations", conversations).stdout
@@ -192,7 +213,13 @@ def test_breakdown_by_turn(files: list[Path], tmp_path: Path) -> None:
 def test_breakdowns_by_hand(tmp_path: Path) -> None:
     """Two conversations; the second changes its topic at turn 3, whose turn 2 is no query of the qrels but stands in the file."""
     file = tmp_path / "c.json"
-    turns = [("a1", "a", 1, "x", 0), ("a2", "a", 2, "x", 30), ("b1", "b", 1, "x", 0), ("b2", "b", 2, "y", 60), ("b3", "b", 3, "x", 900)]
+    turns = [
+        ("a1", "a", 1, "x", 0),
+        ("a2", "a", 2, "x", 30),
+        ("b1", "b", 1, "x", 0),
+        ("b2", "b", 2, "y", 60),
+        ("b3", "b", 3, "x", 900),
+    ]
     records = [
         {
             "qid": qid,
@@ -209,7 +236,10 @@ def test_breakdowns_by_hand(tmp_path: Path) -> None:
     qids = ["b3", "b1", "a2", "a1", "z"]
     labels = labels_of(qids, file, file, ["domain"])
     values = {"run": {"MRR": np.array([1.0, 0.5, 0.25, 0.5, 0.0])}}
-    means = {name: [(row["group"], row["queries"], row["mean"]) for row in means_by(qids, labels[name], values)] for name in labels}
+    means = {
+        name: [(row["group"], row["queries"], row["mean"]) for row in means_by(qids, labels[name], values)]
+        for name in labels
+    }
     assert means == {
         "turn": [(1, 2, 0.5), (2, 1, 0.25), (3, 1, 1.0), (None, 1, 0.0)],
         "topic switch": [("first turn", 2, 0.5), ("same topic", 1, 0.25), ("topic switch", 1, 1.0), (None, 1, 0.0)],
@@ -222,15 +252,35 @@ def test_breakdowns_by_hand(tmp_path: Path) -> None:
 def test_seeds_by_hand() -> None:
     """Means 0.5 and 0.25: their standard deviation is 0.25 / sqrt(2); the best of each query 1 and 0.5."""
     rows = over_seeds("GRPO", [{"MRR": np.array([1.0, 0.0])}, {"MRR": np.array([0.0, 0.5])}])
-    assert rows == [{"run": "GRPO", "seeds": 2, "measure": "MRR", "mean": 0.375, "sd": pytest.approx(0.25 / 2**0.5), "best_of": 0.75}]
+    assert rows == [
+        {
+            "run": "GRPO",
+            "seeds": 2,
+            "measure": "MRR",
+            "mean": 0.375,
+            "sd": pytest.approx(0.25 / 2**0.5),
+            "best_of": 0.75,
+        }
+    ]
 
 
 def test_command_with_seeds_in_html_and_by_query(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "c.json").write_text("".join(json.dumps({"qid": f"q{i}", "turn_id": i, "rewrite": "a b"}) + "\n" for i in range(1, 7)))
+    (tmp_path / "c.json").write_text(
+        "".join(json.dumps({"qid": f"q{i}", "turn_id": i, "rewrite": "a b"}) + "\n" for i in range(1, 7))
+    )
     conversations = tmp_path / "c.json"
-    arguments: list[str | Path] = [*files[:2], "--measures", "MRR", "--conversations", conversations, "--seeds", "<b>", *files[1:]]
+    arguments: list[str | Path] = [
+        *files[:2],
+        "--measures",
+        "MRR",
+        "--conversations",
+        conversations,
+        "--seeds",
+        "<b>",
+        *files[1:],
+    ]
     arguments += ["--rewrites", conversations, "--per-query", tmp_path / "q.tsv", "--draws", "200"]
     monkeypatch.setattr(sys, "argv", ["eval.compare", *map(str, arguments), "--html"])
     main()

@@ -64,7 +64,11 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "eval.metrics", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "eval.metrics", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -72,7 +76,12 @@ def test_hand_worked_values(files: tuple[Path, Path]) -> None:
     evaluation = evaluate_files(*files, " ".join(EXPECTED))
     assert evaluation.means() == pytest.approx(EXPECTED, abs=1e-15)
     assert list(evaluation.means()) == list(EXPECTED)
-    assert (evaluation.qids, evaluation.missing, evaluation.unjudged, evaluation.unanswerable) == (("q1", "q2", "q3"), 1, 1, 0)
+    assert (evaluation.qids, evaluation.missing, evaluation.unjudged, evaluation.unanswerable) == (
+        ("q1", "q2", "q3"),
+        1,
+        1,
+        0,
+    )
     assert evaluation.values["R@2"].tolist() == [0.5, 1.0, 0.0]
 
 
@@ -112,8 +121,14 @@ QUERIES = st.sampled_from(["q1", "q2", "q3", "q4", "q5"])
 
 
 @settings(max_examples=150, deadline=None)
-@given(qrels=st.dictionaries(QUERIES, GRADES, min_size=1), run=st.dictionaries(QUERIES, SCORES, min_size=1), threshold=st.integers(1, 3))
-def test_equal_to_pytrec_eval(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]], threshold: int) -> None:
+@given(
+    qrels=st.dictionaries(QUERIES, GRADES, min_size=1),
+    run=st.dictionaries(QUERIES, SCORES, min_size=1),
+    threshold=st.integers(1, 3),
+)
+def test_equal_to_pytrec_eval(
+    qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]], threshold: int
+) -> None:
     if not set(qrels) & set(run) or max(grade for grades in qrels.values() for grade in grades.values()) < threshold:
         return
     names = {
@@ -122,13 +137,17 @@ def test_equal_to_pytrec_eval(qrels: dict[str, dict[str, int]], run: dict[str, d
     }  # fmt: skip
     asked = {"recip_rank", "ndcg", "ndcg_cut.3,100", "recall.1,5", "map", "map_cut.3", "P.1,5", "success.1,5"}
     expected = pytrec_eval.RelevanceEvaluator(qrels, asked, relevance_level=threshold).evaluate(run)
-    evaluation = evaluate(from_mapping(run, RUN), from_mapping(qrels, QRELS), parse_measures(" ".join([*names, "RR@2"])), threshold)
+    evaluation = evaluate(
+        from_mapping(run, RUN), from_mapping(qrels, QRELS), parse_measures(" ".join([*names, "RR@2"])), threshold
+    )
     assert set(evaluation.qids) == set(qrels)
     for name, theirs in names.items():
         ours = dict(zip(evaluation.qids, evaluation.values[name].tolist(), strict=True))
         for qid in qrels:
             assert ours[qid] == pytest.approx(expected[qid][theirs] if qid in run else 0.0, abs=1e-12), (name, qid)
-    assert evaluation.values["RR@2"].tolist() == [value if value >= 0.5 else 0.0 for value in evaluation.values["RR"].tolist()]
+    assert evaluation.values["RR@2"].tolist() == [
+        value if value >= 0.5 else 0.0 for value in evaluation.values["RR"].tolist()
+    ]
 
 
 @settings(max_examples=12, deadline=None)
@@ -190,10 +209,22 @@ def test_command_prints_json_of_full_precision(files: tuple[Path, Path]) -> None
 
 
 def test_command_prints_percentages_and_writes_queries(files: tuple[Path, Path], tmp_path: Path) -> None:
-    done = command("--run", files[0], "--qrels", files[1], "--measures", "MRR R@2", "MAP", "--per-query", tmp_path / "out" / "q.tsv")
+    done = command(
+        "--run",
+        files[0],
+        "--qrels",
+        files[1],
+        "--measures",
+        "MRR R@2",
+        "MAP",
+        "--per-query",
+        tmp_path / "out" / "q.tsv",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "MRR   33.33\nR@2   50.00\nMAP   33.33\n"
-    assert (tmp_path / "out" / "q.tsv").read_text() == "qid\tMRR\tR@2\tMAP\nq1\t0.5\t0.5\t0.5\nq2\t0.5\t1.0\t0.5\nq3\t0.0\t0.0\t0.0\n"
+    assert (
+        tmp_path / "out" / "q.tsv"
+    ).read_text() == "qid\tMRR\tR@2\tMAP\nq1\t0.5\t0.5\t0.5\nq2\t0.5\t1.0\t0.5\nq3\t0.0\t0.0\t0.0\n"
 
 
 def test_command_refuses_in_one_sentence(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -223,7 +254,9 @@ def test_ikat_2023_published_figures() -> None:
     graded = [name for key, name in names.items() if "ndcg" in key]
     means = evaluate_files(folder / "run.json.gz", folder / "qrels_binary.json.gz", " ".join(binary)).means()
     means |= evaluate_files(folder / "run.json.gz", folder / "qrels.trec", " ".join(graded)).means()
-    thresholded = evaluate_files(folder / "run.json.gz", folder / "qrels.trec", " ".join(names.values()), rel_threshold=2).means()
+    thresholded = evaluate_files(
+        folder / "run.json.gz", folder / "qrels.trec", " ".join(names.values()), rel_threshold=2
+    ).means()
     assert len(published) == 20
     for key, name in names.items():
         assert means[name] == pytest.approx(published[key], abs=5e-7), key
@@ -238,10 +271,15 @@ def test_trec_eval_suite() -> None:
         expected: dict[str, dict[str, float]] = {}
         for line in (folder / output).read_text().splitlines():
             name, qid, value = line.split("\t")
-            if name.strip().split("_")[0] in ("map", "recip", "P", "recall", "ndcg", "success") and name.strip() != "ndcg_rel":
+            if (
+                name.strip().split("_")[0] in ("map", "recip", "P", "recall", "ndcg", "success")
+                and name.strip() != "ndcg_rel"
+            ):
                 expected.setdefault(name.strip(), {})[qid] = float(value)
         evaluation = evaluate_files(folder / "results.test", folder / "qrels.test", " ".join(expected))
-        ours = {name: dict(zip(evaluation.qids, values.tolist(), strict=True)) for name, values in evaluation.values.items()}
+        ours = {
+            name: dict(zip(evaluation.qids, values.tolist(), strict=True)) for name, values in evaluation.values.items()
+        }
         for name, value in evaluation.means().items():
             ours[name]["all"] = value
         for name, values in expected.items():

@@ -24,7 +24,9 @@ ROWS = [("q1", "d1", 2.5), ("q1", "d2", 1.5), ("q2", "d1", -300.0)]
 
 def rows(columns: Columns) -> list[tuple[str, str, float]]:
     qids = columns.qids.to_pylist()
-    return list(zip((qids[i] for i in columns.query_of_row), columns.docids.to_pylist(), columns.values.tolist(), strict=True))
+    return list(
+        zip((qids[i] for i in columns.query_of_row), columns.docids.to_pylist(), columns.values.tolist(), strict=True)
+    )
 
 
 FORMS = {
@@ -59,7 +61,9 @@ def test_a_pipe_is_read() -> None:
 
 def test_ids_are_taken_as_they_stand(tmp_path: Path) -> None:
     """Numbers stay text, quotes and the words NA and null mean nothing, queries may stand apart, non-ASCII is read."""
-    (tmp_path / "run").write_text('007 Q0 1e3 1 2 t\nNA Q0 null 1 5 t\n"q Q0 d"2 1 1 t\n007 Q0 "é 2 1 t\n#x Q0 a,b\\ 1 1 t\n')
+    (tmp_path / "run").write_text(
+        '007 Q0 1e3 1 2 t\nNA Q0 null 1 5 t\n"q Q0 d"2 1 1 t\n007 Q0 "é 2 1 t\n#x Q0 a,b\\ 1 1 t\n'
+    )
     assert rows(read_run(tmp_path / "run")) == [
         ("007", "1e3", 2),
         ("NA", "null", 5),
@@ -148,7 +152,11 @@ IDS = st.text(st.characters(exclude_categories=("Z", "C")), min_size=1, max_size
 
 
 @settings(max_examples=100, deadline=None)
-@given(run=st.dictionaries(IDS, st.dictionaries(IDS, st.floats(-1e30, 1e30), min_size=1, max_size=5), min_size=1, max_size=4))
+@given(
+    run=st.dictionaries(
+        IDS, st.dictionaries(IDS, st.floats(-1e30, 1e30), min_size=1, max_size=5), min_size=1, max_size=4
+    )
+)
 def test_any_ids_survive_reading(run: dict[str, dict[str, float]], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.run"
     expected = [(qid, docid, score) for qid, scores in run.items() for docid, score in scores.items()]
@@ -159,8 +167,14 @@ def test_any_ids_survive_reading(run: dict[str, dict[str, float]], tmp_path_fact
 
 
 @settings(max_examples=100, deadline=None)
-@given(pairs=st.lists(st.tuples(st.sampled_from(["q", "r"]), st.text("ab", min_size=1, max_size=18)), min_size=1, max_size=30))
-def test_duplicates_are_found_and_nothing_else(pairs: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    pairs=st.lists(
+        st.tuples(st.sampled_from(["q", "r"]), st.text("ab", min_size=1, max_size=18)), min_size=1, max_size=30
+    )
+)
+def test_duplicates_are_found_and_nothing_else(
+    pairs: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     path = tmp_path_factory.getbasetemp() / "twice.run"
     path.write_text("".join(f"{qid} Q0 {docid} 1 1 t\n" for qid, docid in pairs))
     seconds = [index for index, pair in enumerate(pairs) if pair in pairs[:index]]
@@ -195,8 +209,12 @@ def test_scores_are_lowered_by_the_least_step(scores: list[float], expected: lis
 
 
 @settings(max_examples=150, deadline=None)
-@given(scores=st.lists(st.sampled_from([0.0, 1.0, 7.25, 1e-40, -2.5]) | st.floats(-1e30, 1e30), min_size=1, max_size=40))
-def test_trec_eval_sees_the_order_that_was_written(scores: list[float], tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    scores=st.lists(st.sampled_from([0.0, 1.0, 7.25, 1e-40, -2.5]) | st.floats(-1e30, 1e30), min_size=1, max_size=40)
+)
+def test_trec_eval_sees_the_order_that_was_written(
+    scores: list[float], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Docids ascend, so that every tie would turn the order round: each passage must be found at its own rank."""
     path = tmp_path_factory.getbasetemp() / "order.trec"
     scores = sorted(scores, reverse=True)
@@ -227,7 +245,9 @@ def test_written_lines(tmp_path: Path) -> None:
         ([("q1", [("d1", float("nan"))])], "query 'q1': the score must be a finite number"),
     ],
 )
-def test_what_cannot_be_written_leaves_the_old_file(results: list[tuple[str, list[tuple[str, float]]]], words: str, tmp_path: Path) -> None:
+def test_what_cannot_be_written_leaves_the_old_file(
+    results: list[tuple[str, list[tuple[str, float]]]], words: str, tmp_path: Path
+) -> None:
     path = tmp_path / "run.trec"
     path.write_text("old")
     with pytest.raises(ValueError, match=words):

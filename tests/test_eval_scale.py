@@ -33,13 +33,19 @@ def test_memory(form: str, tmp_path: Path) -> None:
         for row in order.tolist():
             query, rank = divmod(row, DEPTH)
             if form == "good":
-                run.write(f"topiocqa-dev_{query}_1 Q0 wikipedia-{query * 7 + rank * 13:010} {rank + 1} {100 - rank}.5 bm25\n")
+                run.write(
+                    f"topiocqa-dev_{query}_1 Q0 wikipedia-{query * 7 + rank * 13:010} {rank + 1} {100 - rank}.5 bm25\n"
+                )
             else:
-                run.write(f"topiocqa-dev_{query}_1\tQ0\twikipedia-{query * 7 + rank * 13:010}\t{rank + 1}\t{(100 - rank) // 4}\tbm25\r\n")
+                run.write(
+                    f"topiocqa-dev_{query}_1\tQ0\twikipedia-{query * 7 + rank * 13:010}\t{rank + 1}\t{(100 - rank) // 4}\tbm25\r\n"
+                )
     with (tmp_path / "qrels").open("w") as qrels:
         for query in range(QUERIES):
             qrels.write(f"topiocqa-dev_{query}_1 0 wikipedia-{query * 7 + (query % 120) * 13:010} 1\n")
-    peak, output = peak_bytes("-m", "eval.metrics", "--run", str(tmp_path / "run"), "--qrels", str(tmp_path / "qrels"), "--json")
+    peak, output = peak_bytes(
+        "-m", "eval.metrics", "--run", str(tmp_path / "run"), "--qrels", str(tmp_path / "qrels"), "--json"
+    )
     assert '"R@100": 0.83' in output
     assert peak < 2 << 30, f"{peak / 2**30:.2f} GiB"
 

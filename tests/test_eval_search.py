@@ -27,7 +27,13 @@ QUESTIONS = [
         "rewrite": "William Shakespeare wife",
         "fallback": False,
     },
-    {"qid": "q3", "question": "capital?", "context": ["tell me of France", "a country"], "rewrite": "capital?", "fallback": True},
+    {
+        "qid": "q3",
+        "question": "capital?",
+        "context": ["tell me of France", "a country"],
+        "rewrite": "capital?",
+        "fallback": True,
+    },
 ]
 ANCE_COMMAND = """
     --pretrained_encoder_path path/to/your/dense/retriever \
@@ -44,7 +50,9 @@ ANCE_COMMAND = """
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
-    (folder / "collection.jsonl").write_text("".join(json.dumps({"id": i, "contents": text}) + "\n" for i, text in PASSAGES.items()))
+    (folder / "collection.jsonl").write_text(
+        "".join(json.dumps({"id": i, "contents": text}) + "\n" for i, text in PASSAGES.items())
+    )
     (folder / "rewrites.jsonl").write_text("".join(json.dumps(record) + "\n" for record in QUESTIONS))
     (folder / "dev.trec").write_text("q1 0 d1 1\nq2 0 d2 1\nq3 0 d3 1\nq4 0 d1 1\n")
     Bm25Index.build(folder / "collection.jsonl", folder / "index", progress=False)
@@ -89,7 +97,14 @@ def test_a_server_gives_the_run_of_its_index(folder: Path) -> None:
         client.health()
         done = call("eval.bm25", folder, *bm25_flags(folder, "remote.trec", "--server", client.url))
         assert done.returncode == 0, done.stderr
-        flags = ["--server", client.url, "--test_file_path", str(folder / "rewrites.jsonl"), "--output_trec_file", "ance.trec"]
+        flags = [
+            "--server",
+            client.url,
+            "--test_file_path",
+            str(folder / "rewrites.jsonl"),
+            "--output_trec_file",
+            "ance.trec",
+        ]
         flags += ["--trec_gold_qrel_file_path", str(folder / "dev.trec"), "--qrel_output_dir", str(folder)]
         assert call("eval.ance", folder, *flags).returncode == 0
     assert (folder / "remote.trec").read_text() == (folder / "local.trec").read_text()
@@ -99,7 +114,11 @@ def test_a_server_gives_the_run_of_its_index(folder: Path) -> None:
 def test_the_original_ance_command_is_accepted_and_says_what_is_missing(folder: Path) -> None:
     args = ance.parse_args(shlex.split(ANCE_COMMAND))
     assert args.test_file_path == ["path/to/rewrite/file/gennerated/by/rewriter"]
-    assert (args.qrel_output_dir, args.output_trec_file, args.n_gpu) == ("data/topiocqa/qrel/dense", ["filename/to/save/trec/file"], 2)
+    assert (args.qrel_output_dir, args.output_trec_file, args.n_gpu) == (
+        "data/topiocqa/qrel/dense",
+        ["filename/to/save/trec/file"],
+        2,
+    )
     done = call("eval.ance", folder, *shlex.split(ANCE_COMMAND))
     assert done.returncode == 2
     assert done.stderr.startswith("error: dense search")
@@ -122,7 +141,9 @@ def test_mistakes_are_one_sentence(folder: Path, more: list[str], sentence: str)
 
 
 def test_lines_without_the_text_are_named(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"qid": "q1", "question": "a", "rewrite": "b"}\n{"qid": "q2", "question": "a"}\n')
+    (tmp_path / "bad.jsonl").write_text(
+        '{"qid": "q1", "question": "a", "rewrite": "b"}\n{"qid": "q2", "question": "a"}\n'
+    )
     done = call("eval.bm25", folder, *bm25_flags(folder, "x.trec"), "--query_file", str(tmp_path / "bad.jsonl"))
     assert done.returncode == 2
     assert f"{tmp_path / 'bad.jsonl'}:2: query 'q2' has no field 'rewrite'" in done.stderr

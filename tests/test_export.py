@@ -69,9 +69,13 @@ def write_dcp(folder: Path, model: Path) -> None:
     from torch.distributed.checkpoint import FileSystemWriter, save
     from transformers import AutoModelForCausalLM
 
-    weights = {name: parameter.detach() for name, parameter in AutoModelForCausalLM.from_pretrained(model).named_parameters()}
+    weights = {
+        name: parameter.detach() for name, parameter in AutoModelForCausalLM.from_pretrained(model).named_parameters()
+    }
     moments = {name: {"exp_avg": torch.zeros_like(tensor)} for name, tensor in weights.items()}
-    save({"app": {"model": weights, "optimizer": {"state": moments}}, "step": 3}, storage_writer=FileSystemWriter(folder))
+    save(
+        {"app": {"model": weights, "optimizer": {"state": moments}}, "step": 3}, storage_writer=FileSystemWriter(folder)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -124,7 +128,9 @@ def test_mistakes_are_one_sentence(run_dir: Path, tmp_path: Path) -> None:
     assert "--max_shard_size 5 is no size" in error(run_dir, "--output", tmp_path / "out", "--max_shard_size", "5")
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "config.json").write_text("{}")
-    checkpoint.save_tensors({"model.q_proj.lora_A.default.weight": torch.zeros(1)}, tmp_path / "adapters" / "model.safetensors")
+    checkpoint.save_tensors(
+        {"model.q_proj.lora_A.default.weight": torch.zeros(1)}, tmp_path / "adapters" / "model.safetensors"
+    )
     assert "holds adapters beside their base" in error(tmp_path / "adapters", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -55,7 +55,9 @@ def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("no"), KeyboardInterrupt(), SystemExit(3), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("no"), KeyboardInterrupt(), SystemExit(3), OSError(28, "No space left on device")]
+)
 def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path, fault: BaseException) -> None:
     path = written(tmp_path / "out.bin", "old")
 
@@ -181,12 +183,16 @@ def test_lines_before_a_faulty_one_are_given_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut off", "overwritten", "not gzipped"])
 def test_a_damaged_gzip_file_is_one_sentence(tmp_path: Path, damage: str) -> None:
-    whole = bytearray(gzip.compress(b"".join(b'{"n": %d, "r": "%s"}\n' % (n, os.urandom(8).hex().encode()) for n in range(3000))))
+    whole = bytearray(
+        gzip.compress(b"".join(b'{"n": %d, "r": "%s"}\n' % (n, os.urandom(8).hex().encode()) for n in range(3000)))
+    )
     if damage == "overwritten":
         whole[len(whole) // 2 :] = bytes(len(whole) - len(whole) // 2)
     content = {"cut off": bytes(whole[:-5000]), "overwritten": bytes(whole), "not gzipped": b'{"n": 1}\n'}[damage]
     path = written(tmp_path / "rows.jsonl.gz", content)
-    with pytest.raises(ValueError, match=rf"^{path}:\d+: (the gzipped file is damaged or cut off|not a line of JSON) \(.*\)"):
+    with pytest.raises(
+        ValueError, match=rf"^{path}:\d+: (the gzipped file is damaged or cut off|not a line of JSON) \(.*\)"
+    ):
         records(path)
 
 

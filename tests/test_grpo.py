@@ -89,7 +89,9 @@ class Plain:
     def __init__(self, folder: Path, lr: float, temperature: float):
         from transformers import AutoModelForCausalLM
 
-        self.model, self.reference = (AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager") for _ in range(2))
+        self.model, self.reference = (
+            AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager") for _ in range(2)
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01)
         self.temperature = temperature
 
@@ -99,7 +101,9 @@ class Plain:
         logprobs_TV = (logits_TV.float() / self.temperature).log_softmax(-1)
         return logprobs_TV.gather(1, torch.tensor(tokens)[:, None])[:, 0], -(logprobs_TV.exp() * logprobs_TV).sum(-1)
 
-    def loss(self, minibatch: Sequence[Rollout], old: Sequence[torch.Tensor], aggregation: str, micro: int) -> torch.Tensor:
+    def loss(
+        self, minibatch: Sequence[Rollout], old: Sequence[torch.Tensor], aggregation: str, micro: int
+    ) -> torch.Tensor:
         losses = []
         for rollout, old_T in zip(minibatch, old, strict=True):
             logprobs_T, entropy_T = self.logprobs(self.model, rollout)
@@ -139,7 +143,13 @@ class Plain:
     ],
 )
 def test_losses_and_weights_are_those_of_the_formulas(
-    aggregation: str, updates: int, options: dict[str, Any], form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+    aggregation: str,
+    updates: int,
+    options: dict[str, Any],
+    form_llama: Path,
+    toy_parquet: Path,
+    toy_server: str,
+    tmp_path: Path,
 ) -> None:
     metrics = trained(
         form_llama,
@@ -182,7 +192,9 @@ def free_port() -> int:
     return port
 
 
-def test_a_dumped_run_plays_back_to_the_same_losses(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
+def test_a_dumped_run_plays_back_to_the_same_losses(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
     options = {"total_training_steps": 3, "ppo_mini_batch_size": 2}
     recorded = trained(form_llama, toy_parquet, tmp_path / "recorded", toy_server, **options)
     replayed = trained(  # no server, and validation has nothing to play
@@ -252,35 +264,65 @@ def test_a_broken_run_draws_and_learns_the_same(
         assert [record.get(name) for record in broken] == [record.get(name) for record in unbroken]
     for step in range(6):
         assert rollouts.load(tmp_path / "broken", step) == rollouts.load(tmp_path / "unbroken", step)
-    assert sorted(path.name for path in (tmp_path / "broken" / "rollouts").iterdir()) == [f"{step:06d}.parquet" for step in range(6)]
+    assert sorted(path.name for path in (tmp_path / "broken" / "rollouts").iterdir()) == [
+        f"{step:06d}.parquet" for step in range(6)
+    ]
     left, right = (weights(tmp_path / name / "model") for name in ("broken", "unbroken"))
     assert all(torch.equal(left[name], right[name]) for name in right)
 
 
 def test_equal_rewards_teach_nothing(tiny_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
     """A random model never keeps the form: all rewards are the penalty, all advantages 0, and without KL and entropy nothing moves."""
-    options = {"actor_rollout_ref__actor__entropy_coeff": 0, "actor_rollout_ref__actor__optim__weight_decay": 0, "total_training_steps": 2}
+    options = {
+        "actor_rollout_ref__actor__entropy_coeff": 0,
+        "actor_rollout_ref__actor__optim__weight_decay": 0,
+        "total_training_steps": 2,
+    }
     for skip in (False, True):
         run_dir = tmp_path / str(skip)
-        metrics = trained(tiny_llama, toy_parquet, run_dir, toy_server, actor_rollout_ref__actor__skip_zero_advantage=skip, **options)
+        metrics = trained(
+            tiny_llama, toy_parquet, run_dir, toy_server, actor_rollout_ref__actor__skip_zero_advantage=skip, **options
+        )
         for record in metrics:
             assert record["reward"] == pytest.approx(-0.1)
             assert (record["format_rate"], record["spread_rate"], record["policy_loss"]) == (0, 0, 0)
             assert record["grad_norm"] < 1e-6
         assert {rollout.advantage for rollout in rollouts.load(run_dir, 0)} == {0.0}
-        assert {rollout.rewrite.error for rollout in rollouts.load(run_dir, 0)} <= {"no_tag", "truncated", "many_tags", "format"}
+        assert {rollout.rewrite.error for rollout in rollouts.load(run_dir, 0)} <= {
+            "no_tag",
+            "truncated",
+            "many_tags",
+            "format",
+        }
         before, after = weights(tiny_llama), weights(run_dir / "model")
         assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
 
 
-def test_groups_without_advantage_can_be_left_out(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
+def test_groups_without_advantage_can_be_left_out(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
     """Without KL and entropy they have no gradient, so that leaving them out changes nothing; with them only the work is less."""
-    options = {"use_kl_loss": False, "entropy_coeff": 0, "n": 2, "train_batch_size": 8, "ppo_mini_batch_size": 8, "total_training_steps": 3}
+    options = {
+        "use_kl_loss": False,
+        "entropy_coeff": 0,
+        "n": 2,
+        "train_batch_size": 8,
+        "ppo_mini_batch_size": 8,
+        "total_training_steps": 3,
+    }
     renamed = {
-        (f"actor_rollout_ref__actor__{name}" if name in ("use_kl_loss", "entropy_coeff") else name): v for name, v in options.items()
+        (f"actor_rollout_ref__actor__{name}" if name in ("use_kl_loss", "entropy_coeff") else name): v
+        for name, v in options.items()
     }
     kept, skipped = (
-        trained(form_llama, toy_parquet, tmp_path / str(skip), toy_server, actor_rollout_ref__actor__skip_zero_advantage=skip, **renamed)
+        trained(
+            form_llama,
+            toy_parquet,
+            tmp_path / str(skip),
+            toy_server,
+            actor_rollout_ref__actor__skip_zero_advantage=skip,
+            **renamed,
+        )
         for skip in (False, True)
     )
     assert any(0 < record["spread_rate"] < 1 for record in kept)
@@ -293,15 +335,29 @@ def test_groups_without_advantage_can_be_left_out(form_llama: Path, toy_parquet:
 def test_equal_groups_are_drawn_again(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
     """DAPO: more groups differ than at first; those that stay equal are left out; the run replays from its dump."""
     sizes = {"n": 2, "train_batch_size": 8, "ppo_mini_batch_size": 8, "total_training_steps": 2, "algorithm": "dapo"}
-    once = trained(form_llama, toy_parquet, tmp_path / "once", toy_server, algorithm__filter_groups__max_num_gen_batches=1, **sizes)
-    more = trained(form_llama, toy_parquet, tmp_path / "more", toy_server, algorithm__filter_groups__max_num_gen_batches=3, **sizes)
+    once = trained(
+        form_llama, toy_parquet, tmp_path / "once", toy_server, algorithm__filter_groups__max_num_gen_batches=1, **sizes
+    )
+    more = trained(
+        form_llama, toy_parquet, tmp_path / "more", toy_server, algorithm__filter_groups__max_num_gen_batches=3, **sizes
+    )
     assert once[0]["spread_rate"] < more[0]["spread_rate"]
     kept = {
-        rollout.qid for group in groups(rollouts.load(tmp_path / "once", 0), 2) if group[0].reward != group[1].reward for rollout in group
+        rollout.qid
+        for group in groups(rollouts.load(tmp_path / "once", 0), 2)
+        if group[0].reward != group[1].reward
+        for rollout in group
     }
     first, second = ({r.qid: r.completion for r in rollouts.load(tmp_path / name, 0)[::2]} for name in ("once", "more"))
     assert all((first[qid] == second[qid]) == (qid in kept) for qid in first)
-    played = trained(form_llama, toy_parquet, tmp_path / "played", "", actor_rollout_ref__rollout__replay_from=tmp_path / "more", **sizes)
+    played = trained(
+        form_llama,
+        toy_parquet,
+        tmp_path / "played",
+        "",
+        actor_rollout_ref__rollout__replay_from=tmp_path / "more",
+        **sizes,
+    )
     assert curves(played) == curves(more)
 
 
@@ -310,7 +366,13 @@ def test_reward_rises(seed: int, form_llama: Path, toy_server: str, tmp_path: Pa
     """All gold passages are about one town of six: 24 steps find that out (measured: reward 0.5 -> 1.3 and more on each of three seeds)."""
     rows = helpers.grpo_rows([("rome", aspect) for aspect in helpers.ASPECTS for _ in range(6)])
     parquet = helpers.write_parquet(tmp_path / "rome.parquet", rows)
-    options = {"train_batch_size": 8, "ppo_mini_batch_size": 8, "n": 8, "total_training_steps": 24, "trainer__save_freq": -1}
+    options = {
+        "train_batch_size": 8,
+        "ppo_mini_batch_size": 8,
+        "n": 8,
+        "total_training_steps": 24,
+        "trainer__save_freq": -1,
+    }
     metrics = trained(form_llama, parquet, tmp_path, toy_server, trainer__seed=seed, **options)
     rewards = [record["reward"] for record in metrics]
     assert sum(rewards[-5:]) > 1.8 * sum(rewards[:5]), rewards
@@ -319,10 +381,14 @@ def test_reward_rises(seed: int, form_llama: Path, toy_server: str, tmp_path: Pa
 
 
 def failed(model: Path, parquet: Path, run_dir: Path, url: str, **changed: Any) -> str:
-    return helpers.one_sentence(*helpers.call(grpo.main, helpers.grpo_overrides(model, parquet, run_dir, url, **changed)))
+    return helpers.one_sentence(
+        *helpers.call(grpo.main, helpers.grpo_overrides(model, parquet, run_dir, url, **changed))
+    )
 
 
-def test_mistakes_are_one_sentence(form_llama: Path, toy_parquet: Path, toy_server: str, toy_index: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_sentence(
+    form_llama: Path, toy_parquet: Path, toy_server: str, toy_index: Path, tmp_path: Path
+) -> None:
     rows, run_dir = helpers.grpo_rows(list(helpers.GOLDS)), tmp_path / "run"
 
     def parquet(name: str, changed: Sequence[dict[str, Any]]) -> Path:
@@ -337,7 +403,9 @@ def test_mistakes_are_one_sentence(form_llama: Path, toy_parquet: Path, toy_serv
     twice = parquet("twice", [*rows, rows[0]])
     assert "query id" in failed(form_llama, twice, run_dir, toy_server)
     other = parquet("other", [rows[0] | {"prompt": [{"role": "user", "content": "other"}]}])
-    assert "'q0' names one prompt in data.train_files" in failed(form_llama, toy_parquet, run_dir, toy_server, data__val_files=other)
+    assert "'q0' names one prompt in data.train_files" in failed(
+        form_llama, toy_parquet, run_dir, toy_server, data__val_files=other
+    )
     dead = f"http://127.0.0.1:{free_port()}"
     error = failed(form_llama, toy_parquet, run_dir, dead, retriever__max_wait_s=0.5)
     assert f"the retriever at {dead} did not answer" in error
@@ -353,7 +421,9 @@ def test_mistakes_are_one_sentence(form_llama: Path, toy_parquet: Path, toy_serv
     assert trained(form_llama, toy_parquet, run_dir, toy_server)[-1]["step"] == 2  # a folder of failures is not spoiled
 
 
-def test_a_run_folder_belongs_to_one_configuration(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
+def test_a_run_folder_belongs_to_one_configuration(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
     first = trained(form_llama, toy_parquet, tmp_path, toy_server)
     assert "optim.lr=0.001, now it is 0.002" in failed(form_llama, toy_parquet, tmp_path, toy_server, optim__lr=2e-3)
     assert "global_step_3" in failed(form_llama, toy_parquet, tmp_path, toy_server, trainer__resume_mode="disable")

@@ -32,7 +32,19 @@ from convsearch.trainers import sft
 pytestmark = pytest.mark.slow
 
 STEPS = 30
-SAME = ("step", "loss", "policy_loss", "kl", "entropy", "reward", "grad_norm", "mrr", "response_tokens", "val_reward", "val_mrr")
+SAME = (
+    "step",
+    "loss",
+    "policy_loss",
+    "kl",
+    "entropy",
+    "reward",
+    "grad_norm",
+    "mrr",
+    "response_tokens",
+    "val_reward",
+    "val_mrr",
+)
 
 
 class Job:
@@ -63,7 +75,9 @@ class Job:
     def saving(self) -> bool:
         """Whether the weights of a checkpoint are being written."""
         folders = [self.run_dir / f".tmp-global_step_{step}" for step in range(3, STEPS + 1, 3)]
-        return any((folder / name).exists() for folder in folders for name in ("model.safetensors.tmp", "model.safetensors"))
+        return any(
+            (folder / name).exists() for folder in folders for name in ("model.safetensors.tmp", "model.safetensors")
+        )
 
     def updating(self, since_s: float = 0) -> bool:
         """Whether the step that comes next in the metrics has its samples on disk, written after ``since_s`` (time.time)."""
@@ -72,14 +86,19 @@ class Job:
 
 
 def assert_same_run(run_dir: Path, unbroken: Path) -> None:
-    left, right = ([{name: line.get(name) for name in SAME} for line in read_metrics(folder)] for folder in (run_dir, unbroken))
+    left, right = (
+        [{name: line.get(name) for name in SAME} for line in read_metrics(folder)] for folder in (run_dir, unbroken)
+    )
     assert left == right
     assert len(left) == STEPS
     for step in range(STEPS):
         assert rollouts.load(run_dir, step) == rollouts.load(unbroken, step), step
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (run_dir / "model" / name).read_bytes() == (unbroken / "model" / name).read_bytes()
-    assert sorted(path.name for path in run_dir.glob("*global_step_*")) == [f"global_step_{STEPS - 3}", f"global_step_{STEPS}"]
+    assert sorted(path.name for path in run_dir.glob("*global_step_*")) == [
+        f"global_step_{STEPS - 3}",
+        f"global_step_{STEPS}",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +147,9 @@ def servers_of(index: Path) -> list[int]:
     return found
 
 
-def test_kill_dash_nine_five_times_in_a_row(form_llama: Path, toy_parquet: Path, toy_index: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_kill_dash_nine_five_times_in_a_row(
+    form_llama: Path, toy_parquet: Path, toy_index: Path, unbroken: Path, tmp_path: Path
+) -> None:
     index = shutil.copytree(toy_index, tmp_path / "index")  # its own, so that its servers can be told from others
     job, draw = Job(form_llama, toy_parquet, tmp_path / "run", f"embedded:{index}"), random.Random(20)
     torn = 0
@@ -225,7 +246,9 @@ def test_a_server_that_dies_ends_in_a_sentence_and_loses_nothing(
     assert "python -m retriever_server" in error
     logged = read_metrics(job.run_dir)
     assert len(logged) >= 7
-    assert [line["reward"] for line in logged] == [line["reward"] for line in read_metrics(unbroken)[: len(logged)]]  # no zero rewards
+    assert [line["reward"] for line in logged] == [
+        line["reward"] for line in read_metrics(unbroken)[: len(logged)]
+    ]  # no zero rewards
     assert (job.run_dir / "global_step_6" / "trainer.json").is_file()
     with server(toy_index, int(url.rsplit(":", 1)[1])):
         job.arguments = [argument.replace("max_wait_s=3", "max_wait_s=600") for argument in job.arguments]
@@ -306,7 +329,9 @@ def test_a_full_disk_ends_in_a_sentence_wherever_it_strikes(
 
 
 def test_a_full_disk_for_the_other_commands(form_llama: Path, tmp_path: Path) -> None:
-    pairs = [(f"q{number}", helpers.question(*pair), helpers.answer(*pair)) for number, pair in enumerate(helpers.GOLDS)]
+    pairs = [
+        (f"q{number}", helpers.question(*pair), helpers.answer(*pair)) for number, pair in enumerate(helpers.GOLDS)
+    ]
     train = helpers.write_parquet(tmp_path / "sft.parquet", helpers.sft_rows(pairs))
     turns = helpers.conversation_rows(list(helpers.GOLDS))
     rows = [row | {"qid": f"{row['qid']}_{copy}", "answer": "long " * 100} for copy in range(20) for row in turns]
@@ -342,7 +367,9 @@ def test_a_truncated_checkpoint_is_one_sentence(
     job = Job(form_llama, toy_parquet, run_dir, toy_server)
     damaged = run_dir / f"global_step_{STEPS}" / name
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
-    error = helpers.one_sentence(*(job.finish() if name == "model.safetensors" else helpers.call(grpo.main, job.arguments)))
+    error = helpers.one_sentence(
+        *(job.finish() if name == "model.safetensors" else helpers.call(grpo.main, job.arguments))
+    )
     assert f"global_step_{STEPS} is damaged: {name}" in error
     assert "delete the folder to go on from the one before it" in error
     shutil.rmtree(damaged.parent)

@@ -18,10 +18,18 @@ def run(guard: Guard, *records: dict[str, Any], start: int = 0) -> list[str | No
 @pytest.mark.parametrize(
     ("limits", "collapsed", "said"),
     [
-        ({"max_reward_fall": 1.0}, {"reward": -0.1}, "reward fell to -0.1 over steps 3 - 5, from 1.2 in the best window (up to step 2)"),
+        (
+            {"max_reward_fall": 1.0},
+            {"reward": -0.1},
+            "reward fell to -0.1 over steps 3 - 5, from 1.2 in the best window (up to step 2)",
+        ),
         ({"max_format_fall": 0.5}, {"format_rate": 0.25}, "more than guard.max_format_fall=0.5"),
         ({"min_reward": 0.0}, {"reward": -0.1}, "reward is -0.1 over steps 3 - 5, below guard.min_reward=0"),
-        ({"min_format_rate": 0.9}, {"format_rate": 0.5}, "format_rate is 0.5 over steps 3 - 5, below guard.min_format_rate=0.9"),
+        (
+            {"min_format_rate": 0.9},
+            {"format_rate": 0.5},
+            "format_rate is 0.5 over steps 3 - 5, below guard.min_format_rate=0.9",
+        ),
         ({"min_response_tokens": 20.0}, {"response_tokens": 3.0}, "response_tokens is 3 over steps 3 - 5, below"),
         (
             {"max_response_tokens": 90.0},
@@ -32,7 +40,9 @@ def run(guard: Guard, *records: dict[str, Any], start: int = 0) -> list[str | No
         ({"max_non_latin_share": 0.5}, {"non_latin_share": 0.9}, "non_latin_share is 0.9 over steps 3 - 5, above"),
     ],
 )
-def test_each_limit_stops_what_it_is_for_and_says_the_figures(limits: dict[str, float], collapsed: dict[str, float], said: str) -> None:
+def test_each_limit_stops_what_it_is_for_and_says_the_figures(
+    limits: dict[str, float], collapsed: dict[str, float], said: str
+) -> None:
     off = dict.fromkeys(("max_reward_fall", "max_format_fall", "max_non_latin_share"))
     guard = Guard(GuardConfig(window=3, **(off | limits)), max_skipped=10)
     answers = run(guard, *[{}] * 3, *[collapsed] * 3)
@@ -45,7 +55,10 @@ def test_each_limit_stops_what_it_is_for_and_says_the_figures(limits: dict[str, 
 
 def test_one_bad_step_is_none_and_a_bad_start_is_no_fall() -> None:
     guard = Guard(GuardConfig(window=4), max_skipped=10)
-    assert run(guard, {"format_rate": 0.0, "reward": -0.1}, *[{}] * 5, {"format_rate": 0.0, "reward": -0.1}, *[{}] * 5) == [None] * 12
+    assert (
+        run(guard, {"format_rate": 0.0, "reward": -0.1}, *[{}] * 5, {"format_rate": 0.0, "reward": -0.1}, *[{}] * 5)
+        == [None] * 12
+    )
     low = Guard(GuardConfig(window=2), max_skipped=10)
     assert run(low, *[{"format_rate": 0.0, "reward": -0.1}] * 9) == [None] * 9
 
@@ -60,7 +73,10 @@ def test_a_resumed_run_judges_as_the_unbroken_one() -> None:
     unbroken = run(Guard(cfg, max_skipped=10), *records)
     assert unbroken[-3:] != [None] * 3
     for cut in range(1, 8):
-        history = [{"step": -1, "val_reward": 0.0}, *({"step": step, **FINE, **record} for step, record in enumerate(records[:cut]))]
+        history = [
+            {"step": -1, "val_reward": 0.0},
+            *({"step": step, **FINE, **record} for step, record in enumerate(records[:cut])),
+        ]
         assert run(Guard(cfg, max_skipped=10, history=history), *records[cut:], start=cut) == unbroken[cut:]
 
 

@@ -10,13 +10,29 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("convsearch", "retriever_server", "eval", "data_preprocess")
 LIMIT_S = 1.0  # of processor time, which other processes on the machine do not stretch as they do the clock
-HEAVY = {"torch", "transformers", "accelerate", "scipy", "pandas", "bm25s", "numba", "fastapi", "uvicorn", "matplotlib", "pyarrow"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "accelerate",
+    "scipy",
+    "pandas",
+    "bm25s",
+    "numba",
+    "fastapi",
+    "uvicorn",
+    "matplotlib",
+    "pyarrow",
+}
 
 
 def commands() -> list[str]:
     """Every module of the packages that can be run."""
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    runnable = [path for path in files if '__name__ == "__main__"' in path.read_text(encoding="utf-8") or path.name == "__main__.py"]
+    runnable = [
+        path
+        for path in files
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8") or path.name == "__main__.py"
+    ]
     return [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in runnable]
 
 
@@ -47,7 +63,11 @@ def test_help(module: str) -> None:
             break
     assert done.returncode == 0, done.stderr[-500:]
     assert f"usage: python -m {module.removesuffix('.server')} " in done.stdout
-    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
+    loaded = {
+        line.rpartition("|")[2].strip().partition(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert {"sys", "convsearch"} & loaded, "the list of imports was not read"
     assert loaded & HEAVY == set()
     assert best_s < LIMIT_S, f"--help of {module} took {best_s:.1f} s"

@@ -18,7 +18,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("convsearch", "data_preprocess", "eval", "retriever_server")
 SHARED_FOUR = ("convsearch.types", "convsearch.prompts", "convsearch.files", "convsearch.cli")
 SERVER_SIDE = ("retriever_server.server", "retriever_server.serving.app", "retriever_server.__main__")
-HEAVY = ("torch", "transformers", "accelerate", "pandas", "scipy", "numba", "fastapi", "uvicorn", "pyarrow", "httpx", "matplotlib")
+HEAVY = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "pandas",
+    "scipy",
+    "numba",
+    "fastapi",
+    "uvicorn",
+    "pyarrow",
+    "httpx",
+    "matplotlib",
+)
 
 
 def imported(path: Path, root: Path) -> Iterator[tuple[int, str]]:
@@ -32,8 +44,15 @@ def imported(path: Path, root: Path) -> Iterator[tuple[int, str]]:
             base = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
                 inner = root.joinpath(*base.split("."), alias.name)
-                yield node.lineno, f"{base}.{alias.name}" if inner.is_dir() or inner.with_suffix(".py").is_file() else base
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__", "run_module"):
+                yield (
+                    node.lineno,
+                    f"{base}.{alias.name}" if inner.is_dir() or inner.with_suffix(".py").is_file() else base,
+                )
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+            "import_module",
+            "__import__",
+            "run_module",
+        ):
             yield from ((node.lineno, argument.value) for argument in node.args if isinstance(argument, ast.Constant))
 
 
@@ -46,7 +65,9 @@ def allowed(importer: str, module: str) -> bool:
         return False
     if module in SHARED_FOUR:
         return True
-    return importer == "eval" and (module == "convsearch.retriever.client" or (target == "retriever_server" and module not in SERVER_SIDE))
+    return importer == "eval" and (
+        module == "convsearch.retriever.client" or (target == "retriever_server" and module not in SERVER_SIDE)
+    )
 
 
 def breaches(root: Path) -> list[str]:
@@ -83,7 +104,13 @@ PLANTED = [
 
 @pytest.mark.parametrize(("package", "code", "module"), PLANTED)
 def test_an_import_that_breaks_the_rule_is_named(tmp_path: Path, package: str, code: str, module: str) -> None:
-    for name in ("convsearch/grpo", "eval/metrics", "retriever_server/index", "data_preprocess/writers", f"{package}/planted"):
+    for name in (
+        "convsearch/grpo",
+        "eval/metrics",
+        "retriever_server/index",
+        "data_preprocess/writers",
+        f"{package}/planted",
+    ):
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)
         file.write_text(code if name.endswith("planted") else "")

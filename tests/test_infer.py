@@ -61,7 +61,9 @@ def test_every_line_comes_out_once_with_its_fields(form_llama: Path, conversatio
         assert name is None or f"{name} {count}" in printed
 
 
-def test_a_model_without_the_form_falls_back_on_every_line(tiny_llama: Path, conversations: Path, tmp_path: Path) -> None:
+def test_a_model_without_the_form_falls_back_on_every_line(
+    tiny_llama: Path, conversations: Path, tmp_path: Path
+) -> None:
     lines, printed = rewritten(tiny_llama, conversations, tmp_path / "out.jsonl", "--limit", 5)
     assert [line["rewrite"] for line in lines] == [row["question"] for row in ROWS[:5]]
     assert all(line["fallback"] and line["rewrite_error"] for line in lines)
@@ -76,17 +78,24 @@ def test_a_model_without_the_form_falls_back_on_every_line(tiny_llama: Path, con
 def test_a_line_depends_on_seed_and_query_alone(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
     first, _ = rewritten(form_llama, conversations, tmp_path / "1.jsonl", "--temperature", 1, "--seed", 3)
     again, _ = rewritten(form_llama, conversations, tmp_path / "2.jsonl", "--temperature", 1, "--seed", 3)
-    small, _ = rewritten(form_llama, conversations, tmp_path / "3.jsonl", "--temperature", 1, "--seed", 3, "--batch_size", 1)
+    small, _ = rewritten(
+        form_llama, conversations, tmp_path / "3.jsonl", "--temperature", 1, "--seed", 3, "--batch_size", 1
+    )
     backwards = helpers.write_jsonl(tmp_path / "back.json", helpers.read_jsonl(conversations)[::-1])
     turned, _ = rewritten(form_llama, backwards, tmp_path / "4.jsonl", "--temperature", 1, "--seed", 3)
     assert first == again == small == turned[::-1]
     other, _ = rewritten(form_llama, conversations, tmp_path / "5.jsonl", "--temperature", 1, "--seed", 4)
     assert sum(left["output"] != right["output"] for left, right in zip(first, other, strict=True)) > 5
-    greedy = [rewritten(form_llama, conversations, tmp_path / f"g{seed}.jsonl", "--temperature", 0, "--seed", seed)[0] for seed in (1, 2)]
+    greedy = [
+        rewritten(form_llama, conversations, tmp_path / f"g{seed}.jsonl", "--temperature", 0, "--seed", seed)[0]
+        for seed in (1, 2)
+    ]
     assert greedy[0] == greedy[1]
 
 
-def test_finished_lines_are_kept_and_a_half_written_one_is_made_again(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+def test_finished_lines_are_kept_and_a_half_written_one_is_made_again(
+    form_llama: Path, conversations: Path, tmp_path: Path
+) -> None:
     flags = ("--temperature", 1)
     whole = tmp_path / "whole.jsonl"
     rewritten(form_llama, conversations, whole, *flags)
@@ -131,7 +140,9 @@ def test_the_model_name_chooses_the_prompt(form_llama: Path, conversations: Path
     from convsearch.types import Conversation
 
     for name, expected in (("ConvSearch-R1", False), ("Get_SFT", True)):
-        args = infer.parse_args([str(part) for part in command(form_llama, conversations, tmp_path / "o", "--model_name", name)])
+        args = infer.parse_args(
+            [str(part) for part in command(form_llama, conversations, tmp_path / "o", "--model_name", name)]
+        )
         rewriter = infer.build(args)
         text = rewriter.tokenizer.decode(rewriter.prompt_ids(Conversation.from_record(ROWS[1])))
         assert ("Sagrada" in text) is expected
@@ -143,7 +154,9 @@ def test_mistakes_are_one_sentence(form_llama: Path, conversations: Path, tmp_pa
     rewritten(form_llama, conversations, output, "--limit", 2)
     before = output.read_bytes()
     other = helpers.write_jsonl(tmp_path / "other.json", [row | {"qid": f"x{row['qid']}"} for row in ROWS])
-    assert f"{output}:1: query 'c0_1' is not in the input; the file belongs to other data" in failed(form_llama, other, output)
+    assert f"{output}:1: query 'c0_1' is not in the input; the file belongs to other data" in failed(
+        form_llama, other, output
+    )
     assert output.read_bytes() == before
     assert f"{conversations}:1: not a line that this command writes" in failed(form_llama, conversations, conversations)
     output.write_bytes(before + b"{damaged\n")
@@ -153,7 +166,9 @@ def test_mistakes_are_one_sentence(form_llama: Path, conversations: Path, tmp_pa
     assert f"{twice}:19: query 'c4_2' stands in line 5 already" in failed(form_llama, twice, fresh)
     odd = helpers.write_jsonl(tmp_path / "odd.json", [ROWS[0], ROWS[1] | {"context": ["only a question"]}])
     assert f"{odd}:2: c1_2: field 'context' must be" in failed(form_llama, odd, fresh)
-    nameless = helpers.write_jsonl(tmp_path / "nameless.json", [{key: value for key, value in ROWS[0].items() if key != "qid"}])
+    nameless = helpers.write_jsonl(
+        tmp_path / "nameless.json", [{key: value for key, value in ROWS[0].items() if key != "qid"}]
+    )
     assert f"{nameless}:1: field 'qid'" in failed(form_llama, nameless, fresh)
     assert str(tmp_path / "none.json") in failed(form_llama, tmp_path / "none.json", fresh)
     assert "is no model folder" in failed(tmp_path, conversations, fresh)
@@ -189,7 +204,9 @@ def test_kill_dash_nine_loses_nothing(form_llama: Path, tmp_path: Path) -> None:
 
 
 def test_rqr_writes_reasoned_queries_of_topics_and_goes_on_where_it_stopped(form_llama: Path, tmp_path: Path) -> None:
-    topics = helpers.write_jsonl(tmp_path / "topics.jsonl", [{"id": str(i), "query": f"why {i}?", "excluded_ids": ["x"]} for i in range(5)])
+    topics = helpers.write_jsonl(
+        tmp_path / "topics.jsonl", [{"id": str(i), "query": f"why {i}?", "excluded_ids": ["x"]} for i in range(5)]
+    )
     flags = [
         "--model_name_or_path",
         form_llama,
@@ -212,7 +229,10 @@ def test_rqr_writes_reasoned_queries_of_topics_and_goes_on_where_it_stopped(form
     assert all(line["rewrite"] == (line["output"].strip() or line["question"]) for line in lines)
     assert sorted(map(str, helpers.read_jsonl(tmp_path / "parts.jsonl"))) == sorted(map(str, lines))
     settings = json.loads((tmp_path / "whole.jsonl.settings.json").read_text())
-    assert settings | {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "prompt_style": "rqr"} == settings
+    assert (
+        settings | {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "prompt_style": "rqr"}
+        == settings
+    )
 
 
 def test_rqr_in_think_mode_searches_for_the_answer_alone() -> None:

@@ -48,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(folder: Path) -> Iterator[Any]:
     from starlette.testclient import TestClient
 
-    with TestClient(create_app([Run(folder), Run(folder)]), base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
+    with TestClient(
+        create_app([Run(folder), Run(folder)]), base_url="http://127.0.0.1", raise_server_exceptions=False
+    ) as client:
         yield client
 
 
@@ -58,7 +60,13 @@ def keys(page: dict[str, Any]) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [('tall "the tower', ["tall", "the tower"]), ('"a b"c', ["a b", "c"]), ('""', []), ("  ", []), ('a" b "', ["a", " b "])],
+    [
+        ('tall "the tower', ["tall", "the tower"]),
+        ('"a b"c', ["a b", "c"]),
+        ('""', []),
+        ("  ", []),
+        ('a" b "', ["a", " b "]),
+    ],
 )
 def test_phrases(text: str, expected: list[str]) -> None:
     assert phrases(text) == expected
@@ -77,7 +85,9 @@ def test_metrics_are_read_from_where_the_page_is(tmp_path: Path) -> None:
     assert second["offset"] == path.stat().st_size
     assert run.metrics(second["version"], second["offset"])["records"] == []
     other = tmp_path / "new"  # a run that resumes writes the file anew
-    other.write_text('{"step": 0, "reward": 5}\n{"step": 9, "reward": 9, "more": "than before, so that the size does not tell"}\n')
+    other.write_text(
+        '{"step": 0, "reward": 5}\n{"step": 9, "reward": 9, "more": "than before, so that the size does not tell"}\n'
+    )
     other.replace(path)
     assert [record["step"] for record in run.metrics(second["version"], second["offset"])["records"]] == [0, 9]
     assert run.metrics(second["version"], 10**6)["reset"]
@@ -106,7 +116,12 @@ def test_groups_stand_side_by_side(client: Any) -> None:
     assert [(group["qid"], len(group["samples"])) for group in page["groups"]] == [("a_1", 2), ("b_1", 2)]
     assert page["groups"][0]["reward"] == pytest.approx(1.35)
     sample = page["groups"][0]["samples"][0]
-    assert (sample["rewrite"], sample["thinking"], sample["rank"], sample["row"]) == ("tall towers 2", "about a_1", 1, 0)
+    assert (sample["rewrite"], sample["thinking"], sample["rank"], sample["row"]) == (
+        "tall towers 2",
+        "about a_1",
+        1,
+        0,
+    )
     second = client.get("/api/groups", params={"step": 2, "start": 1, "count": 1}).json()
     assert [group["samples"][0]["row"] for group in second["groups"]] == [2]
 
@@ -137,11 +152,14 @@ def test_filters(client: Any, wanted: dict[str, Any], rows: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted", [Filter(), Filter(rank="none"), Filter(text="towers"), Filter(step_min=1, step_max=2), Filter(qid="nobody")]
+    "wanted",
+    [Filter(), Filter(rank="none"), Filter(text="towers"), Filter(step_min=1, step_max=2), Filter(qid="nobody")],
 )
 @pytest.mark.parametrize("size", [1, 3, 5])
 @pytest.mark.parametrize("scan", [1, 6, 100])
-def test_pages_together_are_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: Filter, size: int, scan: int) -> None:
+def test_pages_together_are_the_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: Filter, size: int, scan: int
+) -> None:
     run = Run(folder)
     whole = keys(run.find(wanted, size=200))
     monkeypatch.setattr(store, "SCAN_ROWS", scan)
@@ -216,12 +234,18 @@ def test_the_page_is_served_with_a_strict_policy_to_this_machine_alone(client: A
     assert all(client.get(f"/{name}").status_code == 200 for name in FILES)
     assert client.get("/api/runs", headers={"host": "evil.example"}).status_code == 400
     scripts = [(path.read_text(), path.name) for path, kind in FILES.values() if kind == "text/javascript"]
-    assert [name for text, name in scripts if re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)] == []
+    assert [
+        name
+        for text, name in scripts
+        if re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
+    ] == []
 
 
 def test_command_line_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
     for arguments, words in ((["a", "b", "c"], "two at most"), ([str(tmp_path / "none")], "there is no run folder")):
-        done = subprocess.run([sys.executable, "-m", "convsearch.inspect", *arguments], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-m", "convsearch.inspect", *arguments], capture_output=True, text=True, cwd=ROOT
+        )
         assert done.returncode == 2
         assert words in done.stderr
         assert "Traceback" not in done.stderr
@@ -231,7 +255,22 @@ def big_run(folder: Path, steps: int, rows: int) -> Path:
     """So many rollouts of a size as real ones have; one word in a step, and one alone in all of them."""
     (folder / "rollouts").mkdir(parents=True)
     words = np.array(
-        ["who", "what", "when", "where", "tower", "bridge", "castle", "river", "king", "queen", "music", "city", "history", "science"]
+        [
+            "who",
+            "what",
+            "when",
+            "where",
+            "tower",
+            "bridge",
+            "castle",
+            "river",
+            "king",
+            "queen",
+            "music",
+            "city",
+            "history",
+            "science",
+        ]
     )
     rng = np.random.default_rng(0)
     picks = words[rng.integers(len(words), size=(rows, 40))]
@@ -246,7 +285,9 @@ def big_run(folder: Path, steps: int, rows: int) -> Path:
             "rank": pa.array(rng.integers(1, 101, rows).astype(np.int32)), "reward": rng.random(rows), "advantage": rng.random(rows),
             "gain": pa.nulls(rows, pa.float64()),
         }  # fmt: skip
-        pq.write_table(pa.table(columns, schema=SCHEMA), folder / "rollouts" / f"{step:06d}.parquet", compression="zstd")
+        pq.write_table(
+            pa.table(columns, schema=SCHEMA), folder / "rollouts" / f"{step:06d}.parquet", compression="zstd"
+        )
     with (folder / "metrics.jsonl").open("w") as file:
         file.writelines(json.dumps({"step": step, "reward": step / steps}) + "\n" for step in range(steps))
     return folder

@@ -28,7 +28,9 @@ SAME = ("step", "loss", "kl", "reward", "grad_norm", "response_tokens")
 
 
 @pytest.mark.slow
-def test_a_collapse_is_saved_named_and_can_be_gone_on_from(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
+def test_a_collapse_is_saved_named_and_can_be_gone_on_from(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
     options = {"total_training_steps": 5, "trainer__save_freq": -1, "guard__window": 2}
     whole = helpers.grpo_overrides(form_llama, toy_parquet, tmp_path / "whole", toy_server, **options)
     assert helpers.call(grpo.main, whole)[0] == 0
@@ -44,19 +46,29 @@ def test_a_collapse_is_saved_named_and_can_be_gone_on_from(form_llama: Path, toy
     assert "over steps 1 - 2" in output
     status, output = helpers.call(grpo.main, broken)
     assert status == 0, output
-    left, right = ([{name: line[name] for name in SAME} for line in read_metrics(tmp_path / name)] for name in ("run", "whole"))
+    left, right = (
+        [{name: line[name] for name in SAME} for line in read_metrics(tmp_path / name)] for name in ("run", "whole")
+    )
     assert left == right
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pairs = [(f"q{number}", helpers.question(*pair), helpers.answer(*pair)) for number, pair in enumerate(helpers.GOLDS)]
+    pairs = [
+        (f"q{number}", helpers.question(*pair), helpers.answer(*pair)) for number, pair in enumerate(helpers.GOLDS)
+    ]
     return helpers.write_parquet(tmp_path_factory.mktemp("rows") / "train.parquet", helpers.sft_rows(pairs))
 
 
 def test_a_model_that_is_no_number_any_more_ends_the_run(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
     arguments = helpers.sft_overrides(
-        tiny_llama, rows, tmp_path, total_training_steps=9, optim__lr=1e38, trainer__max_skipped_steps=3, trainer__save_freq=99
+        tiny_llama,
+        rows,
+        tmp_path,
+        total_training_steps=9,
+        optim__lr=1e38,
+        trainer__max_skipped_steps=3,
+        trainer__save_freq=99,
     )
     status, output = helpers.call(sft.main, arguments)
     assert status == 3, output
@@ -97,7 +109,12 @@ with Terminated() as terminated:
 
 def lifeline(run_dir: Path, saved: list[tuple[int, float | None, bool]], steps: range, **trainer: Any) -> Lifeline:
     cfg = load_sft_config(
-        ["cluster=cpu", "data.train_files=a", "model.partial_pretrain=m", *(f"trainer.{k}={v}" for k, v in trainer.items())]
+        [
+            "cluster=cpu",
+            "data.train_files=a",
+            "model.partial_pretrain=m",
+            *(f"trainer.{k}={v}" for k, v in trainer.items()),
+        ]
     )
     return Lifeline(run_dir, cfg.trainer, steps, 3, lambda *arguments: saved.append(arguments))
 
@@ -153,8 +170,15 @@ def test_the_best_checkpoint_stays_with_the_newest(mode: Any, kept: list[int], t
 
 
 def test_what_a_killed_process_leaves_is_swept(tmp_path: Path) -> None:
-    for name in ("rollouts/000003.parquet.tmp-77", "rollouts/000002.parquet", "config.json.tmp-77", ".tmp-global_step_4/model.safetensors"):
+    for name in (
+        "rollouts/000003.parquet.tmp-77",
+        "rollouts/000002.parquet",
+        "config.json.tmp-77",
+        ".tmp-global_step_4/model.safetensors",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     sweep(tmp_path)
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == ["rollouts/000002.parquet"]
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()] == [
+        "rollouts/000002.parquet"
+    ]

@@ -95,7 +95,9 @@ def test_what_leaves_is_merged_and_what_is_saved_goes_round(folder: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_with_adapters_resumes_and_exports(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
+def test_a_run_with_adapters_resumes_and_exports(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
     options = {"actor_rollout_ref__model__lora_rank": 4, "actor_rollout_ref__actor__optim__lr": 1e-2}
     whole = trained(form_llama, toy_parquet, tmp_path / "whole", toy_server, **options)
     assert whole[0]["kl"] == pytest.approx(0, abs=1e-9)
@@ -135,9 +137,15 @@ def test_sharded_adapters_learn_the_same(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_adapters_need_the_merged_form_of_a_checkpoint() -> None:
-    keys = ["actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.path=m", "data.train_files=a", "trainer.n_gpus_per_node=2"]
+    keys = [
+        "actor_rollout_ref.model.lora_rank=8",
+        "actor_rollout_ref.model.path=m",
+        "data.train_files=a",
+        "trainer.n_gpus_per_node=2",
+    ]
     with pytest.raises(
-        ValueError, match=r"lora_rank=8 with trainer.checkpoint_format=auto on 2 ranks: .*set trainer.checkpoint_format=safetensors$"
+        ValueError,
+        match=r"lora_rank=8 with trainer.checkpoint_format=auto on 2 ranks: .*set trainer.checkpoint_format=safetensors$",
     ):
         load_grpo_config(keys)
     assert load_grpo_config([*keys, "trainer.checkpoint_format=safetensors"]).actor_rollout_ref.model.lora_rank == 8

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from helpers_pages import ROOT, contrast
 
-SHEETS = [path for package in ("convsearch", "eval", "retriever_server") for path in sorted((ROOT / package).rglob("*.css"))]
+SHEETS = [
+    path for package in ("convsearch", "eval", "retriever_server") for path in sorted((ROOT / package).rglob("*.css"))
+]
 SHARED = ROOT / "convsearch" / "pages.css"
 SURFACES = ("page", "panel", "inset")
 RULE = re.compile(r"([^{}]+)\{([^{}]*)\}")
@@ -17,7 +19,10 @@ def palettes() -> dict[str, dict[str, str]]:
     """The colours by name, light and dark."""
     blocks = re.findall(r":root \{([^}]*)\}", SHARED.read_text(encoding="utf-8"))
     assert len(blocks) == 2
-    return {scheme: dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for scheme, block in zip(("light", "dark"), blocks, strict=True)}
+    return {
+        scheme: dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+        for scheme, block in zip(("light", "dark"), blocks, strict=True)
+    }
 
 
 def pairs() -> set[tuple[str, str]]:
@@ -62,4 +67,8 @@ def test_every_pair_of_ink_and_ground_is_readable(scheme: str) -> None:
 def test_lines_and_areas_stand_out(scheme: str) -> None:
     colours = palettes()[scheme]
     drawn = [name for name in colours if name.startswith(("graph-", "rank-"))]
-    assert {name: contrast(colours[name], colours["panel"]) for name in drawn if contrast(colours[name], colours["panel"]) < 3} == {}
+    assert {
+        name: contrast(colours[name], colours["panel"])
+        for name in drawn
+        if contrast(colours[name], colours["panel"]) < 3
+    } == {}

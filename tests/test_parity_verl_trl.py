@@ -25,7 +25,10 @@ N, T = 24, 11
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not all((ORACLES / name).is_dir() for name in ("verl", "trl")), reason=f"verl and TRL are not installed: {INSTALL}"),
+    pytest.mark.skipif(
+        not all((ORACLES / name).is_dir() for name in ("verl", "trl")),
+        reason=f"verl and TRL are not installed: {INSTALL}",
+    ),
 ]
 Arrays = dict[str, Any]
 
@@ -62,7 +65,12 @@ def given() -> Arrays:
 def theirs(given: Arrays, tmp_path_factory: pytest.TempPathFactory) -> Arrays:
     folder = tmp_path_factory.mktemp("oracles")
     np.savez(folder / "in.npz", **given)
-    command = [sys.executable, str(ROOT / "tests" / "helpers_oracles.py"), str(folder / "in.npz"), str(folder / "out.npz")]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "helpers_oracles.py"),
+        str(folder / "in.npz"),
+        str(folder / "out.npz"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ORACLES), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -101,7 +109,9 @@ def test_advantages_are_verl_s(given: Arrays, theirs: Arrays, size: int, by_std:
 def test_advantages_are_trl_s(given: Arrays, theirs: Arrays, size: int) -> None:
     """TRL adds 1e-4 to the deviation where verl adds 1e-6. A group of one has advantage 0 there, its reward in verl and here."""
     ours = group_advantages(given["rewards_N"].tolist(), size, eps=1e-4)
-    np.testing.assert_allclose(ours, theirs[f"trl/advantages_{size}"], rtol=1e-6, atol=1e-6)  # theirs has n / (n - 1) in float32
+    np.testing.assert_allclose(
+        ours, theirs[f"trl/advantages_{size}"], rtol=1e-6, atol=1e-6
+    )  # theirs has n / (n - 1) in float32
 
 
 @pytest.mark.parametrize("distance", ["far", "near"])
@@ -151,9 +161,21 @@ OURS = {
 
 def configured(name: str) -> GrpoConfig:
     case, actor = CASES[name], "actor_rollout_ref.actor"
-    numbers = [f"{actor}.clip_ratio={case.clip[0]}", f"{actor}.clip_ratio_high={case.clip[1]}", f"{actor}.kl_loss_coef={case.beta}"]
-    numbers += [f"{actor}.entropy_coeff={case.entropy}", f"algorithm.rollout_correction.rollout_is_threshold={WEIGHT_CAP}"]
-    sizes = [f"{actor}.ppo_micro_batch_size_per_gpu=4", "trainer.n_gpus_per_node=1", "data.train_files=a", "actor_rollout_ref.model.path=m"]
+    numbers = [
+        f"{actor}.clip_ratio={case.clip[0]}",
+        f"{actor}.clip_ratio_high={case.clip[1]}",
+        f"{actor}.kl_loss_coef={case.beta}",
+    ]
+    numbers += [
+        f"{actor}.entropy_coeff={case.entropy}",
+        f"algorithm.rollout_correction.rollout_is_threshold={WEIGHT_CAP}",
+    ]
+    sizes = [
+        f"{actor}.ppo_micro_batch_size_per_gpu=4",
+        "trainer.n_gpus_per_node=1",
+        "data.train_files=a",
+        "actor_rollout_ref.model.path=m",
+    ]
     return load_grpo_config([*OURS[name], *numbers, *sizes])
 
 
@@ -162,10 +184,15 @@ def configured(name: str) -> GrpoConfig:
 def test_each_algorithm_s_loss_and_gradient_are_theirs(given: Arrays, theirs: Arrays, name: str, library: str) -> None:
     """What the step minimises under each preset: clip, weights against the sampler, KL, entropy and average together."""
     cfg, case = configured(name), CASES[name]
-    assert (cfg.actor_rollout_ref.actor.use_kl_loss, cfg.actor_rollout_ref.actor.entropy_coeff) == (case.beta > 0, case.entropy)
+    assert (cfg.actor_rollout_ref.actor.use_kl_loss, cfg.actor_rollout_ref.actor.entropy_coeff) == (
+        case.beta > 0,
+        case.entropy,
+    )
     lengths_N = given["mask_NT"].sum(axis=1).astype(int).tolist()
     weights_N = token_weights(lengths_N, cfg.algorithm.loss_agg, MICRO_BATCH_SIZE, HORIZON)
-    micro = collate([Tree((1, 2), tuple(Branch((3,) * length) for length in lengths_N[i : i + 4])) for i in range(0, N, 4)])
+    micro = collate(
+        [Tree((1, 2), tuple(Branch((3,) * length) for length in lengths_N[i : i + 4])) for i in range(0, N, 4)]
+    )
     columns = {
         "advantages_R": responses(given, "advantages_NT"),
         "weights_R": torch.tensor(weights_N, dtype=torch.float64).repeat_interleave(torch.tensor(lengths_N)),
@@ -180,7 +207,9 @@ def test_each_algorithm_s_loss_and_gradient_are_theirs(given: Arrays, theirs: Ar
     np.testing.assert_allclose(report["loss"], theirs[f"{library}/{name}_loss"], **tolerance)
     assert logprobs_R.grad is not None
     np.testing.assert_allclose(logprobs_R.grad, on_responses(given, theirs[f"{library}/{name}_gradient"]), **tolerance)
-    assert 0.05 < report["clip_rate"] / float((weights_N * np.array(lengths_N)).sum()) < 0.95  # both sides of the clip were tried
+    assert (
+        0.05 < report["clip_rate"] / float((weights_N * np.array(lengths_N)).sum()) < 0.95
+    )  # both sides of the clip were tried
     if case.weighted:
         weight = report["importance_weight"]
         assert 0 < weight < WEIGHT_CAP  # some weights are truncated, some are not

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from convsearch.parsing import REWRITE_CLOSE, REWRITE_OPEN, THINK_CLOSE, THINK_OPEN, parse_answer, parse_rewrite, parse_text, thinking
+from convsearch.parsing import (
+    REWRITE_CLOSE,
+    REWRITE_OPEN,
+    THINK_CLOSE,
+    THINK_OPEN,
+    parse_answer,
+    parse_rewrite,
+    parse_text,
+    thinking,
+)
 from convsearch.prompts import EXAMPLE_OUTPUT
 from convsearch.types import FinishReason, Rewrite
 
@@ -22,10 +31,16 @@ PARSES = {
     "no line break between the parts": ("<think>a</think><rewrite>b</rewrite>", "b"),
     "blank lines between the parts": ("<think>a</think>\n \n\t<rewrite>b</rewrite>", "b"),
     "white space around": (" \n<think>a</think>\n<rewrite>b</rewrite>\r\n\n", "b"),
-    "white space inside": ("<think>\na\n</think>\n<rewrite>\n  who\twrote \n\n Hamlet? \n</rewrite>", "who wrote Hamlet?"),
+    "white space inside": (
+        "<think>\na\n</think>\n<rewrite>\n  who\twrote \n\n Hamlet? \n</rewrite>",
+        "who wrote Hamlet?",
+    ),
     "other scripts": ("<think>он</think>\n<rewrite>кто такой Пушкин?　東京 🎭</rewrite>", "кто такой Пушкин? 東京 🎭"),
     "line separators of Unicode": ("<think>a</think>\u2028<rewrite>b\u2029c\u00a0d\x85e</rewrite>", "b c d e"),
-    "angle brackets that are no tags": ("<think>a < b > c <b>x</b></think>\n<rewrite>is 1 < 2 in <html>?</rewrite>", "is 1 < 2 in <html>?"),
+    "angle brackets that are no tags": (
+        "<think>a < b > c <b>x</b></think>\n<rewrite>is 1 < 2 in <html>?</rewrite>",
+        "is 1 < 2 in <html>?",
+    ),
     "tags in capitals are text": ("<think><THINK></think>\n<rewrite>b <REWRITE></rewrite>", "b <REWRITE>"),
     "many lines of thinking": ("<think>1\n2\n\n3</think>\n<rewrite>b</rewrite>", "b"),
     "braces and backslashes": ("<think>{0}</think>\n<rewrite>what is {x} \\1 $1?</rewrite>", "what is {x} \\1 $1?"),
@@ -46,7 +61,10 @@ FAILS = {
     "two rewrites": ("<think>a</think>\n<rewrite>b</rewrite>\n<rewrite>c</rewrite>", "many_tags"),
     "a doubled opening tag": ("<think><think>a</think>\n<rewrite>b</rewrite>", "many_tags"),
     "a doubled closing tag": ("<think>a</think>\n<rewrite>b</rewrite></rewrite>", "many_tags"),
-    "a rewrite inside the thinking, another behind it": ("<think><rewrite>b</rewrite></think>\n<rewrite>c</rewrite>", "many_tags"),
+    "a rewrite inside the thinking, another behind it": (
+        "<think><rewrite>b</rewrite></think>\n<rewrite>c</rewrite>",
+        "many_tags",
+    ),
     "a rewrite inside a rewrite": ("<think>a</think>\n<rewrite>b<rewrite>c</rewrite></rewrite>", "many_tags"),
     "the only rewrite inside the thinking": ("<think>a <rewrite>b</rewrite></think>", "format"),
     "the thinking inside the rewrite": ("<rewrite><think>a</think>b</rewrite>", "format"),
@@ -86,7 +104,9 @@ def test_an_output_that_was_whole_when_its_tokens_ran_out_counts() -> None:
     assert parse_rewrite(GOOD, "length") == Rewrite("who is Anne Hathaway", None)
     assert parse_rewrite(f"{GOOD} \n", "length") == Rewrite("who is Anne Hathaway", None)
     assert parse_rewrite(f"{GOOD} and", "length") == Rewrite(None, "truncated")
-    assert parse_rewrite("<rewrite>b</rewrite>", "length") == Rewrite(None, "no_tag")  # its end is there, its beginning is not
+    assert parse_rewrite("<rewrite>b</rewrite>", "length") == Rewrite(
+        None, "no_tag"
+    )  # its end is there, its beginning is not
 
 
 def test_the_worked_example_keeps_the_form_that_it_teaches() -> None:
@@ -95,7 +115,8 @@ def test_the_worked_example_keeps_the_form_that_it_teaches() -> None:
 
 # Pieces of the form in any order, so that the interesting neighbours of a right output come up; pure noise hardly ever has a tag.
 pieces = st.lists(
-    st.sampled_from(TAGS) | st.text(max_size=5) | st.sampled_from(["\n", " ", "<", ">", "</", "think", "rewrite>"]), max_size=12
+    st.sampled_from(TAGS) | st.text(max_size=5) | st.sampled_from(["\n", " ", "<", ">", "</", "think", "rewrite>"]),
+    max_size=12,
 )
 plain = st.text(max_size=40).filter(lambda text: not any(tag in text for tag in TAGS))
 visible = plain.filter(lambda text: bool(text.strip()))
@@ -132,7 +153,9 @@ def _split_at_tags(text: str) -> list[str]:
 
 @settings(max_examples=100, deadline=None)
 @given(visible, visible, blank, blank, blank)
-def test_what_is_written_in_the_form_comes_back(think: str, rewrite: str, before: str, between: str, after: str) -> None:
+def test_what_is_written_in_the_form_comes_back(
+    think: str, rewrite: str, before: str, between: str, after: str
+) -> None:
     text = f"{before}<think>{think}</think>{between}<rewrite>{rewrite}</rewrite>{after}"
     assume(all(text.count(tag) == 1 for tag in TAGS))  # "<thi" + "nk>" across a border would be a fifth tag
     for finish_reason in ("stop", "length"):
@@ -153,7 +176,9 @@ def test_text_outside_the_parts_is_never_forgiven(think: str, rewrite: str, stra
 def test_one_tag_too_many_is_never_forgiven(think: str, rewrite: str, tag: str, part: str, position: int) -> None:
     parts = {"think": think, "rewrite": rewrite}
     parts[part] = parts[part][:position] + tag + parts[part][position:]
-    assert parse_rewrite(f"<think>{parts['think']}</think>\n<rewrite>{parts['rewrite']}</rewrite>") == Rewrite(None, "many_tags")
+    assert parse_rewrite(f"<think>{parts['think']}</think>\n<rewrite>{parts['rewrite']}</rewrite>") == Rewrite(
+        None, "many_tags"
+    )
 
 
 @settings(max_examples=100, deadline=None)

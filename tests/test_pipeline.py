@@ -17,7 +17,12 @@ def test_the_quickstart_runs_through_every_stage_and_reuses_them_all(tmp_path: P
 
     def job() -> str:
         done = subprocess.run(
-            ["bash", "scripts/job_cpu.sh", "demo_smollm2"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
+            ["bash", "scripts/job_cpu.sh", "demo_smollm2"],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=900,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
@@ -27,10 +32,16 @@ def test_the_quickstart_runs_through_every_stage_and_reuses_them_all(tmp_path: P
     assert named == tmp_path / "out" / "results.json"
     results = json.loads(named.read_text())
     assert list(results) == ROWS
-    assert all(0 <= row[measure] <= 1 and row["queries"] == 16 for row in results.values() for measure in ("MRR", "NDCG@3", "R@10"))
+    assert all(
+        0 <= row[measure] <= 1 and row["queries"] == 16
+        for row in results.values()
+        for measure in ("MRR", "NDCG@3", "R@10")
+    )
     assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "out" / "grpo" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == [-1, 0, 1]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
     assert before

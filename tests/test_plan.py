@@ -29,7 +29,9 @@ STAGES = ["data", "index", "distill", "sft", "grpo", "infer", "eval"]
 def commands_of(*command: str, **environment: str) -> list[Stage]:
     """What a script would run; only bash runs."""
     known = {"PATH": os.environ["PATH"], "PLAN": "commands"}
-    done = subprocess.run(["bash", *command, "--dry-run"], cwd=ROOT, env=known | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", *command, "--dry-run"], cwd=ROOT, env=known | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return read_stages(done.stdout.splitlines())
 
@@ -57,7 +59,9 @@ def test_parameter_counts_are_transformers_own(kind: str, request: pytest.Fixtur
     folder = request.getfixturevalue(kind)
     shape = shape_of(str(folder))
     assert shape is not None
-    assert shape.parameters == sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters())
+    assert shape.parameters == sum(
+        parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(folder).parameters()
+    )
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -112,11 +116,17 @@ def test_offloading_takes_its_part_out_of_the_estimate() -> None:
     fsdp = "actor_rollout_ref.actor.fsdp_config."
     base, moments, both = (
         grpo_memory(load_grpo_config(["experiment=paper_qrecc_qwen_bm25", *changed]), shape, 80 * GIB)
-        for changed in ([], [f"{fsdp}optimizer_offload=true"], [f"{fsdp}optimizer_offload=true", f"{fsdp}param_offload=true"])
+        for changed in (
+            [],
+            [f"{fsdp}optimizer_offload=true"],
+            [f"{fsdp}optimizer_offload=true", f"{fsdp}param_offload=true"],
+        )
     )
     assert base.state - moments.state == pytest.approx(8 * shape.parameters / 8)
     assert both.state == 0
-    near = load_grpo_config(["experiment=paper_qrecc_qwen_bm25", "actor_rollout_ref.ref.fsdp_config.param_offload=false"])
+    near = load_grpo_config(
+        ["experiment=paper_qrecc_qwen_bm25", "actor_rollout_ref.ref.fsdp_config.param_offload=false"]
+    )
     assert grpo_memory(near, shape, 80 * GIB).reference == pytest.approx(4 * shape.parameters / 8)
 
 
@@ -144,7 +154,9 @@ def test_every_script_is_whole_with_its_variants() -> None:
 @pytest.mark.slow
 def test_the_dry_run_as_a_person_starts_it(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "scripts" / "paper" / "qrecc_llama_ance.sh"), "--dry-run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
     assert "2079 steps" in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +168,10 @@ def test_the_dry_run_as_a_person_starts_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("python -m convsearch.grpo experiment=paper_qrecc_qwen_bm25 actor_rollout_ref.rollout.m=3", "stage x: unknown key"),
+        (
+            "python -m convsearch.grpo experiment=paper_qrecc_qwen_bm25 actor_rollout_ref.rollout.m=3",
+            "stage x: unknown key",
+        ),
         ("python -m convsearch.infer --model_name_or_path m --input_path a --output_pth b", "--output_path"),
         ("python -m retriever_server.index bm25 --collection a --output b --k2 1", "unrecognized arguments: --k2 1"),
         ("echo hello", "runs no module"),
@@ -169,7 +184,16 @@ def test_a_command_that_would_be_refused_is_named(command: str, said: str) -> No
 
 
 def test_the_module_behind_torchrun_is_found() -> None:
-    command = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8", "-m", "convsearch.sft", "a=b"]
+    command = [
+        "python",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=8",
+        "-m",
+        "convsearch.sft",
+        "a=b",
+    ]
     assert module_of(command) == ("convsearch.sft", ["a=b"])
 
 
@@ -214,7 +238,13 @@ class World:
         fake = folder / "python"
         fake.write_text(FAKE_PYTHON)
         fake.chmod(0o755)
-        self.environment = {"PATH": os.environ["PATH"], "PYTHON": str(fake), "NOTES": str(self.notes), "RETRIEVER_URL": url, "GPUS": "2"}
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHON": str(fake),
+            "NOTES": str(self.notes),
+            "RETRIEVER_URL": url,
+            "GPUS": "2",
+        }
 
     def start(self, *stages: str, **environment: str) -> "subprocess.Popen[str]":
         command = ["bash", "scripts/paper/topiocqa_qwen_bm25.sh", *stages]
@@ -248,11 +278,20 @@ def test_the_stages_run_in_order_and_each_gpu_has_its_part(world: World) -> None
     noted = [line.removeprefix("convsearch.") for line in world.noted()]
     assert sorted(noted[2:4]) == ["distill 0", "distill 1"]
     assert sorted(noted[6:8]) == ["infer 0", "infer 1"]
-    rest = ["data_preprocess.topiocqa all", "retriever_server.index all", "sft all", "grpo all", "eval.bm25 all", "eval.metrics all"]
+    rest = [
+        "data_preprocess.topiocqa all",
+        "retriever_server.index all",
+        "sft all",
+        "grpo all",
+        "eval.bm25 all",
+        "eval.metrics all",
+    ]
     assert noted[:2] + noted[4:6] + noted[8:] == rest
     out = world.folder / "outputs" / "paper_topiocqa_qwen_bm25"
     assert (out / "rewrites.jsonl").read_text() == (world.folder / "data" / "topiocqa" / "dev.json").read_text()
-    assert (out / "distill" / "in" / "00.json").read_text().count("\n") + (out / "distill" / "in" / "01.json").read_text().count("\n") == 7
+    assert (out / "distill" / "in" / "00.json").read_text().count("\n") + (
+        out / "distill" / "in" / "01.json"
+    ).read_text().count("\n") == 7
 
 
 def test_a_stage_that_fails_is_the_last(world: World) -> None:

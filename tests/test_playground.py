@@ -44,14 +44,20 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Bm25Index:
     root = tmp_path_factory.mktemp("playground")
-    (root / "c.jsonl").write_text("\n".join(json.dumps({"id": docid, "contents": text}) for docid, text in PASSAGES.items()))
+    (root / "c.jsonl").write_text(
+        "\n".join(json.dumps({"id": docid, "contents": text}) for docid, text in PASSAGES.items())
+    )
     Bm25Index.build(root / "c.jsonl", root / "index", progress=False)
     return Bm25Index.load(root / "index")
 
 
 @pytest.fixture(scope="module")
 def server(index: Bm25Index) -> Iterator[httpx.Client]:
-    app = create_app({"plays": index, "again": index}, limits=Limits(query_chars=1_000), rewriters={"fake": [sys.executable, "-c", FAKE]})
+    app = create_app(
+        {"plays": index, "again": index},
+        limits=Limits(query_chars=1_000),
+        rewriters={"fake": [sys.executable, "-c", FAKE]},
+    )
     with running(app) as client:
         yield client
 
@@ -91,20 +97,31 @@ def test_what_there_is_to_choose(server: httpx.Client) -> None:
 
 
 def test_the_wire_is_as_it_was(server: httpx.Client) -> None:
-    assert set(server.get("/openapi.json").json()["paths"]) == {"/rank", "/search", "/similarity", "/retrieve", "/health", "/metrics"}
+    assert set(server.get("/openapi.json").json()["paths"]) == {
+        "/rank",
+        "/search",
+        "/similarity",
+        "/retrieve",
+        "/health",
+        "/metrics",
+    }
 
 
 def test_marks_follow_the_analyzer(server: httpx.Client) -> None:
     body = {"query": "wives of Shakespeare", "texts": [PASSAGES["p2"], ""]}
     pieces = server.post("/playground/marks", json=body).json()["texts"]
-    assert [text for text, hit in pieces[0] if hit] == ["Shakespeare"]  # Porter's stems: wive is not wife, and "of" is no term
+    assert [text for text, hit in pieces[0] if hit] == [
+        "Shakespeare"
+    ]  # Porter's stems: wive is not wife, and "of" is no term
     assert pieces[1] == []
     pieces = server.post("/playground/marks", json={"query": "tragedies", "texts": [PASSAGES["p1"]]}).json()["texts"]
     assert [text for text, hit in pieces[0] if hit] == ["tragedy"]
 
 
 def test_a_rewriter_answers_and_keeps_its_process(server: httpx.Client) -> None:
-    first, second = (ask(server, "his wife?", context=["who wrote Hamlet?", "he"], style="compact", seed=7).json() for _ in range(2))
+    first, second = (
+        ask(server, "his wife?", context=["who wrote Hamlet?", "he"], style="compact", seed=7).json() for _ in range(2)
+    )
     assert first == second  # with the process id in it
     assert first["rewrite"] == "his wife? William Shakespeare"
     assert first["thinking"].startswith("<b>2 turns</b> compact 7 ")
@@ -120,7 +137,10 @@ def test_a_rewriter_that_ends_is_said_and_started_anew(server: httpx.Client) -> 
 
 def test_questions_at_once_get_their_own_answers(server: httpx.Client) -> None:
     answers: dict[int, str] = {}
-    threads = [threading.Thread(target=lambda i=i: answers.update({i: ask(server, f"q{i}").json()["rewrite"]})) for i in range(8)]
+    threads = [
+        threading.Thread(target=lambda i=i: answers.update({i: ask(server, f"q{i}").json()["rewrite"]}))
+        for i in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -138,7 +158,9 @@ def test_questions_at_once_get_their_own_answers(server: httpx.Client) -> None:
         ({"rewriter": "fake", "question": "x" * 2_000}, 422, "the limit is 1000"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(server: httpx.Client, body: dict[str, Any], status: int, words: str) -> None:
+def test_what_cannot_be_is_refused_in_a_sentence(
+    server: httpx.Client, body: dict[str, Any], status: int, words: str
+) -> None:
     answer = server.post("/playground/rewrite", json=body)
     assert answer.status_code == status
     assert words in answer.json()["detail"]
@@ -153,7 +175,14 @@ def test_the_processes_end_with_the_server(index: Bm25Index) -> None:
 
 def test_rewriters_on_the_command_line(tmp_path: Path) -> None:
     commands = rewriter_commands([f"mine={tmp_path}", "far=http://127.0.0.1:1/v1#big=model"], "compact")
-    assert commands["mine"][1:] == ["-m", "convsearch.converse", "--model_name_or_path", str(tmp_path), "--prompt_style", "compact"]
+    assert commands["mine"][1:] == [
+        "-m",
+        "convsearch.converse",
+        "--model_name_or_path",
+        str(tmp_path),
+        "--prompt_style",
+        "compact",
+    ]
     assert commands["far"][3:5] == ["--endpoint", "http://127.0.0.1:1/v1#big=model"]
     for arguments, words in (
         (["x"], "is not NAME=FOLDER"),
@@ -166,7 +195,10 @@ def test_rewriters_on_the_command_line(tmp_path: Path) -> None:
 
 def test_a_line_of_the_rewriter_process() -> None:
     def generate(conversation: Any, style: str, seed: int) -> Any:
-        return f"<think>{style} {seed}</think>\n<rewrite>{conversation.history[0].answer}: {conversation.question}</rewrite>", "stop"
+        return (
+            f"<think>{style} {seed}</think>\n<rewrite>{conversation.history[0].answer}: {conversation.question}</rewrite>",
+            "stop",
+        )
 
     line = json.dumps({"context": ["who?", "he"], "question": "and she?"})
     found = answer(line, generate, "compact")
@@ -245,7 +277,9 @@ def test_an_endpoint_of_openais_kind() -> None:
 
 @pytest.mark.slow
 def test_a_model_of_ours_in_its_own_process(index: Bm25Index, form_llama: Path) -> None:
-    with running(create_app({"plays": index}, rewriters=rewriter_commands([f"tiny={form_llama}"], "compact"))) as client:
+    with running(
+        create_app({"plays": index}, rewriters=rewriter_commands([f"tiny={form_llama}"], "compact"))
+    ) as client:
         client.timeout = httpx.Timeout(120)
         body = {"rewriter": "tiny", "question": "what is it?", "context": [], "style": "compact"}
         found = client.post("/playground/rewrite", json=body).json()
@@ -265,14 +299,22 @@ def test_in_a_browser_by_keyboard(server: httpx.Client) -> None:
         page.wait_for_selector("#served:not(:empty)")
         assert page.evaluate("document.activeElement.id") == "talk"
         page.keyboard.type("Q: who wrote Hamlet?\nA: Shakespeare\nQ: and his wife?")
-        assert page.locator("#parsed li").all_text_contents() == ["Qwho wrote Hamlet?", "AShakespeare", "Qand his wife?"]
+        assert page.locator("#parsed li").all_text_contents() == [
+            "Qwho wrote Hamlet?",
+            "AShakespeare",
+            "Qand his wife?",
+        ]
         page.get_by_label("Gold passages").fill("p2")
         page.get_by_label("Rewriter").select_option("fake")
         page.get_by_label("Conversation, the last line").focus()
         page.keyboard.press("Control+Enter")
         page.wait_for_selector("text=query: rank 1")
         assert page.locator("#thinking").inner_text().startswith("<b>2 turns</b>")  # as text
-        assert page.locator("#passages li").first.locator("mark").all_text_contents() == ["wife", "William", "Shakespeare"]
+        assert page.locator("#passages li").first.locator("mark").all_text_contents() == [
+            "wife",
+            "William",
+            "Shakespeare",
+        ]
         assert page.locator("#passages li.gold").count() == 1
         page.get_by_label("Query that is searched").fill("markup")
         page.keyboard.press("Enter")

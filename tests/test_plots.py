@@ -15,7 +15,9 @@ def write_run(folder: Path, rewards: list[list[list[float]]]) -> Path:
     """``rewards``: of each step, of each prompt, of each sample."""
     for step, prompts in enumerate(rewards):
         samples = [
-            Rollout(f"q{p}", (1,), Completion((2,), (-0.5,), "x", "stop", 0), Rewrite("x", None), None, reward, 0.0, None)
+            Rollout(
+                f"q{p}", (1,), Completion((2,), (-0.5,), "x", "stop", 0), Rewrite("x", None), None, reward, 0.0, None
+            )
             for p, group in enumerate(prompts)
             for reward in group
         ]
@@ -44,7 +46,9 @@ def test_noise_is_not_called_a_rise_and_five_steps_are_not_judged(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_runs_share_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_share_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [write_run(tmp_path / name, [[[0.0], [1.0]]] * 3 + [[[5.0], [6.0]]] * 3) for name in ("a", "b")]
     monkeypatch.setattr(sys, "argv", ["plots", *map(str, runs), "--output", str(tmp_path / "curves.png")])
     plots.main()

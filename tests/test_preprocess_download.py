@@ -90,7 +90,9 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_file_is_fetched_checked_and_reused(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_fetched_checked_and_reused(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     release = Release("sub/data.bin", f"{server.url}/data.bin", len(CONTENT), MD5)
     path = _get(release, tmp_path)
     assert path.read_bytes() == CONTENT
@@ -148,13 +150,17 @@ def test_a_whole_part_needs_no_transfer(server: Server, tmp_path: Path) -> None:
         (5, None, r"got 3,072,000 bytes, published are 5: removed"),
     ],
 )
-def test_a_wrong_file_is_removed(size: int | None, checksum: str | None, message: str, server: Server, tmp_path: Path) -> None:
+def test_a_wrong_file_is_removed(
+    size: int | None, checksum: str | None, message: str, server: Server, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         _get(Release("data.bin", f"{server.url}/data.bin", size, checksum), tmp_path)
     assert _names(tmp_path) == []
 
 
-def test_a_file_put_there_by_hand_is_checked_and_never_removed(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_put_there_by_hand_is_checked_and_never_removed(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     release = Release("data.bin", f"{server.url}/data.bin", None, MD5)
     (tmp_path / "data.bin").write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not the published file; remove it"):
@@ -167,8 +173,12 @@ def test_a_file_put_there_by_hand_is_checked_and_never_removed(server: Server, t
 
 
 def test_zenodos_record_gives_the_checksum(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    release = Release("data.bin", f"{server.url}/records/7/files/deep/data.bin?download=1", record_url=f"{server.url}/api/records/7")
-    server.record = {"files": [{"key": "other.bin", "checksum": "md5:0"}, {"key": "deep/data.bin", "checksum": "md5:1"}]}
+    release = Release(
+        "data.bin", f"{server.url}/records/7/files/deep/data.bin?download=1", record_url=f"{server.url}/api/records/7"
+    )
+    server.record = {
+        "files": [{"key": "other.bin", "checksum": "md5:0"}, {"key": "deep/data.bin", "checksum": "md5:1"}]
+    }
     with pytest.raises(ValueError, match=r"its md5 is .*, published is 1"):
         _get(release, tmp_path)
     server.record = {"files": []}
@@ -180,7 +190,8 @@ def test_a_refusal_is_final_and_a_sick_server_is_asked_again(server: Server, tmp
     release = Release("data.bin", f"{server.url}/data.bin")
     server.status = 404
     with pytest.raises(
-        cli.Unavailable, match=r"cannot fetch http://.*/data\.bin \(404 Not Found\): fetch it by hand and put it at .*data\.bin$"
+        cli.Unavailable,
+        match=r"cannot fetch http://.*/data\.bin \(404 Not Found\): fetch it by hand and put it at .*data\.bin$",
     ):
         _get(release, tmp_path)
     assert len(server.seen) == 1
@@ -199,7 +210,9 @@ def test_no_network_is_one_sentence_with_url_and_path(tmp_path: Path) -> None:
             "from data_preprocess.releases import Release; d.ATTEMPTS = 1; "
             f"cli.run(lambda: d.download(Release('data.bin', {url!r}), Path({str(tmp_path)!r})) and None)"
         )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        )
     assert result.returncode == 2
     assert (
         result.stderr

@@ -42,9 +42,19 @@ def test_the_real_data_set(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--input", REAL, "--output", out)
     splits = {split: _lines(out / f"{split}.json") for split in ("train", "validation", "test", "all")}
-    assert {split: len(turns) for split, turns in splits.items()} == {"train": 456, "validation": 82, "test": 239, "all": 777}
+    assert {split: len(turns) for split, turns in splits.items()} == {
+        "train": 456,
+        "validation": 82,
+        "test": 239,
+        "all": 777,
+    }
     conversations = {split: {turn["conv_id"] for turn in turns} for split, turns in splits.items()}
-    assert {split: len(ids) for split, ids in conversations.items()} == {"train": 66, "validation": 11, "test": 33, "all": 110}
+    assert {split: len(ids) for split, ids in conversations.items()} == {
+        "train": 66,
+        "validation": 11,
+        "test": 33,
+        "all": 110,
+    }
     assert len(conversations["train"] | conversations["validation"] | conversations["test"]) == 110
     released = sorted(line.split() for line in (REAL / "qrels.trec").read_text().splitlines())
     assert sorted(line.split() for line in (out / "all.trec").read_text().splitlines()) == released
@@ -54,12 +64,17 @@ def test_the_real_data_set(run: Run, tmp_path: Path) -> None:
     )
     assert not any("rewrite" in turn for turn in splits["train"])
     assert all(turn["rewrite"] for turn in splits["all"])
-    assert all(len(turn["context"]) == 2 * (turn["turn_id"] - 1) and not turn["question"].startswith("|") for turn in splits["all"])
+    assert all(
+        len(turn["context"]) == 2 * (turn["turn_id"] - 1) and not turn["question"].startswith("|")
+        for turn in splits["all"]
+    )
     assert pq.read_metadata(out / "train.parquet").num_rows == 456
     assert not (out / "all.parquet").exists()
     with open(out / "collection.jsonl", encoding="utf-8") as lines:
         first = json.loads(next(lines))
-        assert first["contents"].startswith("Designating the Record – California Appellate Courts Designating the Record")
+        assert first["contents"].startswith(
+            "Designating the Record – California Appellate Courts Designating the Record"
+        )
         assert sum(1 for _ in lines) == 37531
 
 
@@ -85,13 +100,26 @@ def _flat(folder: Path, conversations: int = 10) -> Path:
     _write_lines(folder / "queries.jsonl", queries)
     (folder / "qrels.trec").write_text("".join(qrels))
     corpus = [{"_id": f"d{i}", "title": "T" if i else "", "text": f"text {i}", "domain": "fiqa"} for i in range(10)]
-    (folder / "corpus.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(passage) + "\n" for passage in corpus).encode()))
+    (folder / "corpus.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(passage) + "\n" for passage in corpus).encode())
+    )
     return folder
 
 
 def test_markers_go_grades_count_and_fractions_split(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("--input", _flat(tmp_path / "raw"), "--output", out, "--train-fraction", 0.5, "--validation-fraction", 0, "--test-fraction", 0.5)
+    run(
+        "--input",
+        _flat(tmp_path / "raw"),
+        "--output",
+        out,
+        "--train-fraction",
+        0.5,
+        "--validation-fraction",
+        0,
+        "--test-fraction",
+        0.5,
+    )
     assert not (out / "validation.json").exists()
     train, test, everything = _lines(out / "train.json"), _lines(out / "test.json"), _lines(out / "all.json")
     assert (len(train), len(test), len(everything)) == (10, 10, 20)
@@ -159,7 +187,8 @@ def test_malformed_qrels_and_passages_are_named(run: Run, tmp_path: Path) -> Non
 
 def test_what_is_missing_is_named(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"lacks queries\.jsonl, corpus\.jsonl, qrels\.trec .* get it from https://github.com/IBM/mt-rag-benchmark"
+        ValueError,
+        match=r"lacks queries\.jsonl, corpus\.jsonl, qrels\.trec .* get it from https://github.com/IBM/mt-rag-benchmark",
     ):
         run("--input", tmp_path, "--output", tmp_path / "out")
     with pytest.raises(ValueError, match="no such folder"):
@@ -172,11 +201,19 @@ def _repository(root: Path, human: str, qid: Callable[[str, int], str]) -> Path:
         folder = root / human / "retrieval_tasks" / domain
         questions = [f"{domain} one?", f"{domain} two\nin two lines?", f"{domain} three?"]
         kept = (1, 3)
-        _write_lines(folder / f"{domain}_lastturn.jsonl", [{"_id": qid(domain, t), "text": f"|user|: {questions[t - 1]} "} for t in kept])
-        _write_lines(folder / f"{domain}_rewrite.jsonl", [{"_id": qid(domain, t), "text": f"|user|: rewrite {t}"} for t in kept])
+        _write_lines(
+            folder / f"{domain}_lastturn.jsonl",
+            [{"_id": qid(domain, t), "text": f"|user|: {questions[t - 1]} "} for t in kept],
+        )
+        _write_lines(
+            folder / f"{domain}_rewrite.jsonl", [{"_id": qid(domain, t), "text": f"|user|: rewrite {t}"} for t in kept]
+        )
         _write_lines(
             folder / f"{domain}_questions.jsonl",
-            [{"_id": qid(domain, t), "text": "\n".join(f"|user|: {question}" for question in questions[:t])} for t in kept],
+            [
+                {"_id": qid(domain, t), "text": "\n".join(f"|user|: {question}" for question in questions[:t])}
+                for t in kept
+            ],
         )
         (folder / "qrels").mkdir()
         rows = [f"{qid(domain, t)}\t{domain}-d{t}\t1\n" for t in kept]
@@ -184,7 +221,10 @@ def _repository(root: Path, human: str, qid: Callable[[str, int], str]) -> Path:
         corpora = root / "corpora" / "passage_level"
         corpora.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(corpora / f"{domain}.jsonl.zip", "w") as archive:
-            lines = [json.dumps({"_id": f"{domain}-d{i}", "title": "T", "text": f"{domain} {i}", "url": ""}) for i in range(5)]
+            lines = [
+                json.dumps({"_id": f"{domain}-d{i}", "title": "T", "text": f"{domain} {i}", "url": ""})
+                for i in range(5)
+            ]
             archive.writestr(f"{domain}.jsonl", "\n".join(lines))
     return root
 
@@ -193,7 +233,10 @@ HALVES = ("--train-fraction", 0.5, "--validation-fraction", 0, "--test-fraction"
 
 
 def test_ibms_repository_with_answers_from_the_generation_tasks(run: Run, tmp_path: Path) -> None:
-    raw, out = _repository(tmp_path / "raw", "mtrag-human", lambda domain, turn: f"{domain}c<::>{turn}"), tmp_path / "out"
+    raw, out = (
+        _repository(tmp_path / "raw", "mtrag-human", lambda domain, turn: f"{domain}c<::>{turn}"),
+        tmp_path / "out",
+    )
     tasks = []
     for domain in ("clapnq", "govt"):
         dialogue = [
@@ -206,7 +249,12 @@ def test_ibms_repository_with_answers_from_the_generation_tasks(run: Run, tmp_pa
         for turn in (1, 2, 3):
             said = [{"speaker": speaker, "text": text} for speaker, text in dialogue[: 2 * turn - 1]]
             tasks.append(
-                {"task_id": f"{domain}c::{turn}", "input": said, "targets": [{"speaker": "agent", "text": f"A{turn}"}], "contexts": []}
+                {
+                    "task_id": f"{domain}c::{turn}",
+                    "input": said,
+                    "targets": [{"speaker": "agent", "text": f"A{turn}"}],
+                    "contexts": [],
+                }
             )
     _write_lines(raw / "mtrag-human" / "generation_tasks" / "reference.jsonl", tasks)
     run("--input", raw, "--output", out, *HALVES)
@@ -246,8 +294,12 @@ def test_the_earlier_repository_with_answers_from_the_conversations(run: Run, tm
     conversations = []
     for domain in ("clapnq", "govt"):
         messages = []
-        for turn, question in enumerate((f"{domain} one?", f"{domain} two\nin two lines?", f"{domain} three?"), start=1):
-            messages.append({"speaker": "user", "text": question, "timestamp": int(_old_qid(domain, turn).rpartition("_")[2])})
+        for turn, question in enumerate(
+            (f"{domain} one?", f"{domain} two\nin two lines?", f"{domain} three?"), start=1
+        ):
+            messages.append(
+                {"speaker": "user", "text": question, "timestamp": int(_old_qid(domain, turn).rpartition("_")[2])}
+            )
             messages.append({"speaker": "agent", "text": f"A{turn}", "timestamp": 9, "contexts": []})
         conversations.append({"author": "author-1", "messages": messages[:-1]})
     path = raw / "human" / "conversations" / "conversations.json"

@@ -68,18 +68,24 @@ def release(tmp_path: Path) -> Path:
         archive.mkdir("collection-paragraph")
         archive.writestr("collection-paragraph/README.txt", "no passages here")
         for name, passages in PASSAGES.items():
-            archive.writestr(name, "".join(json.dumps({"id": docid, "contents": text}) + "\n" for docid, text in passages))
+            archive.writestr(
+                name, "".join(json.dumps({"id": docid, "contents": text}) + "\n" for docid, text in passages)
+            )
     return raw
 
 
-def test_a_full_release_is_converted(run: Run, release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_release_is_converted(
+    run: Run, release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     run("--input", release, "--output", out, "--validation-conversations", 1)
     written = {split: _lines(out / f"{split}.json") for split in ("train", "validation", "test")}
     assert sorted(turn["qid"] for turn in written["train"] + written["validation"]) == [
         f"QReCC-Train_{t}" for t in ("1_1", "1_3", "2_2", "3_1")
     ]
-    assert {turn["conv_id"] for turn in written["train"]}.isdisjoint({turn["conv_id"] for turn in written["validation"]})
+    assert {turn["conv_id"] for turn in written["train"]}.isdisjoint(
+        {turn["conv_id"] for turn in written["validation"]}
+    )
     assert all("rewrite" not in turn for turn in written["train"])
     assert written["test"][1] == {
         "qid": "QReCC-Test_1_3",
@@ -92,8 +98,14 @@ def test_a_full_release_is_converted(run: Run, release: Path, tmp_path: Path, ca
         "rewrite": "rewrite 1.3",
         "source": "quac",
     }
-    assert (out / "test.trec").read_text().splitlines()[1:] == ["QReCC-Test_1_3 0 http://x/a_p0 1", "QReCC-Test_1_3 0 http://y/b_p1 1"]
-    assert pq.read_table(out / "test.parquet").to_pylist()[1]["reward_model"]["ground_truth"] == ["http://x/a_p0", "http://y/b_p1"]
+    assert (out / "test.trec").read_text().splitlines()[1:] == [
+        "QReCC-Test_1_3 0 http://x/a_p0 1",
+        "QReCC-Test_1_3 0 http://y/b_p1 1",
+    ]
+    assert pq.read_table(out / "test.parquet").to_pylist()[1]["reward_model"]["ground_truth"] == [
+        "http://x/a_p0",
+        "http://y/b_p1",
+    ]
     collection = _lines(out / "collection.jsonl")
     assert [passage["id"] for passage in collection] == [
         "http://x/a_p0",
@@ -118,17 +130,32 @@ def test_turns_that_stand_alone_bring_their_context(name: str, run: Run, tmp_pat
     (tmp_path / "test.json").write_text(json.dumps([turn, _turn(4, 4, ["http://x/a_p0"])]))
     run("--test", tmp_path / "test.json", "--without-train", "--without-collection", "--output", tmp_path / "out")
     contexts = [turn["context"] for turn in _lines(tmp_path / "out" / "test.json")]
-    assert contexts == [["q4.1", "a4.1", "q4.2", "UNANSWERABLE"], ["q4.1", "a4.1", "q4.2", "UNANSWERABLE", "q4.3", "a4.3"]]
+    assert contexts == [
+        ["q4.1", "a4.1", "q4.2", "UNANSWERABLE"],
+        ["q4.1", "a4.1", "q4.2", "UNANSWERABLE", "q4.3", "a4.3"],
+    ]
 
 
 @pytest.mark.parametrize(
     ("place", "change", "message"),
     [
         (2, {"Question": ""}, r"record 3: field 'Question' is blank"),
-        (2, {"Truth_passages": "http://x"}, r"record 3: field 'Truth_passages' must be a list of strings, got 'http://x'"),
+        (
+            2,
+            {"Truth_passages": "http://x"},
+            r"record 3: field 'Truth_passages' must be a list of strings, got 'http://x'",
+        ),
         (2, {"Truth_passages": ["a b"]}, r"record 3: field 'qid' or 'gold_docids' holds white space"),
-        (2, {"Turn_no": 5}, r"record 3: field 'Turn_no' is 5 in conversation 1, but the turns before it are not all in the file"),
-        (2, {"Turn_no": 5, "Context": ["q"]}, r"record 3: field 'Context' must hold 4 questions and answers before turn 5, got 1 strings"),
+        (
+            2,
+            {"Turn_no": 5},
+            r"record 3: field 'Turn_no' is 5 in conversation 1, but the turns before it are not all in the file",
+        ),
+        (
+            2,
+            {"Turn_no": 5, "Context": ["q"]},
+            r"record 3: field 'Context' must hold 4 questions and answers before turn 5, got 1 strings",
+        ),
         (2, {"Turn_no": 1, "Context": []}, r"record 3: field 'qid' repeats 'QReCC-Test_1_1'"),
     ],
 )
@@ -143,7 +170,11 @@ def test_a_malformed_turn_is_named_or_skipped(
     with pytest.raises(ValueError, match=f"{path.name}: {message}"):
         run(*arguments)
     run(*arguments, "--skip-bad", 1)
-    assert [turn["qid"] for turn in _lines(tmp_path / "out" / "test.json")] == ["QReCC-Test_1_1", "QReCC-Test_2_2", "QReCC-Test_3_1"]
+    assert [turn["qid"] for turn in _lines(tmp_path / "out" / "test.json")] == [
+        "QReCC-Test_1_1",
+        "QReCC-Test_2_2",
+        "QReCC-Test_3_1",
+    ]
 
 
 def test_a_malformed_passage_names_archive_member_and_line(run: Run, release: Path, tmp_path: Path) -> None:
@@ -177,7 +208,10 @@ def test_a_damaged_archive_is_one_sentence(run: Run, release: Path, tmp_path: Pa
 
 
 def test_what_is_missing_is_named_with_its_source(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"QReCC lacks --train, --test, --passages: get the turns from https://zenodo.org/records/5543685"):
+    with pytest.raises(
+        ValueError,
+        match=r"QReCC lacks --train, --test, --passages: get the turns from https://zenodo.org/records/5543685",
+    ):
         run("--input", tmp_path, "--output", tmp_path / "out")
 
 

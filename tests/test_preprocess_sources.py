@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_preprocess.sources import BadRecords, Record, RecordError, Source, find_sources, open_source, pick, read_records, read_table
+from data_preprocess.sources import (
+    BadRecords,
+    Record,
+    RecordError,
+    Source,
+    find_sources,
+    open_source,
+    pick,
+    read_records,
+    read_table,
+)
 from data_preprocess.splits import hold_out, partition
 
 OBJECTS = [{"a": "x", "n": 1}, {"a": "ü", "n": 2.5}, {"a": [1, {"b": None}]}]
@@ -88,7 +98,9 @@ def test_skip_bad_tolerates_that_many_and_lists_them(tmp_path: Path) -> None:
     bad = BadRecords(limit=2)
     assert _records(Source(path), bad) == [{"a": 1}, {"a": 2}]
     assert [message.split(": ")[0] for message in bad.messages] == [f"{path}:2", f"{path}:3"]
-    with pytest.raises(ValueError, match=r"2 malformed records, but --skip-bad allows 1; the last one is .*data\.jsonl:3"):
+    with pytest.raises(
+        ValueError, match=r"2 malformed records, but --skip-bad allows 1; the last one is .*data\.jsonl:3"
+    ):
         _records(Source(path), BadRecords(limit=1))
 
 
@@ -160,7 +172,9 @@ conversation_sets = st.sets(st.integers(0, 10_000), min_size=2, max_size=60)
 
 
 @given(conversation_sets, st.integers(0, 5), st.data())
-def test_held_out_conversations_are_nested_and_blind_to_order(conv_ids: set[int], seed: int, data: st.DataObject) -> None:
+def test_held_out_conversations_are_nested_and_blind_to_order(
+    conv_ids: set[int], seed: int, data: st.DataObject
+) -> None:
     count = data.draw(st.integers(0, len(conv_ids) - 1))
     held_out = hold_out(conv_ids, count, seed)
     assert len(held_out) == count

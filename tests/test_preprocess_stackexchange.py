@@ -15,7 +15,9 @@ import pytest
 from convsearch.trainers.data import read_examples
 from data_preprocess import bright, stackexchange
 
-INSTRUCTION = "Instructions:\n1. Identify the essential problem.\n2. Think step by step.\n3. Draft an answer.\nQuestion: "
+INSTRUCTION = (
+    "Instructions:\n1. Identify the essential problem.\n2. Think step by step.\n3. Draft an answer.\nQuestion: "
+)
 Run = Callable[..., None]
 
 
@@ -35,7 +37,10 @@ def shard(path: Path, rows: list[tuple[str, str, list[tuple[str, bool]]]]) -> No
         {
             "qid": number,
             "question": question,
-            "answers": [{"answer_id": i, "pm_score": 1, "selected": selected, "text": text} for i, (text, selected) in enumerate(answers)],
+            "answers": [
+                {"answer_id": i, "pm_score": 1, "selected": selected, "text": text}
+                for i, (text, selected) in enumerate(answers)
+            ],
             "date": "2020/01/01",
             "metadata": [f"https://{site}/questions/{number}", f"https://{site}", "https://u"],
         }
@@ -48,10 +53,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_shards_are_filtered_counted_and_sampled_by_site(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_are_filtered_counted_and_sampled_by_site(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = [("accepted", True), ("other", False)]
     rows = [("biology.stackexchange.com", f"why {n}?", good) for n in range(30)]
-    rows += [("stackoverflow.com", f"how {n}?", good) for n in range(5)] + [("cooking.stackexchange.com", "salt?", good)]
+    rows += [("stackoverflow.com", f"how {n}?", good) for n in range(5)] + [
+        ("cooking.stackexchange.com", "salt?", good)
+    ]
     shard(tmp_path / "in" / "data" / "bio" / "0.parquet", rows[:20])
     dropped = [
         ("math.stackexchange.com", "see https://i.imgur.com/a.png", good),
@@ -61,7 +70,17 @@ def test_shards_are_filtered_counted_and_sampled_by_site(run: Run, tmp_path: Pat
         ("math.stackexchange.com", "x" * 16_000, good),
     ]
     shard(tmp_path / "in" / "data" / "z.parquet", rows[20:] + dropped + rows[:1])
-    run("se", "--input", tmp_path / "in", "--output", tmp_path / "out", "--max-per-site", 12, "--validation-questions", 3)
+    run(
+        "se",
+        "--input",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "out",
+        "--max-per-site",
+        12,
+        "--validation-questions",
+        3,
+    )
     out = capsys.readouterr().out
     assert "sites: 12 biology, 1 math, 5 stackoverflow" in out
     for expected in ("1 with png", "1 too long", "2 empty answer", "1 repeated"):
@@ -74,8 +93,20 @@ def test_shards_are_filtered_counted_and_sampled_by_site(run: Run, tmp_path: Pat
     collection = {record["id"]: record["contents"] for record in lines(tmp_path / "out" / "collection.jsonl")}
     assert all(collection[example.gold_docids[0]] == "accepted" for example in examples)
     again = {record["qid"] for record in train}
-    (tmp_path / "in" / "data" / "z.parquet").rename(tmp_path / "in" / "data" / "a.parquet")  # another order of the shards
-    run("se", "--input", tmp_path / "in", "--output", tmp_path / "out2", "--max-per-site", 12, "--validation-questions", 3)
+    (tmp_path / "in" / "data" / "z.parquet").rename(
+        tmp_path / "in" / "data" / "a.parquet"
+    )  # another order of the shards
+    run(
+        "se",
+        "--input",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "out2",
+        "--max-per-site",
+        12,
+        "--validation-questions",
+        3,
+    )
     assert {record["qid"] for record in lines(tmp_path / "out2" / "train.json")} == again
 
 
@@ -85,18 +116,31 @@ def test_the_references_two_forms_give_the_same(run: Run, tmp_path: Path) -> Non
     built = [
         {
             "prompt": [{"role": "system", "content": ""}, {"role": "user", "content": question}],
-            "answer": json.dumps({"query": question, "pos_docs_list": a if isinstance(a, list) else [a], "think_flag": False}),
+            "answer": json.dumps(
+                {"query": question, "pos_docs_list": a if isinstance(a, list) else [a], "think_flag": False}
+            ),
         }
         for question, a in raw.items()
     ]
     pq.write_table(pa.Table.from_pylist(built), tmp_path / "train.parquet")
     found = []
     for name in ("V1.json", "train.parquet"):
-        run("se", "--input", tmp_path / name, "--output", tmp_path / f"out-{name}", "--validation-questions", 0, "--think")
+        run(
+            "se",
+            "--input",
+            tmp_path / name,
+            "--output",
+            tmp_path / f"out-{name}",
+            "--validation-questions",
+            0,
+            "--think",
+        )
         examples = read_examples([str(tmp_path / f"out-{name}" / "train.parquet")])
         found.append({example.question: example.positives for example in examples})
         assert examples[0].messages[0]["role"] == "system"
-        dropped = json.loads((tmp_path / f"out-{name}" / "manifest.json").read_text())["steps"]["splits"]["counts"]["dropped"]
+        dropped = json.loads((tmp_path / f"out-{name}" / "manifest.json").read_text())["steps"]["splits"]["counts"][
+            "dropped"
+        ]
         assert dropped == {"with_png": 1, "empty_answer": 1}
     assert found == [{"why a?": ("since b",), "why c?": ("since d", "since e")}] * 2
 
@@ -130,7 +174,11 @@ def endpoint() -> Iterator[tuple[str, list[Any]]]:
 
 
 def test_a_models_answers_are_kept_as_they_come(
-    run: Run, tmp_path: Path, endpoint: tuple[str, list[Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run,
+    tmp_path: Path,
+    endpoint: tuple[str, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     url, asked = endpoint
     monkeypatch.setenv("OPENAI_API_KEY", "k")
@@ -159,7 +207,9 @@ def test_a_models_answers_are_kept_as_they_come(
     assert asked[0][:3] == ("/v1/chat/completions", "Bearer k", "m")
     assert "1 empty answer" in capsys.readouterr().out
     examples = read_examples([str(tmp_path / "out" / "train.parquet")])
-    assert {example.question: example.positives for example in examples} == {q: (f"answer to {q}",) for q in ("one?", "two?")}
+    assert {example.question: example.positives for example in examples} == {
+        q: (f"answer to {q}",) for q in ("one?", "two?")
+    }
 
 
 def test_flags_that_do_not_go_together(run: Run, tmp_path: Path) -> None:
@@ -183,7 +233,16 @@ def test_bright(run: Run, tmp_path: Path, form: str, long: bool) -> None:
             pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / folder / "biology-00000-of-00001.parquet")
         else:
             (tmp_path / "in" / folder / "biology.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run("bright", "--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "biology", *(["--long"] if long else []))
+    run(
+        "bright",
+        "--input",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "out",
+        "--task",
+        "biology",
+        *(["--long"] if long else []),
+    )
     out = tmp_path / "out" / ("biology_long" if long else "biology")
     assert lines(out / "collection.jsonl") == [{"id": "a/1.txt", "contents": "alpha"}, {"id": "b", "contents": "beta"}]
     assert (out / "qrels.trec").read_text() == "0 0 a/1.txt 1\n1 0 b 1\n"

@@ -17,7 +17,9 @@ from data_preprocess import topiocqa
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL_ZIP = SHARED / "data" / "topiocqa" / "topiocqa.zip"
-needs_real_zip = pytest.mark.skipif(not REAL_ZIP.exists(), reason=f"the real TopiOCQA conversations are not at {REAL_ZIP}")
+needs_real_zip = pytest.mark.skipif(
+    not REAL_ZIP.exists(), reason=f"the real TopiOCQA conversations are not at {REAL_ZIP}"
+)
 
 Run = Callable[..., None]
 
@@ -89,7 +91,9 @@ def release(tmp_path: Path) -> Path:
     return raw
 
 
-def test_a_full_release_is_converted(run: Run, release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_release_is_converted(
+    run: Run, release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     run("--input", release, "--output", out, "--validation-conversations", 2)
     train, validation, dev = (_lines(out / f"{split}.json") for split in ("train", "validation", "dev"))
@@ -105,7 +109,10 @@ def test_a_full_release_is_converted(run: Run, release: Path, tmp_path: Path, ca
         "topic": "",
         "topic_section": "",
         "gold_docids": ["wiki:1"],  # the first of positive_ctxs, as in the published qrels
-        "positive_ctxs": [{"title": "T", "text": "x", "passage_id": "wiki:1"}, {"title": "T", "text": "y", "passage_id": "wiki:9"}],
+        "positive_ctxs": [
+            {"title": "T", "text": "x", "passage_id": "wiki:1"},
+            {"title": "T", "text": "y", "passage_id": "wiki:9"},
+        ],
     }
     assert all(turn["qid"].startswith("topiocqa-train_") for turn in train + validation)
     assert (out / "dev.trec").read_text().splitlines()[1] == "topiocqa-dev_1_2 0 wiki:1 1"
@@ -137,7 +144,15 @@ def test_files_can_be_named_one_by_one(run: Run, release: Path, tmp_path: Path) 
 
 @needs_real_zip
 def test_without_gold_passages_the_error_says_what_is_missing_and_that_there_is_a_proxy(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "data_preprocess.topiocqa", "--input", str(REAL_ZIP), "--output", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "data_preprocess.topiocqa",
+        "--input",
+        str(REAL_ZIP),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
@@ -150,17 +165,35 @@ def test_without_gold_passages_the_error_says_what_is_missing_and_that_there_is_
 
 
 def test_without_conversations_nothing_goes(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"conversations are missing: give --dataset-train and --dataset-dev, from https://zenodo"):
+    with pytest.raises(
+        ValueError, match=r"conversations are missing: give --dataset-train and --dataset-dev, from https://zenodo"
+    ):
         run("--input", tmp_path, "--output", tmp_path / "out", "--proxy")
 
 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("topiocqa_dataset/dev.json", {"Question": None}, r"dev\.json: record 5: field 'Question' must be a string, got None"),
-        ("topiocqa_dataset/dev.json", {"Context": ["odd"]}, r"dev\.json: record 5: field 'Context' must alternate question and answer"),
-        ("topiocqa_dataset/dev.json", {"Turn_no": "two"}, r"dev\.json: record 5: field 'Turn_no' must be a whole number"),
-        ("retriever/all_history/dev.json", {"positive_ctxs": []}, r"dev\.json: record 5: field 'positive_ctxs' is empty"),
+        (
+            "topiocqa_dataset/dev.json",
+            {"Question": None},
+            r"dev\.json: record 5: field 'Question' must be a string, got None",
+        ),
+        (
+            "topiocqa_dataset/dev.json",
+            {"Context": ["odd"]},
+            r"dev\.json: record 5: field 'Context' must alternate question and answer",
+        ),
+        (
+            "topiocqa_dataset/dev.json",
+            {"Turn_no": "two"},
+            r"dev\.json: record 5: field 'Turn_no' must be a whole number",
+        ),
+        (
+            "retriever/all_history/dev.json",
+            {"positive_ctxs": []},
+            r"dev\.json: record 5: field 'positive_ctxs' is empty",
+        ),
         (
             "retriever/all_history/dev.json",
             {"positive_ctxs": [{"title": "T"}]},
@@ -169,7 +202,13 @@ def test_without_conversations_nothing_goes(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_a_malformed_turn_is_named_or_skipped(
-    file: str, change: dict[str, Any], message: str, run: Run, release: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str,
+    change: dict[str, Any],
+    message: str,
+    run: Run,
+    release: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     records = json.loads((release / file).read_text())
     records[4].update(change)
@@ -190,7 +229,9 @@ def test_files_of_different_releases_are_refused(run: Run, release: Path, tmp_pa
     with pytest.raises(ValueError, match="do not hold the same number of turns"):
         run("--input", release, "--output", tmp_path / "out", "--validation-conversations", 1)
     path.write_text(json.dumps([records[1], records[0], *records[2:]]))
-    with pytest.raises(ValueError, match=r"record 1: fields 'conv_id' and 'turn_id' are 1 and 2, but the turn beside it .* is 1 and 1"):
+    with pytest.raises(
+        ValueError, match=r"record 1: fields 'conv_id' and 'turn_id' are 1 and 2, but the turn beside it .* is 1 and 1"
+    ):
         run("--input", release, "--output", tmp_path / "out", "--validation-conversations", 1, "--skip-bad", 5)
 
 
@@ -198,8 +239,13 @@ def test_the_proxy_by_hand(run: Run, release: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("--input", release, "--output", out, "--proxy", "--validation-conversations", 1)
     collection = _lines(out / "collection.jsonl")
-    assert len(collection) == 6  # one section with two answered turns for each of the 6 topics; dev's topics are among train's
-    assert collection[0] == {"id": "proxy-00000", "contents": "Topic 1 Section 1 answer 1.1 answer 1.3 answer 1.1 answer 1.3"}
+    assert (
+        len(collection) == 6
+    )  # one section with two answered turns for each of the 6 topics; dev's topics are among train's
+    assert collection[0] == {
+        "id": "proxy-00000",
+        "contents": "Topic 1 Section 1 answer 1.1 answer 1.3 answer 1.1 answer 1.3",
+    }
     assert collection[5] == {"id": "proxy-00005", "contents": "Topic 6 Section 1 answer 6.1 answer 6.3"}
     dev = _lines(out / "dev.json")
     assert [turn["qid"] for turn in dev] == [f"topiocqa-dev_{conv}_{turn}" for conv in (1, 2, 3) for turn in (1, 3)]
@@ -236,13 +282,17 @@ def test_the_proxy_of_the_real_conversations_has_the_known_counts(run: Run, tmp_
     assert pq.read_metadata(out / "train.parquet").num_rows == 40601
 
 
-def test_a_killed_conversion_leaves_no_half_collection_and_runs_through_afterwards(run: Run, release: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_leaves_no_half_collection_and_runs_through_afterwards(
+    run: Run, release: Path, tmp_path: Path
+) -> None:
     with open(release / "full_wiki_segments.tsv", "a") as file:
         file.writelines(f"more:{i}\t{'text ' * 200}\tTitle\n" for i in range(60_000))
     out = tmp_path / "out"
     arguments = ["--input", str(release), "--output", str(out), "--validation-conversations", "1"]
     root = Path(__file__).resolve().parents[1]
-    process = subprocess.Popen([sys.executable, "-m", "data_preprocess.topiocqa", *arguments], cwd=root, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "data_preprocess.topiocqa", *arguments], cwd=root, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 30
     while not list(out.glob("collection.jsonl.tmp-*")):
         assert process.poll() is None
@@ -261,7 +311,9 @@ def test_help_is_quick() -> None:
     for name in ("topiocqa", "qrecc", "mtrag", "demo", "demo_model", "download"):
         start = time.monotonic()
         result = subprocess.run(
-            [sys.executable, "-m", f"data_preprocess.{name}", "--help"], capture_output=True, cwd=Path(__file__).parents[1]
+            [sys.executable, "-m", f"data_preprocess.{name}", "--help"],
+            capture_output=True,
+            cwd=Path(__file__).parents[1],
         )
         assert result.returncode == 0
         assert time.monotonic() - start < 1.0

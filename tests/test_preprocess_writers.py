@@ -55,7 +55,14 @@ def test_parquet_has_exactly_the_columns_of_the_contract(tmp_path: Path) -> None
         "ability": text,
         "reward_model": pa.struct([("style", text), ("ground_truth", pa.list_(text))]),
         "extra_info": pa.struct(
-            [("split", text), ("index", pa.int64()), ("answer", text), ("question", text), ("query_id", text), ("context", pa.list_(text))]
+            [
+                ("split", text),
+                ("index", pa.int64()),
+                ("answer", text),
+                ("question", text),
+                ("query_id", text),
+                ("context", pa.list_(text)),
+            ]
         ),
     }
     schema = pq.read_schema(tmp_path / "train.parquet")
@@ -100,8 +107,14 @@ def test_prompt_style_and_history_are_the_options(tmp_path: Path) -> None:
 def test_rows_go_out_in_row_groups_with_a_running_index(tmp_path: Path) -> None:
     counts = _write(tmp_path, _rows(2 * ROW_GROUP_ROWS + 10))
     file = pq.ParquetFile(tmp_path / "train.parquet")
-    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [ROW_GROUP_ROWS, ROW_GROUP_ROWS, 10]
-    assert [row["index"] for row in file.read().column("extra_info").to_pylist()] == list(range(2 * ROW_GROUP_ROWS + 10))
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [
+        ROW_GROUP_ROWS,
+        ROW_GROUP_ROWS,
+        10,
+    ]
+    assert [row["index"] for row in file.read().column("extra_info").to_pylist()] == list(
+        range(2 * ROW_GROUP_ROWS + 10)
+    )
     assert counts == {"train": {"queries": 2010, "conversations": 402, "qrels": 4020}}
 
 
@@ -115,7 +128,9 @@ def test_rows_go_out_in_row_groups_with_a_running_index(tmp_path: Path) -> None:
         ({"qid": "n", "context": ["odd"]}, "here:9: n: field 'context' must be a list of strings"),
     ],
 )
-def test_a_row_that_cannot_be_written_is_an_error_or_skipped(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_written_is_an_error_or_skipped(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     rows = [*_rows(2), Row("train", RECORD | change, "here:9")]
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         _write(tmp_path / "a", rows)
@@ -142,7 +157,12 @@ def test_a_gold_passage_that_the_collection_lacks_is_an_error(tmp_path: Path) ->
 
 
 def _step(
-    folder: OutputFolder, source: Source, made: list[str], name: str = "train", split: str = "train", options: dict[str, Any] | None = None
+    folder: OutputFolder,
+    source: Source,
+    made: list[str],
+    name: str = "train",
+    split: str = "train",
+    options: dict[str, Any] | None = None,
 ) -> None:
     def make(bad: BadRecords) -> dict[str, Any]:
         made.append(name)
@@ -151,7 +171,9 @@ def _step(
     folder.step(name, split_files(split), [source], options or {"style": "paper"}, make)
 
 
-def test_files_are_reused_while_inputs_options_and_files_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_reused_while_inputs_options_and_files_are_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     raw = tmp_path / "raw.json"
     raw.write_text("[]")
     folder, made = OutputFolder(tmp_path / "out"), list[str]()
@@ -195,10 +217,17 @@ def test_files_of_another_split_do_not_stay_behind(tmp_path: Path) -> None:
     folder, made = OutputFolder(tmp_path / "out"), list[str]()
     _step(folder, Source(raw), made, split="validation")
     _step(folder, Source(raw), made, split="train")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "train.json", "train.parquet", "train.trec"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "train.json",
+        "train.parquet",
+        "train.trec",
+    ]
 
 
-def test_what_was_skipped_is_told_again_and_not_reused_under_a_stricter_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_skipped_is_told_again_and_not_reused_under_a_stricter_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     raw = tmp_path / "raw.json"
     raw.write_text("[]")
 

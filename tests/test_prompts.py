@@ -10,7 +10,9 @@ from convsearch.parsing import parse_rewrite
 from convsearch.prompts import EXAMPLE, EXAMPLE_OUTPUT, STYLES, render, with_worked_example
 from convsearch.types import Conversation, Turn
 
-HAMLET = Conversation("q", (Turn("who wrote Hamlet?", "Shakespeare."), Turn("when?", "Around 1600.")), "and his wife?", ("d1",))
+HAMLET = Conversation(
+    "q", (Turn("who wrote Hamlet?", "Shakespeare."), Turn("when?", "Around 1600.")), "and his wife?", ("d1",)
+)
 
 PAPER = """\
 Given a query and its context, you must first think about the reasoning process in the mind to decontextualize the query by resolving \
@@ -64,13 +66,16 @@ def test_the_short_prompt() -> None:
 def test_the_newest_turns_are_kept_and_numbered_from_one(max_turns: int | None, kept: list[str]) -> None:
     history = tuple(Turn(word, f"so {word}") for word in ("one", "two", "three"))
     text = render(Conversation("q", history, "last?", ()), "compact", max_turns)[0]["content"]
-    assert re.findall(r"^Q(\d+): (.*)\nA\1: so \2$", text, re.MULTILINE) == [(str(i), word) for i, word in enumerate(kept, 1)]
+    assert re.findall(r"^Q(\d+): (.*)\nA\1: so \2$", text, re.MULTILINE) == [
+        (str(i), word) for i, word in enumerate(kept, 1)
+    ]
     assert "Question: last?" in text
 
 
 def test_a_first_question_has_an_empty_context() -> None:
     assert (
-        "### Context Begin ###\n\n### Context End ###\n\nQuery: who?\nRewrite:" in render(Conversation("q", (), "who?", ()))[0]["content"]
+        "### Context Begin ###\n\n### Context End ###\n\nQuery: who?\nRewrite:"
+        in render(Conversation("q", (), "who?", ()))[0]["content"]
     )
 
 

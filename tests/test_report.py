@@ -104,8 +104,12 @@ def test_a_folder_without_a_run_is_refused_in_a_sentence(tmp_path: Path) -> None
         report(tmp_path / "none")
 
 
-def test_command_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["report", str(run), "--output", str(tmp_path / "r.html"), "--draws", "100", "--cases", "1"])
+def test_command_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "sys.argv", ["report", str(run), "--output", str(tmp_path / "r.html"), "--draws", "100", "--cases", "1"]
+    )
     main()
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'r.html'}: ")
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
@@ -121,7 +125,9 @@ def test_command_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("demo-test_", 2514, "x", None),
     ],
 )
-def test_the_papers_figures_stand_beside_whole_test_sets_only(prefix: str, size: int, gold: str, expected: str | None) -> None:
+def test_the_papers_figures_stand_beside_whole_test_sets_only(
+    prefix: str, size: int, gold: str, expected: str | None
+) -> None:
     qids = [f"{prefix}{i}" for i in range(size)]
     assert report_sections.paper_set(qids, {qids[0]: [gold]}) == expected
 
@@ -131,7 +137,12 @@ def test_the_papers_figures_are_the_facts() -> None:
     if not facts.is_file():
         pytest.skip("needs ../shared/reference/facts.md")
     rows = re.findall(r"\| (BM25|ANCE) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", facts.read_text())
-    written = {tuple(float(v) for v in re.findall(r"[\d.]+", part)) for _, _, *cells in rows for cell in cells for part in cell.split("->")}
+    written = {
+        tuple(float(v) for v in re.findall(r"[\d.]+", part))
+        for _, _, *cells in rows
+        for cell in cells
+        for part in cell.split("->")
+    }
     ours = {values for systems in report_sections.PAPER.values() for values in systems.values()}
     assert ours <= written
     assert len(ours) >= 20
@@ -169,7 +180,13 @@ def test_marked_words_by_hand() -> None:
     assert marked("dogs run", "A dog, running") == [("A ", False), ("dog", True), (", ", False), ("running", True)]
     assert marked("cat", "category concatenate") == [("category concatenate", False)]
     assert marked("the", "the") == [("the", False)]
-    assert marked("naïve 東京", "Naïve 東京!") == [("Naïve", True), (" ", False), ("東", True), ("京", True), ("!", False)]
+    assert marked("naïve 東京", "Naïve 東京!") == [
+        ("Naïve", True),
+        (" ", False),
+        ("東", True),
+        ("京", True),
+        ("!", False),
+    ]
     assert marked("x", "") == []
 
 

@@ -38,7 +38,10 @@ MTRAG = Path(__file__).resolve().parents[2] / "shared" / "data" / "mtrag" / "cor
         ("タワーa タ_a 1タ", ["タワー", "タ_a", "1", "タ"]),
         ('צה"ל ג\' א"ב"ג a"b', ['צה"ל', "ג'", 'א"ב', "ג", "b"]),
         ("cafe\u0301 naïve Übung", ["cafe\u0301", "naïv", "übung"]),
-        ("İstanbul ΟΔΟΣ ǅ ẞ 𐐀𐐁", ["istanbul", "οδοσ", "ǆ", "ß", "𐐨𐐩"]),  # one letter to one letter: no final sigma, no dotted i
+        (
+            "İstanbul ΟΔΟΣ ǅ ẞ 𐐀𐐁",
+            ["istanbul", "οδοσ", "ǆ", "ß", "𐐨𐐩"],
+        ),  # one letter to one letter: no final sigma, no dotted i
         ("a\u202fb c\u00a0d e\u200df g\u00adh", ["a\u202fb", "c", "d", "e\u200df", "g\u00adh"]),
         (
             "😀 👍🏽 👩\u200d👩\u200d👧 ❤\ufe0f 1\ufe0f\u20e3 🇩🇪🇫🇷 © x™",
@@ -147,7 +150,9 @@ def test_the_machine_is_lucenes() -> None:
     reached, waiting = {(0, 0)}, [(0, 0)]
     while waiting:
         theirs, ours = waiting.pop()
-        token = theirs >= 0 and tables["ATTRIBUTE"][theirs] & 1 and tables["ACTION"][theirs] > 1  # action 1 passes one character over
+        token = (
+            theirs >= 0 and tables["ATTRIBUTE"][theirs] & 1 and tables["ACTION"][theirs] > 1
+        )  # action 1 passes one character over
         assert bool(token) == (ours >= 0 and final[ours])
         for number, letter in enumerate(word_break.CLASSES):
             pair = (
@@ -169,7 +174,11 @@ def test_the_data_file_is_lucenes() -> None:
 
 def differing(texts: list[str]) -> list[str]:
     """Those texts whose terms are not Lucene's."""
-    return [text for text, expected in zip(texts, helpers_lucene.lucene_terms(texts), strict=True) if analyze(text) != expected]
+    return [
+        text
+        for text, expected in zip(texts, helpers_lucene.lucene_terms(texts), strict=True)
+        if analyze(text) != expected
+    ]
 
 
 @pytest.mark.lucene

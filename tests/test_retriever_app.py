@@ -50,7 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[httpx.Client]:
     indexes = open_indexes([str(folder / "main"), f"second={folder / 'flat'}"], None, None)
-    with running(create_app(indexes, QRELS, Limits(request_bytes=20_000, items=50, query_chars=1_000, results=1_000))) as client:
+    with running(
+        create_app(indexes, QRELS, Limits(request_bytes=20_000, items=50, query_chars=1_000, results=1_000))
+    ) as client:
         yield client
 
 
@@ -70,7 +72,10 @@ def test_health(server: httpx.Client, folder: Path) -> None:
         "passages": 4,
         "version": "0.1.0",
     }
-    assert {name: about["index_id"] for name, about in answer["indexes"].items()} == {"main": first.index_id, "second": second.index_id}
+    assert {name: about["index_id"] for name, about in answer["indexes"].items()} == {
+        "main": first.index_id,
+        "second": second.index_id,
+    }
 
 
 def test_rank_answers_each_item(server: httpx.Client) -> None:
@@ -115,9 +120,16 @@ def test_search(server: httpx.Client, folder: Path) -> None:
 
 
 def test_retrieve_speaks_the_reference_wire(server: httpx.Client) -> None:
-    request = {"queries": ["apple", "red", "plane", "zebra"], "query_ids": ["q1", "q1", "q2", "q1"], "topk": 100, "return_scores": False}
+    request = {
+        "queries": ["apple", "red", "plane", "zebra"],
+        "query_ids": ["q1", "q1", "q2", "q1"],
+        "topk": 100,
+        "return_scores": False,
+    }
     assert post(server, "/retrieve", request) == {"result": [2, 1, 1, -1]}
-    assert post(server, "/retrieve", request | {"topk": None, "max_length": 1024, "extra": 1}) == {"result": [2, 1, 1, -1]}
+    assert post(server, "/retrieve", request | {"topk": None, "max_length": 1024, "extra": 1}) == {
+        "result": [2, 1, 1, -1]
+    }
     assert post(server, "/retrieve", request | {"topk": 1})["result"] == [-1, 1, 1, -1]
     ranks, scores = post(server, "/retrieve", request | {"topk": 2, "return_scores": True})["result"]
     hits = post(server, "/search", {"queries": request["queries"], "k": 2})["results"]
@@ -138,11 +150,26 @@ def test_retrieve_with_an_unknown_query_id_spoils_that_item_alone(server: httpx.
     ("path", "body", "status", "message"),
     [
         ("/rank", {"items": [{"id": "a"}]}, 422, "items.0.query: Field required"),
-        ("/rank", {"items": [{"id": "a", "query": "x", "gold": []}]}, 422, "items.0.gold: Extra inputs are not permitted"),
-        ("/rank", {"items": [{"id": "a", "query": None, "qid": "q1"}]}, 422, "items.0.query: Input should be a valid string"),
+        (
+            "/rank",
+            {"items": [{"id": "a", "query": "x", "gold": []}]},
+            422,
+            "items.0.gold: Extra inputs are not permitted",
+        ),
+        (
+            "/rank",
+            {"items": [{"id": "a", "query": None, "qid": "q1"}]},
+            422,
+            "items.0.query: Input should be a valid string",
+        ),
         ("/rank", {"items": [], "depth": 0}, 422, "depth: Input should be greater than or equal to 1"),
         ("/rank", {"items": [{"id": "a", "query": "x"}] * 3}, 422, "item id 'a' is given 3 times"),
-        ("/rank", {"items": [{"id": str(i), "query": "x"} for i in range(51)]}, 422, "51 queries in one request, the limit is 50"),
+        (
+            "/rank",
+            {"items": [{"id": str(i), "query": "x"} for i in range(51)]},
+            422,
+            "51 queries in one request, the limit is 50",
+        ),
         ("/rank", {"items": [{"id": "a", "query": "x" * 1001}]}, 422, "query 0 has 1001 characters, the limit is 1000"),
         ("/rank", {"items": [], "index": "none"}, 404, "there is no index 'none' here: this server has main, second"),
         ("/rank", {"items": [{"id": "a", "query": "x" * 30_000}]}, 413, "bytes, the limit is 20000"),
@@ -160,7 +187,8 @@ def test_refusals_are_one_clear_sentence(server: httpx.Client, path: str, body: 
 
 def test_bodies_that_are_no_json_or_too_long_without_saying_so(server: httpx.Client) -> None:
     assert (
-        "JSON decode error" in server.post("/rank", content=b'{"items": [', headers={"content-type": "application/json"}).json()["detail"]
+        "JSON decode error"
+        in server.post("/rank", content=b'{"items": [', headers={"content-type": "application/json"}).json()["detail"]
     )
     assert "'content-type: application/json'" in server.post("/rank", content=b'{"items": []}').json()["detail"]
     response = server.post("/rank", content=(b" " * 1000 for _ in range(500)))  # chunked: no Content-Length
@@ -172,7 +200,9 @@ def test_bodies_that_are_no_json_or_too_long_without_saying_so(server: httpx.Cli
 def test_query_ids_without_qrels(folder: Path) -> None:
     with running(create_app(open_indexes([str(folder / "main")], None, None))) as client:
         answer = post(
-            client, "/rank", {"items": [{"id": "a", "query": "red", "qid": "q1"}, {"id": "b", "query": "red", "gold_docids": ["p1"]}]}
+            client,
+            "/rank",
+            {"items": [{"id": "a", "query": "red", "qid": "q1"}, {"id": "b", "query": "red", "gold_docids": ["p1"]}]},
         )
     assert answer["ranks"] == {"b": 1}
     assert "started without --trec_path" in answer["errors"]["a"]
@@ -221,9 +251,20 @@ def test_health_answers_while_every_search_thread_is_busy() -> None:
 def test_the_reference_servers_flags_are_accepted() -> None:
     sparse = "--index_path embedding/bm25 --trec_path data/topiocqa/train.trec --retriever_name bm25 --port 1 --bm25_k1 0.9 --bm25_b 0.4"
     args = parser().parse_args(sparse.split())
-    assert (args.index_path, args.port, args.bm25_k1, args.bm25_b, args.host) == (["embedding/bm25"], 1, 0.9, 0.4, "127.0.0.1")
+    assert (args.index_path, args.port, args.bm25_k1, args.bm25_b, args.host) == (
+        ["embedding/bm25"],
+        1,
+        0.9,
+        0.4,
+        "127.0.0.1",
+    )
     dense = "--index_path a.pkl --trec_path b --corpus_docid_path c.pkl --retriever_name ance --model_name_or_path d --faiss_gpu --n_gpu 4"
-    assert parser().parse_args([*dense.split(), "--port", "2", "--max_length", "512", "--retrieval_batch_size", "64"]).n_gpu == 4
+    assert (
+        parser()
+        .parse_args([*dense.split(), "--port", "2", "--max_length", "512", "--retrieval_batch_size", "64"])
+        .n_gpu
+        == 4
+    )
 
 
 def test_opening_indexes(folder: Path) -> None:

@@ -51,7 +51,9 @@ def test_requests_of_one_kind_share_a_call() -> None:
         batcher = Batcher(BatchSettings(threads=1, max_wait_s=0.05))
         other = Key("rank", "x", 10)
         results = await asyncio.gather(
-            batcher.run("a", KEY, searcher, [1, 2]), batcher.run("b", KEY, searcher, [3]), batcher.run("c", other, searcher, [4])
+            batcher.run("a", KEY, searcher, [1, 2]),
+            batcher.run("b", KEY, searcher, [3]),
+            batcher.run("c", other, searcher, [4]),
         )
         assert results == [[2, 4], [6], [8]]
         assert await batcher.run("a", KEY, searcher, []) == []
@@ -78,7 +80,9 @@ def test_clients_share_each_batch_and_nobody_waits_for_a_long_request() -> None:
         long = asyncio.create_task(batcher.run("long", KEY, searcher, range(100, 110)))
         await settle()
         short = asyncio.create_task(batcher.run("short", KEY, searcher, [1, 2, 3]))
-        one_more = asyncio.create_task(batcher.run("short", KEY, searcher, [4]))  # the same client: no second place in the line
+        one_more = asyncio.create_task(
+            batcher.run("short", KEY, searcher, [4])
+        )  # the same client: no second place in the line
         await settle()
         assert batcher.waiting == 14
         searcher.gate.set()
@@ -128,7 +132,9 @@ def test_a_request_that_breaks_the_searcher_fails_alone() -> None:
 
     async def main() -> list[Any]:
         batcher = Batcher(BatchSettings(max_wait_s=0.05))
-        runs = [batcher.run(client, KEY, brittle, items) for client, items in (("a", [1, 2]), ("b", [3, 4]), ("c", [5]))]
+        runs = [
+            batcher.run(client, KEY, brittle, items) for client, items in (("a", [1, 2]), ("b", [3, 4]), ("c", [5]))
+        ]
         return await asyncio.gather(*runs, return_exceptions=True)
 
     good, bad, also_good = asyncio.run(main())
@@ -160,7 +166,9 @@ def test_past_the_bound_requests_are_refused_at_once() -> None:
     batcher = Batcher(BatchSettings(max_queue=10))
     with batcher.admit(10):
         with (
-            pytest.raises(Overloaded, match=r"10 items are waiting and 1 more were sent, the limit is 10.*try again later") as refused,
+            pytest.raises(
+                Overloaded, match=r"10 items are waiting and 1 more were sent, the limit is 10.*try again later"
+            ) as refused,
             batcher.admit(1),
         ):
             pass
@@ -200,7 +208,9 @@ def test_the_bound_in_seconds_follows_the_speed_that_was_seen() -> None:
         assert refused.value.retry_after_s == 10
 
 
-@pytest.mark.parametrize("wrong", [{"threads": 0}, {"max_batch": 0}, {"max_queue": 0}, {"max_wait_s": -1.0}, {"max_queue_s": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"threads": 0}, {"max_batch": 0}, {"max_queue": 0}, {"max_wait_s": -1.0}, {"max_queue_s": 0.0}]
+)
 def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"--max_|--threads"):
         BatchSettings(**wrong)
@@ -212,7 +222,9 @@ def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
     max_batch=st.integers(1, 8),
     threads=st.integers(1, 3),
 )
-def test_every_item_is_answered_once_and_right(jobs: list[tuple[int, int, int, bool]], max_batch: int, threads: int) -> None:
+def test_every_item_is_answered_once_and_right(
+    jobs: list[tuple[int, int, int, bool]], max_batch: int, threads: int
+) -> None:
     calls: list[tuple[int, list[Any]]] = []
 
     async def one(batcher: Batcher, number: int, client: int, depth: int, size: int, late: bool) -> None:
@@ -223,7 +235,9 @@ def test_every_item_is_answered_once_and_right(jobs: list[tuple[int, int, int, b
         if late:
             await asyncio.sleep(0.001)
         items = [(number, place) for place in range(size)]
-        assert await batcher.run(f"client {client}", Key("rank", "x", depth), call, items) == [(depth, *item) for item in items]
+        assert await batcher.run(f"client {client}", Key("rank", "x", depth), call, items) == [
+            (depth, *item) for item in items
+        ]
 
     async def main() -> None:
         batcher = Batcher(BatchSettings(threads=threads, max_batch=max_batch, max_wait_s=0.0005))

@@ -73,7 +73,14 @@ def test_scores_by_hand(folder: Path) -> None:
     assert [score for _, score in hits] == pytest.approx([0.0889362, 0.0722349, 0.0722349], abs=1e-6)
     (hits,) = index.search(["birds, cats and cats"], 1)
     assert hits == [("d2", pytest.approx(0.4897151 + 2 * 0.0889362, abs=1e-6))]
-    assert index.gold_ranks(["cat"] * 6, [["d2"], ["d1"], ["d4"], ["d3"], ["d4", "d1"], ["d3", "d4"]], 100) == [1, 2, 3, None, 2, 3]
+    assert index.gold_ranks(["cat"] * 6, [["d2"], ["d1"], ["d4"], ["d3"], ["d4", "d1"], ["d3", "d4"]], 100) == [
+        1,
+        2,
+        3,
+        None,
+        2,
+        3,
+    ]
     assert index.gold_ranks(["cat", "cat"], [["d1"], ["d4"]], 2) == [2, None]
 
 
@@ -112,7 +119,9 @@ def brute_force(texts: list[str], query: str, k1: float, b: float) -> list[float
         for term in analyze(query):
             tf, df = passage.count(term), sum(term in other for other in passages)
             if tf:
-                score += math.log(1 + (num - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * len(passage) / mean))
+                score += (
+                    math.log(1 + (num - df + 0.5) / (df + 0.5)) * tf / (tf + k1 * (1 - b + b * len(passage) / mean))
+                )
         scores.append(score)
     return scores
 
@@ -129,11 +138,18 @@ few_words = st.lists(st.sampled_from(["ant", "bat", "cat", "dog", "the", "elk"])
     data=st.data(),
 )
 def test_parity_with_brute_force(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], queries: list[str], k1: float, b: float, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[str],
+    queries: list[str],
+    k1: float,
+    b: float,
+    data: st.DataObject,
 ) -> None:
     root = tmp_path_factory.mktemp("parity")
     docids = [f"p{number}" for number in range(len(texts))]
-    index = Bm25Index.build(write(root / "c.jsonl", dict(zip(docids, texts, strict=True))), root / "index", k1, b, progress=False)
+    index = Bm25Index.build(
+        write(root / "c.jsonl", dict(zip(docids, texts, strict=True))), root / "index", k1, b, progress=False
+    )
     for query, hits in zip(queries, index.search(queries, len(texts) + 3), strict=True):
         exact = brute_force(texts, query, k1, b)
         assert {docid for docid, _ in hits} == {docid for docid, score in zip(docids, exact, strict=True) if score > 0}
@@ -149,7 +165,11 @@ def test_parity_with_brute_force(
         assert index.gold_ranks([query], [golds], depth) == [best if best is not None and best <= depth else None]
         if best is not None:  # and against the formula, as far as float32 can tell scores apart
             gold = max(exact[int(gold[1:])] for gold in golds)
-            assert 1 + sum(score > gold * (1 + 1e-5) for score in exact) <= best <= sum(score >= gold * (1 - 1e-5) for score in exact)
+            assert (
+                1 + sum(score > gold * (1 + 1e-5) for score in exact)
+                <= best
+                <= sum(score >= gold * (1 - 1e-5) for score in exact)
+            )
 
 
 def lucene_scores(passages: list[list[str]], query: list[str], k1: float, b: float) -> list[np.float32]:
@@ -181,7 +201,9 @@ def test_ranks_and_searches_are_those_of_brute_force(
     draw = np.random.default_rng(seed)
     vocabulary = [f"w{number}" for number in range(draw.integers(2, 40))]
     skew = draw.dirichlet(np.full(len(vocabulary), 0.3))
-    passages = [list(draw.choice(vocabulary, draw.choice([0, 1, 3, 8, 60]), p=skew)) for _ in range(draw.integers(1, 120))]
+    passages = [
+        list(draw.choice(vocabulary, draw.choice([0, 1, 3, 8, 60]), p=skew)) for _ in range(draw.integers(1, 120))
+    ]
     passages[0] = passages[0] or ["w0"]
     root = tmp_path_factory.mktemp("brute")
     collection = write(root / "c.jsonl", {f"p{number}": " ".join(passage) for number, passage in enumerate(passages)})
@@ -190,13 +212,17 @@ def test_ranks_and_searches_are_those_of_brute_force(
     queries = [list(draw.choice(vocabulary, size)) for size in (1, 2, 7, 40, 300)]
     golds = [data.draw(st.lists(st.integers(0, len(passages) - 1), min_size=1, max_size=3)) for _ in queries]
     depth = data.draw(st.sampled_from([1, 2, 10, 1000]))
-    ranks = index.gold_ranks([" ".join(query) for query in queries], [[f"p{gold}" for gold in chosen] for chosen in golds], depth)
+    ranks = index.gold_ranks(
+        [" ".join(query) for query in queries], [[f"p{gold}" for gold in chosen] for chosen in golds], depth
+    )
     for query, chosen, rank in zip(queries, golds, ranks, strict=True):
         scores = lucene_scores(passages, query, 0.9, 0.4)
         ranking = [number for number in np.argsort(-np.array(scores), kind="stable").tolist() if scores[number] > 0]
         expected = min((ranking.index(gold) + 1 for gold in chosen if gold in ranking), default=None)
         assert rank == (expected if expected is not None and expected <= depth else None)
-        assert index.search([" ".join(query)], depth) == [[(f"p{number}", float(scores[number])) for number in ranking[:depth]]]
+        assert index.search([" ".join(query)], depth) == [
+            [(f"p{number}", float(scores[number])) for number in ranking[:depth]]
+        ]
 
 
 def test_processes_build_the_same_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +276,11 @@ def test_several_gzipped_files_and_odd_texts(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write('\n{"id": "3", "contents": "gamma", "title": "ignored"}\n')
     index = Bm25Index.build([first, tmp_path / "b.jsonl.gz"], tmp_path / "index", progress=False)
-    assert [[docid for docid, _ in hits] for hits in index.search(["gamma", "beta", "ignored"], 1)] == [["3"], ["é ü"], []]
+    assert [[docid for docid, _ in hits] for hits in index.search(["gamma", "beta", "ignored"], 1)] == [
+        ["3"],
+        ["é ü"],
+        [],
+    ]
     assert index.contents(["é ü"]) == ["beta\nwith\u2028lines ?"]
 
 
@@ -279,7 +309,9 @@ def test_bad_collections_leave_nothing_behind(tmp_path: Path, lines: list[str], 
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 
-@pytest.mark.parametrize(("k1", "b"), [(-1, 0.4), (0.9, 1.1), (float("nan"), 0.4), (0.9, float("nan")), (float("inf"), 0)])
+@pytest.mark.parametrize(
+    ("k1", "b"), [(-1, 0.4), (0.9, 1.1), (float("nan"), 0.4), (0.9, float("nan")), (float("inf"), 0)]
+)
 def test_bad_parameters(tmp_path: Path, k1: float, b: float) -> None:
     with pytest.raises(ValueError, match="k1 >= 0 and 0 <= b <= 1"):
         Bm25Index.build(tmp_path / "c.jsonl", tmp_path / "index", k1, b)
@@ -309,19 +341,40 @@ def cut(name: str):  # type: ignore[no-untyped-def]
         (damage_manifest(analyzer="german"), "has analyzer 'german'"),
         (damage_manifest(k1="0.9"), "field 'k1' must be float"),
         (damage_manifest(num_passages=5), r"docids_offsets.npy holds int64\[5\] where the manifest counts int64\[6\]"),
-        (lambda folder: np.save(folder / "docids_offsets.npy", np.zeros(4, np.int64)), r"docids_offsets.npy holds int64\[4\]"),
-        (lambda folder: np.save(folder / "postings_codes.npy", np.zeros(6, np.float64)), r"postings_codes.npy holds float64"),
+        (
+            lambda folder: np.save(folder / "docids_offsets.npy", np.zeros(4, np.int64)),
+            r"docids_offsets.npy holds int64\[4\]",
+        ),
+        (
+            lambda folder: np.save(folder / "postings_codes.npy", np.zeros(6, np.float64)),
+            r"postings_codes.npy holds float64",
+        ),
         (
             lambda folder: np.save(folder / "code_gain.npy", np.array([{}], object), allow_pickle=True),
             "code_gain.npy is cut short or damaged",
         ),
-        (lambda folder: np.save(folder / "term_frequencies.npy", np.zeros(3, np.int32)), "term_frequencies.npy is damaged"),
+        (
+            lambda folder: np.save(folder / "term_frequencies.npy", np.zeros(3, np.int32)),
+            "term_frequencies.npy is damaged",
+        ),
         (lambda folder: (folder / "postings_docs.npy").unlink(), "postings_docs.npy is missing"),
         (lambda folder: (folder / "postings_docs.npy").write_bytes(b""), "postings_docs.npy is cut short or damaged"),
-        (lambda folder: (folder / "postings_docs.npy").write_bytes(b"nonsense" * 40), "postings_docs.npy is cut short or damaged"),
+        (
+            lambda folder: (folder / "postings_docs.npy").write_bytes(b"nonsense" * 40),
+            "postings_docs.npy is cut short or damaged",
+        ),
         *(
             (cut(f"{name}.npy"), f"{name}.npy is cut short")
-            for name in ("postings_codes", "contents", "docids", "docids_hashes", "terms", "terms_order", "contents_offsets", "term_starts")
+            for name in (
+                "postings_codes",
+                "contents",
+                "docids",
+                "docids_hashes",
+                "terms",
+                "terms_order",
+                "contents_offsets",
+                "term_starts",
+            )
         ),
     ],
 )
@@ -338,7 +391,9 @@ def run_index(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     index_command.main()
 
 
-def test_index_command_reuses_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_command_reuses_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     collection, output = write(tmp_path / "c.jsonl", PASSAGES), tmp_path / "deep" / "index"
     run_index(monkeypatch, "--collection", collection, "--output", output)
     assert "built in" in capsys.readouterr().out
@@ -395,13 +450,19 @@ def test_columns_tails_and_windows_change_no_rank(tmp_path: Path, monkeypatch: p
     """Common terms as columns and rare ones posting by posting, over many windows, against a search that scores everything."""
     draw = random.Random(1)
     common, rare = [f"c{i}" for i in range(12)], [f"r{i}" for i in range(300)]
-    texts = [" ".join(draw.choices(common, k=draw.randint(0, 6)) + draw.choices(rare, k=draw.randint(0, 4))) for _ in range(700)]
+    texts = [
+        " ".join(draw.choices(common, k=draw.randint(0, 6)) + draw.choices(rare, k=draw.randint(0, 4)))
+        for _ in range(700)
+    ]
     collection = write(tmp_path / "c.jsonl", {f"p{number}": text for number, text in enumerate(texts)})
     Bm25Index.build(collection, tmp_path / "index", progress=False)
     index = Bm25Index(tmp_path / "index", threads=3)
     monkeypatch.setattr(bm25_ranks, "SHORTEST_WINDOW", 64)
     monkeypatch.setattr(bm25_ranks, "LONGEST_WINDOW", 256)
-    queries = [" ".join(draw.choices(common, k=draw.randint(1, 9)) + draw.choices(rare, k=draw.randint(0, 30))) for _ in range(50)]
+    queries = [
+        " ".join(draw.choices(common, k=draw.randint(1, 9)) + draw.choices(rare, k=draw.randint(0, 30)))
+        for _ in range(50)
+    ]
     queries += ["c0 " * 5200 + "r1 c1", "c0 c0 c0 r1", "r1", "c1"]  # the first one's sums need more than 16 bits
     golds = [[f"p{draw.randrange(700)}" for _ in range(draw.randint(1, 3))] for _ in queries]
     chosen = []
@@ -413,6 +474,8 @@ def test_columns_tails_and_windows_change_no_rank(tmp_path: Path, monkeypatch: p
             found = [rank for rank, (docid, _) in enumerate(hits, start=1) if docid in its_golds]
             expected.append(min(found, default=None))
         assert index.gold_ranks(queries, golds, depth) == expected
-        assert [index.gold_ranks([query], [gold], depth)[0] for query, gold in zip(queries, golds, strict=True)] == expected
+        assert [
+            index.gold_ranks([query], [gold], depth)[0] for query, gold in zip(queries, golds, strict=True)
+        ] == expected
     assert max(len(columns.starts) for columns in chosen) >= 5
     assert min(len(columns.starts) for columns in chosen) == 0

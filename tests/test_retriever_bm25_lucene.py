@@ -21,14 +21,18 @@ pytestmark = [pytest.mark.lucene, pytest.mark.slow, pytest.mark.skipif(absent is
 Case = tuple[str, list[str]]  # a query and its golds
 
 
-def compare(folder: Path, passages: list[tuple[str, str]], cases: Sequence[Case]) -> tuple[Bm25Index, lucene.LuceneIndex]:
+def compare(
+    folder: Path, passages: list[tuple[str, str]], cases: Sequence[Case]
+) -> tuple[Bm25Index, lucene.LuceneIndex]:
     """Builds both indexes and holds their ranks of the golds together, to depth 100 and to depth 1,000."""
     theirs = helpers_lucene.lucene_index(passages, folder)
     ours = Bm25Index.build(folder / "collection.jsonl", folder / "bm25", progress=False)
     queries, golds = [query for query, _ in cases], [golds for _, golds in cases]
     expected = helpers_lucene.lucene_ranks(theirs, queries, golds, 1000)
     assert ours.gold_ranks(queries, golds, 1000) == expected
-    assert ours.gold_ranks(queries, golds, 100) == [rank if rank is not None and rank <= 100 else None for rank in expected]
+    assert ours.gold_ranks(queries, golds, 100) == [
+        rank if rank is not None and rank <= 100 else None for rank in expected
+    ]
     found = [rank for rank in expected if rank is not None]
     assert len(found) > len(cases) / 4  # a comparison of nothing found would show nothing
     assert len(set(found)) > 50
@@ -60,7 +64,12 @@ def test_summaries(tmp_path: Path) -> None:
     passages = [(article.docid, article.contents) for article in read_articles(find_summaries()).values()]
     draw = random.Random(2)
     words = [word for _, text in draw.sample(passages, 400) for word in text.split()]
-    cases: list[Case] = [("", ["wiki-00000"]), ("the of and to", ["wiki-00001"]), ("zzzqqq", ["wiki-00002"]), ("?!", ["wiki-00003"])]
+    cases: list[Case] = [
+        ("", ["wiki-00000"]),
+        ("the of and to", ["wiki-00001"]),
+        ("zzzqqq", ["wiki-00002"]),
+        ("?!", ["wiki-00003"]),
+    ]
     for number in range(2000):
         chosen = draw.sample(passages, draw.choice((1, 1, 2, 5)))
         its_words = chosen[0][1].split()

@@ -10,10 +10,29 @@ from retriever_server.bm25.bulk_analyzer import BulkAnalyzer
 from retriever_server.text.analyzer import analyze
 
 pieces = st.sampled_from(
-    ["the", "Dogs", "dog's", "1,000", "e-mail", "naïve", "東京", "a\u00a0b", "x\u202fy", "’s", "_", "\x1c", "\t", "\n", "  ", "é", "🏴"]
+    [
+        "the",
+        "Dogs",
+        "dog's",
+        "1,000",
+        "e-mail",
+        "naïve",
+        "東京",
+        "a\u00a0b",
+        "x\u202fy",
+        "’s",
+        "_",
+        "\x1c",
+        "\t",
+        "\n",
+        "  ",
+        "é",
+        "🏴",
+    ]
 )
 texts = st.lists(
-    st.one_of(st.lists(pieces, max_size=12).map(" ".join), st.text(alphabet=st.characters(codec="utf-8"), max_size=30)), max_size=6
+    st.one_of(st.lists(pieces, max_size=12).map(" ".join), st.text(alphabet=st.characters(codec="utf-8"), max_size=30)),
+    max_size=6,
 )
 
 

@@ -46,16 +46,24 @@ def passages() -> Iterator[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, float]]]:
     root = tmp_path_factory.mktemp("cacm")
-    (root / "c.jsonl").write_text("".join(json.dumps({"id": docid, "contents": text}) + "\n" for docid, text in passages()))
+    (root / "c.jsonl").write_text(
+        "".join(json.dumps({"id": docid, "contents": text}) + "\n" for docid, text in passages())
+    )
     index = Bm25Index.build(root / "c.jsonl", root / "index", progress=False)
-    topics = dict(re.findall(r"<DOCNO>\s*(\d+)\s*</DOCNO>(.*?)</DOC>", (CACM / "topics.cacm.txt").read_text(), re.DOTALL))
+    topics = dict(
+        re.findall(r"<DOCNO>\s*(\d+)\s*</DOCNO>(.*?)</DOC>", (CACM / "topics.cacm.txt").read_text(), re.DOTALL)
+    )
     assert (index.num_passages, len(topics)) == (3204, 64)
     return dict(zip(topics, index.search(list(topics.values()), 1000), strict=True))
 
 
 def test_published_figures(searched: dict[str, list[tuple[str, float]]]) -> None:
     # Anserini's regression for CACM, BM25 with k1 0.9 and b 0.4: MAP 0.3123, P@30 0.1942
-    run = [ir_measures.ScoredDoc(qid, docid, -rank) for qid, hits in searched.items() for rank, (docid, _) in enumerate(hits)]
+    run = [
+        ir_measures.ScoredDoc(qid, docid, -rank)
+        for qid, hits in searched.items()
+        for rank, (docid, _) in enumerate(hits)
+    ]
     found = ir_measures.calc_aggregate([AP, P @ 30], ir_measures.read_trec_qrels(str(CACM / "qrels.cacm.txt")), run)
     assert {measure: round(value, 4) for measure, value in found.items()} == {AP: 0.3123, P @ 30: 0.1942}
 
@@ -69,6 +77,9 @@ def test_scores_of_a_published_run(searched: dict[str, list[tuple[str, float]]])
     for qid, hits in published.items():
         ours = dict(searched[qid])
         for docid, score in hits:
-            assert ours[docid] == pytest.approx(score, abs=2e-4), (qid, docid)  # the file has four decimals, and breaks ties by 1e-4
+            assert ours[docid] == pytest.approx(score, abs=2e-4), (
+                qid,
+                docid,
+            )  # the file has four decimals, and breaks ties by 1e-4
         lowest = hits[-1][1]
         assert {docid for docid, score in ours.items() if score > lowest + 2e-4} <= {docid for docid, _ in hits}

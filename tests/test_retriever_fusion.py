@@ -33,8 +33,16 @@ class Fixed:
 
 
 def test_scores_by_hand() -> None:
-    assert fuse([["a", "b", "c"], ["c", "d"]], 60) == [("c", 1 / 63 + 1 / 61), ("a", 1 / 61), ("b", 1 / 62), ("d", 1 / 62)]
-    assert fuse([["a", "b"], ["b", "a"]], 60) == [("a", 1 / 61 + 1 / 62), ("b", 1 / 62 + 1 / 61)]  # a tie: the first list decides
+    assert fuse([["a", "b", "c"], ["c", "d"]], 60) == [
+        ("c", 1 / 63 + 1 / 61),
+        ("a", 1 / 61),
+        ("b", 1 / 62),
+        ("d", 1 / 62),
+    ]
+    assert fuse([["a", "b"], ["b", "a"]], 60) == [
+        ("a", 1 / 61 + 1 / 62),
+        ("b", 1 / 62 + 1 / 61),
+    ]  # a tie: the first list decides
     assert fuse([["x"], ["y"], ["z"]], 1) == [("x", 0.5), ("y", 0.5), ("z", 0.5)]
     assert fuse([["a"], []], 3) == [("a", 0.25)]
     assert fuse([[], []], 60) == []
@@ -42,7 +50,11 @@ def test_scores_by_hand() -> None:
 
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), unique=True), min_size=2, max_size=4), st.integers(1, 100))
 def test_against_exact_fractions(lists: list[list[str]], rrf_k: int) -> None:
-    exact = {d: sum(Fraction(1, rrf_k + docids.index(d) + 1) for docids in lists if d in docids) for docids in lists for d in docids}
+    exact = {
+        d: sum(Fraction(1, rrf_k + docids.index(d) + 1) for docids in lists if d in docids)
+        for docids in lists
+        for d in docids
+    }
     places = {d: [docids.index(d) if d in docids else 99 for docids in lists] for d in exact}
     fused = fuse(lists, rrf_k)
     assert [score for _, score in fused] == pytest.approx([float(exact[docid]) for docid, _ in fused])

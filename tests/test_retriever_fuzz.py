@@ -36,14 +36,19 @@ def mostly(good: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 COUNTS = mostly(st.integers(1, 300))
 CHOICE = {"index": mostly(NAMES), "indexes": mostly(st.none()) | st.lists(NAMES, max_size=3), "rrf_k": COUNTS}
 ITEMS = st.fixed_dictionaries(
-    {"id": mostly(st.text(max_size=3)), "query": mostly(NAMES)}, optional={"qid": NAMES, "gold_docids": st.lists(NAMES, max_size=3)}
+    {"id": mostly(st.text(max_size=3)), "query": mostly(NAMES)},
+    optional={"qid": NAMES, "gold_docids": st.lists(NAMES, max_size=3)},
 )
 BODIES = {
-    "/rank": (RankResponse, st.fixed_dictionaries({"items": mostly(st.lists(ITEMS, max_size=4))}, optional=CHOICE | {"depth": COUNTS})),
+    "/rank": (
+        RankResponse,
+        st.fixed_dictionaries({"items": mostly(st.lists(ITEMS, max_size=4))}, optional=CHOICE | {"depth": COUNTS}),
+    ),
     "/search": (
         SearchResponse,
         st.fixed_dictionaries(
-            {"queries": mostly(st.lists(NAMES, max_size=4)), "k": COUNTS}, optional=CHOICE | {"contents": mostly(st.booleans())}
+            {"queries": mostly(st.lists(NAMES, max_size=4)), "k": COUNTS},
+            optional=CHOICE | {"contents": mostly(st.booleans())},
         ),
     ),
     "/retrieve": (
@@ -60,7 +65,9 @@ BODIES = {
 
 @pytest.fixture(scope="module")
 def odd_server() -> Iterator[httpx.Client]:
-    with running(create_app({"main": Lengths("bm25"), "other": Lengths("ance", "az")}, {"q1": ["a"], "zz": ["gone"]})) as client:
+    with running(
+        create_app({"main": Lengths("bm25"), "other": Lengths("ance", "az")}, {"q1": ["a"], "zz": ["gone"]})
+    ) as client:
         yield client
 
 
@@ -72,7 +79,9 @@ def test_any_body_gets_an_answer_of_the_documented_form(odd_server: httpx.Client
     @settings(max_examples=300, deadline=None)
     @given(bodies | ODD)
     def check(content: Any) -> None:
-        answer = odd_server.post(path, content=json.dumps(content).encode(), headers={"content-type": "application/json"})
+        answer = odd_server.post(
+            path, content=json.dumps(content).encode(), headers={"content-type": "application/json"}
+        )
         seen.add(answer.status_code)
         assert answer.status_code in (200, 404, 422)
         (model if answer.status_code == 200 else Refusal).model_validate_json(answer.content)
@@ -88,14 +97,23 @@ def test_any_body_gets_an_answer_of_the_documented_form(odd_server: httpx.Client
     "arguments",
     [
         ["--exclude-path", "/retrieve"],
-        ["--include-path", "/retrieve", "--exclude-checks", "negative_data_rejection"],  # it takes "100" for 100, as the reference does
+        [
+            "--include-path",
+            "/retrieve",
+            "--exclude-checks",
+            "negative_data_rejection",
+        ],  # it takes "100" for 100, as the reference does
     ],
 )
 def test_schemathesis_finds_no_fault(tmp_path: Any, arguments: list[str]) -> None:
     pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     # 422 stands beside 2xx: no JSON schema says that ids differ, that two lists are equally long, or that of two fields one is given
-    (tmp_path / "schemathesis.toml").write_text('[checks]\npositive_data_acceptance.expected-statuses = ["2xx", 404, 422]\n')
-    with running(create_app({"main": Lengths("bm25"), "other": Lengths("ance", "az")}, {"q1": ["a"], "zz": ["gone"]})) as client:
+    (tmp_path / "schemathesis.toml").write_text(
+        '[checks]\npositive_data_acceptance.expected-statuses = ["2xx", 404, 422]\n'
+    )
+    with running(
+        create_app({"main": Lengths("bm25"), "other": Lengths("ance", "az")}, {"q1": ["a"], "zz": ["gone"]})
+    ) as client:
         command = [
             sys.executable,
             "-c",
@@ -103,6 +121,8 @@ def test_schemathesis_finds_no_fault(tmp_path: Any, arguments: list[str]) -> Non
             "run",
             f"{client.base_url}/openapi.json",
         ]
-        done = subprocess.run([*command, "--max-examples", "50", "--no-color", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "--max-examples", "50", "--no-color", *arguments], cwd=tmp_path, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stdout
     assert "No issues found" in done.stdout

@@ -69,8 +69,17 @@ def test_imports_by_command_with_texts_in_another_order(
     vectors = np.eye(3, dtype=np.float32)
     (tmp_path / "emb.pkl").write_bytes(pickle.dumps(vectors, protocol=4))
     (tmp_path / "ids.pkl").write_bytes(pickle.dumps(np.array([30, 10, 20])))
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"id": str(n), "contents": f"text {n}"}) + "\n" for n in (10, 20, 30, 40)))
-    command = ["index", "import-blocks", "--embeddings", str(tmp_path / "emb.pkl"), "--corpus_docid_path", str(tmp_path / "ids.pkl")]
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"id": str(n), "contents": f"text {n}"}) + "\n" for n in (10, 20, 30, 40))
+    )
+    command = [
+        "index",
+        "import-blocks",
+        "--embeddings",
+        str(tmp_path / "emb.pkl"),
+        "--corpus_docid_path",
+        str(tmp_path / "ids.pkl"),
+    ]
     command += ["--collection", str(tmp_path / "texts.jsonl"), "--output", str(tmp_path / "index")]
     monkeypatch.setattr(sys, "argv", command)
     index_command.main()

@@ -24,7 +24,8 @@ def raw_post(client: httpx.Client, path: str, content: Any) -> socket.socket:
     data = json.dumps(content).encode()
     connection = socket.create_connection((client.base_url.host, client.base_url.port or 0))
     connection.sendall(
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+        + data
     )
     return connection
 
@@ -46,20 +47,26 @@ def overload(monkeypatch: pytest.MonkeyPatch, clients: int, requests: int) -> in
 
     def counted(response: httpx.Response) -> float:
         refusals.append(original(response))
-        return 0.0 if clients < 64 else refusals[-1]  # the small test does not sit out the second that the server asks for
+        return (
+            0.0 if clients < 64 else refusals[-1]
+        )  # the small test does not sit out the second that the server asks for
 
     original = retriever._retry_after_s
     monkeypatch.setattr(retriever, "_retry_after_s", counted)
     searcher, wrong = Lengths(), []
     searcher.pause_s = 0.005
     queries = ["x" * length for length in range(1, 9)]
-    app = create_app({"x": searcher}, limits=Limits(items=8), settings=BatchSettings(threads=1, max_batch=4, max_queue=16))
+    app = create_app(
+        {"x": searcher}, limits=Limits(items=8), settings=BatchSettings(threads=1, max_batch=4, max_queue=16)
+    )
 
     def work(url: str, number: int) -> None:
         with RetrieverClient(url, depth=100, max_wait_s=240) as client:
             for _ in range(requests):
                 mine = [query + "y" * number for query in queries]
-                if (ranks := client.gold_ranks([["a"]] * 8, mine)) != [length if (length := len(query)) <= 100 else None for query in mine]:
+                if (ranks := client.gold_ranks([["a"]] * 8, mine)) != [
+                    length if (length := len(query)) <= 100 else None for query in mine
+                ]:
                     wrong.append((number, ranks))
 
     with running(app) as client:
@@ -95,7 +102,9 @@ def test_a_refusal_says_when_to_come_back() -> None:
             answer = client.post(path, json=content)
             assert answer.status_code == 503
             assert answer.headers["retry-after"] == "1"
-            assert answer.json()["detail"].startswith("the server is busy: 2 items are waiting and 2 more were sent, the limit is 3")
+            assert answer.json()["detail"].startswith(
+                "the server is busy: 2 items are waiting and 2 more were sent, the limit is 3"
+            )
         searcher.gate.set()
         assert b'"ranks":{"0":2,"1":1}' in received(first)
         assert client.post("/rank", json=body("xyz", "x")).json()["ranks"] == {"0": 3, "1": 1}
@@ -132,15 +141,22 @@ def test_faults_of_the_searcher(caplog: pytest.LogCaptureFixture) -> None:
         assert crashed.status_code == 500
         assert crashed.json() == {"detail": "the server failed at request step-7.a: see its log"}
         assert client.post("/rank", json=body("one")).status_code == 200
-    failures = [record for record in caplog.records if record.name == "retriever_server" and record.levelno == logging.ERROR]
+    failures = [
+        record for record in caplog.records if record.name == "retriever_server" and record.levelno == logging.ERROR
+    ]
     assert [record.fields["request_id"] for record in failures] == ["step-7.a"]  # type: ignore[attr-defined]
     assert "MemoryError: no memory" in caplog.text
 
 
 def test_request_ids_are_echoed_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "retriever_server"), running(create_app({"x": Lengths()})) as client:
-        assert client.post("/rank", json=body("q", "r"), headers={"x-request-id": "abc-1"}).headers["x-request-id"] == "abc-1"
-        made = client.post("/rank", json={"items": 1}, headers={"x-request-id": "no good\u00e9".encode("latin-1")}).headers["x-request-id"]
+        assert (
+            client.post("/rank", json=body("q", "r"), headers={"x-request-id": "abc-1"}).headers["x-request-id"]
+            == "abc-1"
+        )
+        made = client.post(
+            "/rank", json={"items": 1}, headers={"x-request-id": "no good\u00e9".encode("latin-1")}
+        ).headers["x-request-id"]
         assert len(made) == 32
         client.get("/health")
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records if record.getMessage() == "request"]
@@ -179,7 +195,9 @@ def test_metrics(tmp_path: Any) -> None:
         page = client.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
     found = {
-        (s.name, *sorted(s.labels.values())): s.value for family in parser.text_string_to_metric_families(page.text) for s in family.samples
+        (s.name, *sorted(s.labels.values())): s.value
+        for family in parser.text_string_to_metric_families(page.text)
+        for s in family.samples
     }
     expected = {
         ("retriever_requests_total", "/rank", "200"): 2,
@@ -214,7 +232,9 @@ def test_the_cache_answers_after_a_restart(tmp_path: Any) -> None:
         assert second.seen == []
         mixed = client.post("/rank", json=body("seven77", "one", "refuse")).json()
         assert (mixed["ranks"], list(mixed["errors"])) == ({"0": 7, "1": 3}, ["2"])
-        assert client.post("/rank", json=body("one", depth=2)).json()["ranks"] == {"0": None}  # another depth, another key
+        assert client.post("/rank", json=body("one", depth=2)).json()["ranks"] == {
+            "0": None
+        }  # another depth, another key
     assert set(second.seen) == {"seven77", "refuse", "one"}
 
 
@@ -227,9 +247,15 @@ def test_fused_searches() -> None:
 
         answer = search(index="bm25+ance")
         assert answer["index_id"] == "rrf60(bm25-1+ance-1)"
-        assert [(hit["docid"], hit["score"]) for hit in answer["results"][0]] == [("c", 1 / 63 + 1 / 61), ("a", 1 / 61), ("b", 1 / 62)]
+        assert [(hit["docid"], hit["score"]) for hit in answer["results"][0]] == [
+            ("c", 1 / 63 + 1 / 61),
+            ("a", 1 / 61),
+            ("b", 1 / 62),
+        ]
         assert search(indexes=["bm25", "ance"]) == answer
-        assert search(indexes=["ance", "bm25"], rrf_k=1, k=2)["results"] == [[{"docid": "c", "score": 0.75}, {"docid": "a", "score": 0.5}]]
+        assert search(indexes=["ance", "bm25"], rrf_k=1, k=2)["results"] == [
+            [{"docid": "c", "score": 0.75}, {"docid": "a", "score": 0.5}]
+        ]
         assert search(indexes=["ance"])["index_id"] == "ance-1"
         assert search(index="a+b")["index_id"] == "odd-1"  # an index's own name goes first
         items = [{"id": docid, "query": "q", "gold_docids": [docid]} for docid in "abcdx"]
@@ -244,7 +270,9 @@ def test_fused_searches() -> None:
             ({"index": "\ud800"}, 404, "there is no index '\\ud800' here"),
         ):
             refused = client.post(
-                "/search", content=json.dumps({"queries": ["q"], "k": 3} | request), headers={"content-type": "application/json"}
+                "/search",
+                content=json.dumps({"queries": ["q"], "k": 3} | request),
+                headers={"content-type": "application/json"},
             )
             assert (refused.status_code, message in refused.json()["detail"]) == (status, True), refused.text
         many = {"items": items, "index": "bm25+ance", "depth": 5000}

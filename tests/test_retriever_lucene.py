@@ -58,7 +58,14 @@ def test_scores_by_hand(index: LuceneIndex) -> None:
     assert [score for _, score in hits] == pytest.approx([0.2362085, 0.1917607, 0.1917607], abs=1e-6)
     (hits,) = index.search(["birds, cats and cats"], 1)
     assert hits == [("d2", pytest.approx(0.5960261 + 2 * 0.2362085, abs=1e-6))]
-    assert index.gold_ranks(["cat"] * 6, [["d2"], ["d1"], ["d4"], ["d3"], ["d4", "d1"], ["d3", "d4"]], 100) == [1, 2, 3, None, 2, 3]
+    assert index.gold_ranks(["cat"] * 6, [["d2"], ["d1"], ["d4"], ["d3"], ["d4", "d1"], ["d3", "d4"]], 100) == [
+        1,
+        2,
+        3,
+        None,
+        2,
+        3,
+    ]
     assert index.gold_ranks(["cat", "cat"], [["d1"], ["d4"]], 2) == [2, None]
 
 
@@ -101,13 +108,18 @@ def random_index(oracle: None, tmp_path_factory: pytest.TempPathFactory) -> Luce
     """300 short passages over twelve words: many ties."""
     random = Random(5)
     texts = [" ".join(random.choices(WORDS, k=random.randrange(1, 8))) for _ in range(300)]
-    return helpers_lucene.lucene_index(((f"p{number}", text) for number, text in enumerate(texts)), tmp_path_factory.mktemp("random"))
+    return helpers_lucene.lucene_index(
+        ((f"p{number}", text) for number, text in enumerate(texts)), tmp_path_factory.mktemp("random")
+    )
 
 
 @pytest.mark.lucene
 def test_ranks_are_places_in_the_list(random_index: LuceneIndex) -> None:
     random = Random(6)
-    queries = [" ".join(random.choices(["ant", "bee", "cats", "dog dog", "the", "zebra"], k=random.randrange(1, 6))) for _ in range(40)]
+    queries = [
+        " ".join(random.choices(["ant", "bee", "cats", "dog dog", "the", "zebra"], k=random.randrange(1, 6)))
+        for _ in range(40)
+    ]
     golds = [[f"p{random.randrange(300)}" for _ in range(random.randrange(1, 4))] for _ in queries]
     lists = [[docid for docid, _ in hits] for hits in random_index.search(queries, 300)]
     for depth in (1, 20, 1000):
@@ -142,8 +154,13 @@ def test_the_reference_path_finds_the_same_passages(index: LuceneIndex, random_i
     assert index.reference_path(["bird cat", "", "dog"], 1, threads=2) == [["d2"], [], ["d1"]]
     queries = ["ant bee", "kite", "the"]
     found = random_index.reference_path(queries, 300, threads=2)
-    assert list(map(sorted, found)) == [sorted(docid for docid, _ in hits) for hits in random_index.search(queries, 300)]
-    assert list(map(len, found[1:])) == [sum("kite" in analyze(text) for text in random_index.contents([f"p{n}" for n in range(300)])), 0]
+    assert list(map(sorted, found)) == [
+        sorted(docid for docid, _ in hits) for hits in random_index.search(queries, 300)
+    ]
+    assert list(map(len, found[1:])) == [
+        sum("kite" in analyze(text) for text in random_index.contents([f"p{n}" for n in range(300)])),
+        0,
+    ]
 
 
 @pytest.mark.lucene
@@ -161,7 +178,9 @@ def test_the_commands_go_there_and_back(oracle: None, tmp_path: Path) -> None:
     def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join([str(ROOT), *sys.path])
         full = [sys.executable, "-m", "retriever_server.lucene", *map(str, arguments)]
-        return subprocess.run(full, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+        return subprocess.run(
+            full, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+        )
 
     done = command("build", "--collection", "collection.jsonl.gz", "--output", "index")
     assert (done.returncode, done.stdout) == (0, "index: 5 passages\n"), done.stderr
@@ -176,8 +195,12 @@ def test_the_commands_go_there_and_back(oracle: None, tmp_path: Path) -> None:
 @pytest.mark.lucene
 def test_deleted_passages_are_left_out(oracle: None, tmp_path: Path) -> None:
     index = helpers_lucene.lucene_index(PASSAGES, tmp_path)
-    directory = lucene.java("org.apache.lucene.store.FSDirectory").open(lucene.java("java.nio.file.Paths").get(str(index.folder)))
-    writer = lucene.java("org.apache.lucene.index.IndexWriter")(directory, lucene.java("org.apache.lucene.index.IndexWriterConfig")())
+    directory = lucene.java("org.apache.lucene.store.FSDirectory").open(
+        lucene.java("java.nio.file.Paths").get(str(index.folder))
+    )
+    writer = lucene.java("org.apache.lucene.index.IndexWriter")(
+        directory, lucene.java("org.apache.lucene.index.IndexWriterConfig")()
+    )
     term = lucene.java("org.apache.lucene.index.Term")("id", "d2")
     writer.updateDocuments(term, lucene.java("java.util.ArrayList")())  # by none; pyjnius cannot call deleteDocuments
     writer.close()
@@ -211,6 +234,7 @@ def test_an_absent_extra_is_named(monkeypatch: pytest.MonkeyPatch, absent: str) 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else found)
     monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / "anserini-0-fatjar.jar"])
     with pytest.raises(
-        ValueError, match=rf"the package {absent}, which is not installed: install the extra: pip install .*pyserini==1.6.0"
+        ValueError,
+        match=rf"the package {absent}, which is not installed: install the extra: pip install .*pyserini==1.6.0",
     ):
         lucene._jnius.__wrapped__()

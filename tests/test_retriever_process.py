@@ -27,7 +27,9 @@ GOLDS = [[f"p{number}"] for number in range(40)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("process")
-    (root / "c.jsonl").write_text("\n".join(json.dumps({"id": docid, "contents": text}) for docid, text in PASSAGES.items()))
+    (root / "c.jsonl").write_text(
+        "\n".join(json.dumps({"id": docid, "contents": text}) for docid, text in PASSAGES.items())
+    )
     Bm25Index.build(root / "c.jsonl", root / "index", progress=False)
     return root / "index"
 
@@ -124,15 +126,23 @@ serve(create_app({{"slow": Slow({str(folder)!r})}}), "127.0.0.1", 0, "slow")
         url = line.split()[1]
         answers: list[httpx.Response] = []
         body = {"items": [{"id": "a", "query": "word0", "gold_docids": ["p0"]}]}
-        thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/rank", json=body, timeout=20, trust_env=False)))
+        thread = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/rank", json=body, timeout=20, trust_env=False))
+        )
         thread.start()
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 10
-        while (refused := httpx.post(f"{url}/rank", json={"items": []}, trust_env=False)).status_code == 200:  # until it takes no more
+        while (
+            refused := httpx.post(f"{url}/rank", json={"items": []}, trust_env=False)
+        ).status_code == 200:  # until it takes no more
             assert time.monotonic() < deadline
-        assert (refused.status_code, refused.headers["retry-after"], refused.headers["connection"]) == (503, "1", "close")
+        assert (refused.status_code, refused.headers["retry-after"], refused.headers["connection"]) == (
+            503,
+            "1",
+            "close",
+        )
         assert "stopping" in refused.json()["detail"]
         assert httpx.get(f"{url}/health", trust_env=False).status_code == 503
         (tmp_path / "go").touch()
@@ -213,7 +223,16 @@ def test_a_killed_server_that_is_started_again_only_delays(folder: Path) -> None
 @pytest.mark.slow
 def test_command_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "dev.trec").write_text("q1 0 p0 1\n")
-    arguments = ["-m", "retriever_server", "--index_path", f"wiki={folder}", "--trec_path", str(tmp_path / "dev.trec"), "--port", "0"]
+    arguments = [
+        "-m",
+        "retriever_server",
+        "--index_path",
+        f"wiki={folder}",
+        "--trec_path",
+        str(tmp_path / "dev.trec"),
+        "--port",
+        "0",
+    ]
     with started(*arguments, "--bm25_k1", "0.9", "--bm25_b", "0.4", "--exit-with-parent") as (process, line):
         index_id = Bm25Index.load(folder).index_id
         assert re.fullmatch(rf"retriever_server: http://127\.0\.0\.1:\d+ ready, index {index_id}, 60 passages\n", line)
@@ -236,7 +255,10 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
             ["--index_path", "{}", "--retriever_name", "ance"],
             "error: --retriever_name ance, but {} is an index of bm25: leave the flag out",
         ),
-        (["--index_path", "{}", "--max_queue", "100"], "error: --max_queue 100 is less than --max_items 10000: lower the latter"),
+        (
+            ["--index_path", "{}", "--max_queue", "100"],
+            "error: --max_queue 100 is less than --max_items 10000: lower the latter",
+        ),
     ],
 )
 def test_command_line_faults(folder: Path, arguments: list[str], message: str) -> None:

@@ -52,7 +52,9 @@ def test_rank_incentive(rank: int | None, expected: float) -> None:
     assert rank_incentive(rank) == near(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(1, 1.0), (2, 0.5), (3, 1 / 3), (10, 0.1), (100, 0.01), (101, 0.0), (None, 0.0)])
+@pytest.mark.parametrize(
+    ("rank", "expected"), [(1, 1.0), (2, 0.5), (3, 1 / 3), (10, 0.1), (100, 0.01), (101, 0.0), (None, 0.0)]
+)
 def test_reciprocal_and_mrr(rank: int | None, expected: float) -> None:
     assert reciprocal(rank) == mrr(rank) == near(expected, abs=1e-12)
 
@@ -65,7 +67,9 @@ def test_exponential(rank: int | None, expected: float) -> None:
     assert exponential(rank) == near(expected, abs=1e-15)
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(1, 1.0), (2, 0.6309297535714575), (3, 0.5), (4, 0.0), (100, 0.0), (None, 0.0)])
+@pytest.mark.parametrize(
+    ("rank", "expected"), [(1, 1.0), (2, 0.6309297535714575), (3, 0.5), (4, 0.0), (100, 0.0), (None, 0.0)]
+)
 def test_ndcg_at_3(rank: int | None, expected: float) -> None:
     assert ndcg_at_3(rank) == near(expected, abs=1e-12)
 
@@ -96,7 +100,9 @@ def test_curriculum_in_both_phases(rank: int | None, early: float, late: float) 
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("shape", [*SHAPES, "curriculum"])
 @pytest.mark.parametrize("rank", [1, 100, None])
-def test_a_broken_form_gets_the_penalty_instead_of_the_reward(error: RewriteError, shape: str, rank: int | None) -> None:
+def test_a_broken_form_gets_the_penalty_instead_of_the_reward(
+    error: RewriteError, shape: str, rank: int | None
+) -> None:
     assert reward(Rewrite(None, error), rank, shape=shape) == -0.1
     assert reward(Rewrite(None, error), rank, shape=shape, format_penalty=-0.75) == -0.75
 

@@ -27,14 +27,22 @@ rewrites = st.text(min_size=1, max_size=20).map(lambda text: Rewrite(text, None)
     ["no_tag", "many_tags", "empty", "truncated", "format"]
 ).map(lambda error: Rewrite(None, error))  # type: ignore[arg-type]
 finite = st.floats(-10, 10)
-samples = st.builds(Rollout, st.text(max_size=10), token_ids, completions, rewrites, st.none() | st.integers(1, 1000), finite, finite)
+samples = st.builds(
+    Rollout, st.text(max_size=10), token_ids, completions, rewrites, st.none() | st.integers(1, 1000), finite, finite
+)
 
 
 def group(number: int, size: int = 2) -> list[Rollout]:
     """The samples of one prompt, told apart by rank and text."""
     return [
         Rollout(
-            f"q{number}", (number, 7), Completion((k,), (-0.5,), f"{number}.{k}", "stop"), Rewrite(f"{number}.{k}", None), k + 1, 1.0, 0.0
+            f"q{number}",
+            (number, 7),
+            Completion((k,), (-0.5,), f"{number}.{k}", "stop"),
+            Rewrite(f"{number}.{k}", None),
+            k + 1,
+            1.0,
+            0.0,
         )
         for k in range(size)
     ]
@@ -49,7 +57,9 @@ def test_what_is_dumped_is_read_back(tmp_path: Path, rollouts_N: list[Rollout]) 
 
 def test_the_file_and_its_columns(tmp_path: Path) -> None:
     rollouts.dump(
-        tmp_path, 12, [*group(1), Rollout("q2", (2,), Completion((), (), "", "length"), Rewrite(None, "truncated"), None, -0.1, 0.0)]
+        tmp_path,
+        12,
+        [*group(1), Rollout("q2", (2,), Completion((), (), "", "length"), Rewrite(None, "truncated"), None, -0.1, 0.0)],
     )
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == ["rollouts/000012.parquet"]
     table = pq.read_table(tmp_path / "rollouts" / "000012.parquet")
@@ -63,7 +73,11 @@ def test_the_file_and_its_columns(tmp_path: Path) -> None:
 
 def test_log_probs_are_kept_in_float32_and_rewards_whole(tmp_path: Path) -> None:
     logprob, reward = -0.1234567890123, 19 / 9 - 3 / 9
-    rollouts.dump(tmp_path, 0, [Rollout("q", (1,), Completion((5,), (logprob,), "a", "stop"), Rewrite("a", None), 3, reward, -reward)])
+    rollouts.dump(
+        tmp_path,
+        0,
+        [Rollout("q", (1,), Completion((5,), (logprob,), "a", "stop"), Rewrite("a", None), 3, reward, -reward)],
+    )
     (read,) = rollouts.load(tmp_path, 0)
     assert read.completion.logprobs == (float(np.float32(logprob)),)
     assert (read.reward, read.advantage) == (reward, -reward)
@@ -92,7 +106,12 @@ def test_a_replay_gives_back_samples_and_ranks_step_by_step(tmp_path: Path) -> N
     replay = rollouts.Replay(tmp_path, 5)
     for step in (5, 6):
         sampled = replay.generate([(step, 7), (step + 10, 7)], 2, seed=99)
-        assert [completion.text for completion in sampled] == [f"{step}.0", f"{step}.1", f"{step + 10}.0", f"{step + 10}.1"]
+        assert [completion.text for completion in sampled] == [
+            f"{step}.0",
+            f"{step}.1",
+            f"{step + 10}.0",
+            f"{step + 10}.1",
+        ]
         assert replay.gold_ranks([("d",)] * 4, ["any"] * 4) == [1, 2, 1, 2]
         replay.load_weights({}, version=step)
     with pytest.raises(ValueError, match=rf"^{tmp_path}/rollouts/000007\.parquet: no rollouts of step 7 to replay$"):
@@ -112,5 +131,7 @@ def test_a_replay_gives_back_samples_and_ranks_step_by_step(tmp_path: Path) -> N
 )
 def test_a_replay_of_other_prompts_is_refused(tmp_path: Path, prompts: list[tuple[int, ...]], n: int) -> None:
     rollouts.dump(tmp_path, 0, [*group(1), *group(2)])
-    with pytest.raises(ValueError, match=r"000000\.parquet holds other prompts than this run draws: same data, seed and batch sizes"):
+    with pytest.raises(
+        ValueError, match=r"000000\.parquet holds other prompts than this run draws: same data, seed and batch sizes"
+    ):
         rollouts.Replay(tmp_path, 0).generate(prompts, n, seed=0)

@@ -12,7 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def bash(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("STACKEXCHANGE", "BRIGHT")}
     return subprocess.run(
-        ["bash", "scripts/rqr_gpu.sh", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        ["bash", "scripts/rqr_gpu.sh", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 

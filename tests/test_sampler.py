@@ -24,7 +24,12 @@ from convsearch.sampling import hf as module
 from convsearch.sampling.hf import HfSampler, SamplingConfig, Scaffold, Tensors, _inverse_cdf
 from convsearch.types import Completion, Conversation
 
-CHATS = ("Q: where is rome? Q: its food?", "oslo", "Q: where is lima?\nQ: its rivers? and its history? and its food?", "tokyo tokyo tokyo")
+CHATS = (
+    "Q: where is rome? Q: its food?",
+    "oslo",
+    "Q: where is lima?\nQ: its rivers? and its history? and its food?",
+    "tokyo tokyo tokyo",
+)
 
 
 class World:
@@ -36,7 +41,9 @@ class World:
         self.stop_ids = stop_token_ids(self.model, self.tokenizer)
         self.prompts = [encode_chat(self.tokenizer, ({"role": "user", "content": text},)) for text in CHATS]
 
-    def sampler(self, config: SamplingConfig, scaffold: Scaffold | None = None, stop_ids: tuple[int, ...] | None = None) -> HfSampler:
+    def sampler(
+        self, config: SamplingConfig, scaffold: Scaffold | None = None, stop_ids: tuple[int, ...] | None = None
+    ) -> HfSampler:
         return HfSampler(self.model, self.tokenizer, config, self.stop_ids if stop_ids is None else stop_ids, scaffold)
 
     def plain(self, attention: str = "eager") -> Any:
@@ -64,7 +71,9 @@ def plain_logprobs(model: Any, prompt: Sequence[int], tokens: Sequence[int], tem
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_logprobs_are_those_of_plain_transformers(kind: str, attention: str, temperature: float, request: pytest.FixtureRequest) -> None:
+def test_logprobs_are_those_of_plain_transformers(
+    kind: str, attention: str, temperature: float, request: pytest.FixtureRequest
+) -> None:
     world: World = request.getfixturevalue(kind)
     plain = world.plain(attention)
     completions = world.sampler(SamplingConfig(temperature, max_tokens=12)).generate(world.prompts, 3, seed=5)
@@ -81,7 +90,9 @@ def test_logprobs_are_those_of_plain_transformers(kind: str, attention: str, tem
 def test_greedy_is_transformers_generate(kind: str, penalty: float, request: pytest.FixtureRequest) -> None:
     world: World = request.getfixturevalue(kind)
     plain = world.plain("sdpa")
-    ours = world.sampler(SamplingConfig(0.0, max_tokens=20, repetition_penalty=penalty)).generate(world.prompts, 1, seed=0)
+    ours = world.sampler(SamplingConfig(0.0, max_tokens=20, repetition_penalty=penalty)).generate(
+        world.prompts, 1, seed=0
+    )
     for prompt, completion in zip(world.prompts, ours, strict=True):
         options = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": penalty}
         theirs = plain.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)
@@ -96,8 +107,13 @@ def same(left: Completion, right: Completion) -> None:
 def test_a_sample_does_not_depend_on_its_batch(llama: World) -> None:
     keys = [11, 22, 33, 44]
     together = llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate(llama.prompts, 3, seed=9, keys=keys)
-    alone = [llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate([p], 3, 9, [k]) for p, k in zip(llama.prompts, keys, strict=True)]
-    small = llama.sampler(SamplingConfig(1.0, max_tokens=10, batch_size=6)).generate(llama.prompts, 3, seed=9, keys=keys)
+    alone = [
+        llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate([p], 3, 9, [k])
+        for p, k in zip(llama.prompts, keys, strict=True)
+    ]
+    small = llama.sampler(SamplingConfig(1.0, max_tokens=10, batch_size=6)).generate(
+        llama.prompts, 3, seed=9, keys=keys
+    )
     fewer = llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate(llama.prompts, 2, seed=9, keys=keys)
     for number, completion in enumerate(together):
         same(completion, alone[number // 3][number % 3])
@@ -115,7 +131,9 @@ def test_seed_key_and_number_all_matter(llama: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_reading_the_common_prefix_once_changes_nothing(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_the_common_prefix_once_changes_nothing(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world: World = request.getfixturevalue(kind)
     prompts = [world.prompts[0] + (tail,) * (tail % 5) for tail in (70, 71, 72, 74)] + [world.prompts[0]]
     shared = module._common_prefix(prompts)
@@ -157,7 +175,9 @@ def test_first_tokens_follow_the_model(llama: World) -> None:
     from scipy.stats import chisquare
 
     draws = 4000
-    completions = llama.sampler(SamplingConfig(1.0, max_tokens=1, batch_size=draws)).generate([llama.prompts[0]], draws, seed=1)
+    completions = llama.sampler(SamplingConfig(1.0, max_tokens=1, batch_size=draws)).generate(
+        [llama.prompts[0]], draws, seed=1
+    )
     with torch.no_grad():
         probs = llama.plain()(torch.tensor([llama.prompts[0]])).logits[0, -1].softmax(-1).double().numpy()
     counts = np.bincount([completion.token_ids[0] for completion in completions], minlength=len(probs))
@@ -209,7 +229,9 @@ def test_stop_tokens_end_a_sample_and_stay_in_it(llama: World) -> None:
 
 def test_a_stop_token_in_the_last_place_counts_as_a_stop(llama: World) -> None:
     (free,) = llama.sampler(SamplingConfig(1.0, max_tokens=6), stop_ids=()).generate(llama.prompts[:1], 1, seed=4)
-    (ended,) = llama.sampler(SamplingConfig(1.0, max_tokens=6), stop_ids=(free.token_ids[-1],)).generate(llama.prompts[:1], 1, seed=4)
+    (ended,) = llama.sampler(SamplingConfig(1.0, max_tokens=6), stop_ids=(free.token_ids[-1],)).generate(
+        llama.prompts[:1], 1, seed=4
+    )
     assert (ended.token_ids, ended.finish_reason) == (free.token_ids, "stop")
 
 
@@ -220,7 +242,9 @@ def test_the_scaffold_always_parses(kind: str, temperature: float, request: pyte
     scaffold = Scaffold.rewrite_form(6, 5)
     sampler = world.sampler(SamplingConfig(temperature, max_tokens=64, batch_size=256), scaffold)
     completions = sampler.generate(world.prompts, 50, seed=2)
-    assert [parse_rewrite(completion.text, completion.finish_reason).error for completion in completions] == [None] * 200
+    assert [parse_rewrite(completion.text, completion.finish_reason).error for completion in completions] == [
+        None
+    ] * 200
     literal_tokens = sum(len(world.tokenizer.encode(text)) for text in scaffold.literals)
     lengths = [len(completion.token_ids) - literal_tokens for completion in completions]
     assert 2 <= min(lengths) <= max(lengths) <= 11
@@ -254,7 +278,9 @@ def test_a_long_limit_costs_no_memory_before_it_is_needed(llama: World, monkeypa
 
     monkeypatch.setattr(HfSampler, "_forward", spy)
     monkeypatch.setattr(module, "FIRST_CAPACITY", 8)
-    long = llama.sampler(SamplingConfig(1.0, max_tokens=4096), stop_ids=llama.stop_ids + tuple(range(2, 20))).generate(llama.prompts, 2, 6)
+    long = llama.sampler(SamplingConfig(1.0, max_tokens=4096), stop_ids=llama.stop_ids + tuple(range(2, 20))).generate(
+        llama.prompts, 2, 6
+    )
     assert max(len(completion.token_ids) for completion in long) > 16
     assert all(length < capacity <= max(8, 2 * length) for length, capacity in capacities)
     plain = llama.plain()
@@ -265,7 +291,12 @@ def test_a_long_limit_costs_no_memory_before_it_is_needed(llama: World, monkeypa
 
 @pytest.mark.parametrize(
     ("wrong", "named"),
-    [({"temperature": -1}, "temperature"), ({"top_p": 1.1}, "top_p"), ({"top_k": -1}, "top_k"), ({"max_tokens": 0}, "max_tokens")],
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
 )
 def test_settings_out_of_range_are_named(wrong: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):

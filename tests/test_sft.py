@@ -54,19 +54,30 @@ def plain_loss(folder: Path, rows: list[tuple[str, str, str]]) -> float:
     """transformers' loss of a padded batch with labels; the chat form written out by hand."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"),
+    )
     encoded = []
     for _, prompt, answer in rows:
-        start = tokenizer.encode(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)
+        start = tokenizer.encode(
+            f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+        )
         encoded.append((start, tokenizer.encode(f"{answer}<|im_end|>", add_special_tokens=False)))
     longest = max(len(start) + len(end) for start, end in encoded)
     ids = torch.tensor([[*start, *end, *[9] * (longest - len(start) - len(end))] for start, end in encoded])
-    labels = torch.tensor([[-100] * len(start) + end + [-100] * (longest - len(start) - len(end)) for start, end in encoded])
-    mask = torch.tensor([[1] * (len(start) + len(end)) + [0] * (longest - len(start) - len(end)) for start, end in encoded])
+    labels = torch.tensor(
+        [[-100] * len(start) + end + [-100] * (longest - len(start) - len(end)) for start, end in encoded]
+    )
+    mask = torch.tensor(
+        [[1] * (len(start) + len(end)) + [0] * (longest - len(start) - len(end)) for start, end in encoded]
+    )
     return float(model(input_ids=ids, attention_mask=mask, labels=labels).loss)
 
 
-def test_the_loss_is_transformers_own_with_masked_prompts(tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_loss_is_transformers_own_with_masked_prompts(
+    tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
     metrics = trained(
         tiny_llama,
         files,
@@ -85,7 +96,9 @@ def test_the_loss_is_transformers_own_with_masked_prompts(tiny_llama: Path, file
     assert metrics[1]["val_loss"] < metrics[0]["val_loss"]
 
 
-def test_the_micro_batch_size_does_not_change_the_losses(tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_micro_batch_size_does_not_change_the_losses(
+    tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
     runs = {
         name: losses(trained(tiny_llama, files, tmp_path / name, **changed))
         for name, changed in {
@@ -135,7 +148,10 @@ def test_a_broken_run_has_the_losses_of_an_unbroken_one(
     assert [record["lr"] for record in broken] == [record["lr"] for record in unbroken]
     left, right = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("broken", "unbroken"))
     assert left == right
-    assert sorted(path.name for path in (tmp_path / "broken").glob("global_step_*")) == ["global_step_6", "global_step_7"]
+    assert sorted(path.name for path in (tmp_path / "broken").glob("global_step_*")) == [
+        "global_step_6",
+        "global_step_7",
+    ]
     assert not list((tmp_path / "broken").glob("**/*tmp*"))
 
 
@@ -157,7 +173,10 @@ def test_the_export_loads_in_transformers_with_the_trained_weights(
     trained(source, files, tmp_path, total_training_steps=2)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    saved, checkpoint = load_file(tmp_path / "model" / "model.safetensors"), load_file(tmp_path / "global_step_2" / "model.safetensors")
+    saved, checkpoint = (
+        load_file(tmp_path / "model" / "model.safetensors"),
+        load_file(tmp_path / "global_step_2" / "model.safetensors"),
+    )
     start = dict(AutoModelForCausalLM.from_pretrained(source).named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved[name])
@@ -191,7 +210,9 @@ def failed(model: Path, train: Path, run_dir: Path, **changed: Any) -> str:
     return helpers.one_sentence(*helpers.call(sft.main, helpers.sft_overrides(model, train, run_dir, **changed)))
 
 
-def test_a_truncated_checkpoint_is_named_with_the_remedy(tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_named_with_the_remedy(
+    tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
     whole = losses(trained(tiny_llama, files, tmp_path, trainer__save_freq=2))
     (tmp_path / "model" / "model.safetensors").unlink()  # as if the run had ended before the export
     damaged = tmp_path / "global_step_4" / "optimizer.safetensors"
@@ -210,7 +231,9 @@ def test_a_truncated_checkpoint_is_named_with_the_remedy(tiny_llama: Path, files
 
 def test_mistakes_in_the_data_are_one_sentence(tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
     run_dir, rows = tmp_path / "run", helpers.sft_rows(TRAIN)
-    no_column = helpers.write_parquet(tmp_path / "columns.parquet", [{k: v for k, v in row.items() if k != "extra_info"} for row in rows])
+    no_column = helpers.write_parquet(
+        tmp_path / "columns.parquet", [{k: v for k, v in row.items() if k != "extra_info"} for row in rows]
+    )
     assert f"{no_column}: column 'extra_info' is missing" in failed(tiny_llama, no_column, run_dir)
     no_key = helpers.write_parquet(tmp_path / "keys.parquet", [{**row, "extra_info": {"prompt": "a"}} for row in rows])
     assert "row 0: column 'extra_info' has no key 'answer'" in failed(tiny_llama, no_key, run_dir)
@@ -226,7 +249,9 @@ def test_mistakes_in_the_data_are_one_sentence(tiny_llama: Path, files: tuple[Pa
     assert f"{tmp_path / 'none.parquet'}: no such file" in failed(tiny_llama, tmp_path / "none.parquet", run_dir)
     error = failed(tiny_llama, files[0], run_dir, max_length=30, data__truncation="error")
     assert "above data.max_length=30" in error
-    assert "13 rows do not fill one batch of data.train_batch_size=16" in failed(tiny_llama, files[0], run_dir, train_batch_size=16)
+    assert "13 rows do not fill one batch of data.train_batch_size=16" in failed(
+        tiny_llama, files[0], run_dir, train_batch_size=16
+    )
 
 
 def test_mistakes_in_the_model_are_one_sentence(tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -244,11 +269,15 @@ def test_mistakes_in_the_model_are_one_sentence(tiny_llama: Path, files: tuple[P
     assert f"{bare} does not load as a causal language model" in failed(bare, files[0], run_dir)
     (silent / "chat_template.jinja").unlink()
     assert f"the tokenizer of {silent} has no chat template" in failed(silent, files[0], run_dir)
-    assert "data.max_length=2048 tokens is above the model's limit of 1024" in failed(tiny_llama, files[0], run_dir, max_length=2048)
+    assert "data.max_length=2048 tokens is above the model's limit of 1024" in failed(
+        tiny_llama, files[0], run_dir, max_length=2048
+    )
     assert not list(run_dir.glob("global_step_*"))
 
 
-def test_starting_anew_beside_old_checkpoints_is_refused(tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_starting_anew_beside_old_checkpoints_is_refused(
+    tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
     trained(tiny_llama, files, tmp_path)
     error = failed(tiny_llama, files[0], tmp_path, trainer__resume_mode="disable")
     assert "global_step_4" in error
@@ -260,7 +289,9 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
 
 def torchrun(arguments: list[str]) -> None:
     command = [sys.executable, "-m", *TORCHRUN, *arguments]
-    done = subprocess.run(command, cwd=helpers.ROOT, env=helpers.environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        command, cwd=helpers.ROOT, env=helpers.environment(), capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -299,9 +330,13 @@ def test_two_ranks_have_the_losses_of_one(tiny_llama: Path, files: tuple[Path, P
 
 
 @pytest.mark.slow
-def test_two_ranks_that_are_told_to_stop_save_and_go_on_as_one(tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_ranks_that_are_told_to_stop_save_and_go_on_as_one(
+    tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
     options = {"total_training_steps": 120, "trainer__save_freq": 1000, "optim__lr": 1e-4}
-    process = helpers.start(TORCHRUN[0], [*TORCHRUN[1:], *helpers.sft_overrides(tiny_llama, files[0], tmp_path / "run", **options)])
+    process = helpers.start(
+        TORCHRUN[0], [*TORCHRUN[1:], *helpers.sft_overrides(tiny_llama, files[0], tmp_path / "run", **options)]
+    )
     deadline = time.monotonic() + 120
     while len(read_metrics(tmp_path / "run")) < 3:
         assert process.poll() is None, process.communicate()[0]

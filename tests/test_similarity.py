@@ -40,7 +40,9 @@ class Toy:
 
 
 def test_by_hand() -> None:
-    gains = Similarity(Toy(), "toy").gains([Item("output", "question", ("near", "nearer")), Item("opposite", "question", ("nearer",))])
+    gains = Similarity(Toy(), "toy").gains(
+        [Item("output", "question", ("near", "nearer")), Item("opposite", "question", ("nearer",))]
+    )
     # near: cos 45 - cos 45 = 0; nearer: 4/5 - 3/5; the second: -3/5 - 3/5
     assert gains == pytest.approx([(0 + 0.2) / 2, -1.2], abs=1e-7)
     paid = {"shape": "similarity_gain", "similarity_weight": 1.0, "format_penalty": -1.0}
@@ -82,7 +84,9 @@ def test_threads_share_a_memory() -> None:
     similarity = Similarity(Toy(), "toy", kept=1)
     found: list[list[float]] = []
     work = [
-        threading.Thread(target=lambda: found.extend(similarity.gains([Item("output", "question", ("nearer",))]) for _ in range(50)))
+        threading.Thread(
+            target=lambda: found.extend(similarity.gains([Item("output", "question", ("nearer",))]) for _ in range(50))
+        )
         for _ in range(4)
     ]
     for thread in work:
@@ -135,7 +139,10 @@ def test_scores_through_a_server_are_those_of_the_formula(tmp_path: Path, form: 
     outputs = ["output", "output", " \n"]
     if form == "answer":
         outputs = [f"<think>nearer</think> <answer>\n{text}</answer>" for text in outputs]
-    with running(create_app({"x": index}, similarity=Similarity(Toy(), "toy"))) as http, RetrieverClient(str(http.base_url)) as client:
+    with (
+        running(create_app({"x": index}, similarity=Similarity(Toy(), "toy"))) as http,
+        RetrieverClient(str(http.base_url)) as client,
+    ):
         scores = score(cfg, client, [*EXAMPLES, EXAMPLES[0]], [completion(text) for text in outputs])
     assert [scored.rank for scored in scores] == [1, None, None]
     assert [scored.gain for scored in scores] == [pytest.approx(0.1), pytest.approx(0.2), None]
@@ -144,10 +151,18 @@ def test_scores_through_a_server_are_those_of_the_formula(tmp_path: Path, form: 
 
 
 def test_ranks_alone_need_no_encoder(tmp_path: Path) -> None:
-    with running(create_app({"x": Lengths(docids=["d1", "d2"])})) as http, RetrieverClient(str(http.base_url)) as client:  # type: ignore[arg-type]
+    with (
+        running(create_app({"x": Lengths(docids=["d1", "d2"])})) as http,
+        RetrieverClient(str(http.base_url)) as client,
+    ):  # type: ignore[arg-type]
         scores = score(RewardConfig(form="text"), client, EXAMPLES, [completion("ab"), completion("a")])
         with pytest.raises(ValueError, match="--similarity_model"):
-            score(RewardConfig(name="similarity_gain"), client, EXAMPLES, [completion("<think>a</think><rewrite>a</rewrite>")] * 2)
+            score(
+                RewardConfig(name="similarity_gain"),
+                client,
+                EXAMPLES,
+                [completion("<think>a</think><rewrite>a</rewrite>")] * 2,
+            )
     assert [(scored.rank, scored.gain) for scored in scores] == [(2, None), (1, None)]
 
 
@@ -165,7 +180,10 @@ def words(rng: np.random.Generator, most: int) -> str:
 @pytest.mark.slow
 def test_equal_to_a_loop_over_sentence_transformers(tmp_path: Path) -> None:
     path, rng = minilm(), np.random.default_rng(1)
-    items = [Item(words(rng, 400), words(rng, 60), tuple(words(rng, 300) for _ in range(rng.integers(1, 4)))) for _ in range(12)]
+    items = [
+        Item(words(rng, 400), words(rng, 60), tuple(words(rng, 300) for _ in range(rng.integers(1, 4))))
+        for _ in range(12)
+    ]
     expected = helpers_rqr_oracles.ask("sentence_transformers", {"model": path, "items": items}, tmp_path)
     found = [10 * gain for gain in Similarity.load(path, "cpu").gains(items)]
     assert np.ptp(expected) > 1
@@ -173,13 +191,17 @@ def test_equal_to_a_loop_over_sentence_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_grpo_trains_on_the_similarity_and_replays_it(form_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grpo_trains_on_the_similarity_and_replays_it(
+    form_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from convsearch.config import load_grpo_config
     from convsearch.runs import rollouts
     from convsearch.runs.tracking import read_metrics
     from convsearch.trainers.grpo import train
 
-    monkeypatch.setattr(helpers_encoders, "WORDS", [*helpers_encoders.WORDS, *helpers_trainers.TOWNS, *helpers_trainers.ASPECTS])
+    monkeypatch.setattr(
+        helpers_encoders, "WORDS", [*helpers_encoders.WORDS, *helpers_trainers.TOWNS, *helpers_trainers.ASPECTS]
+    )
     (tmp_path / "encoder").mkdir()
     helpers_encoders.build_ance(tmp_path / "encoder")
     rows = helpers_trainers.grpo_rows(list(helpers_trainers.GOLDS))
@@ -188,7 +210,10 @@ def test_grpo_trains_on_the_similarity_and_replays_it(form_llama: Path, tmp_path
     data = helpers_trainers.write_parquet(tmp_path / "train.parquet", rows)
     url = f"embedded:{helpers_trainers.build_index(tmp_path)}"
     paid = {"reward": "mixed", "retriever.similarity_model": tmp_path / "encoder", "trainer.total_training_steps": 2}
-    for name, more in (("recorded", {}), ("replayed", {"actor_rollout_ref.rollout.replay_from": tmp_path / "recorded"})):
+    for name, more in (
+        ("recorded", {}),
+        ("replayed", {"actor_rollout_ref.rollout.replay_from": tmp_path / "recorded"}),
+    ):
         overrides = helpers_trainers.grpo_overrides(form_llama, data, tmp_path / name, url, **paid, **more)
         train(load_grpo_config(overrides))
     samples = rollouts.load(tmp_path / "recorded", 1)
@@ -199,7 +224,9 @@ def test_grpo_trains_on_the_similarity_and_replays_it(form_llama: Path, tmp_path
         assert sample.gain is not None
         assert sample.reward == pytest.approx(rank_incentive(sample.rank) + 0.5 * 10 * sample.gain)
     assert rollouts.load(tmp_path / "replayed", 1) == samples
-    assert read_metrics(tmp_path / "recorded")[1]["similarity_gain"] == pytest.approx(np.mean([sample.gain for sample in parsed]))
+    assert read_metrics(tmp_path / "recorded")[1]["similarity_gain"] == pytest.approx(
+        np.mean([sample.gain for sample in parsed])
+    )
 
 
 def test_batches_of_any_size_score_alike(tmp_path: Path) -> None:
@@ -212,4 +239,6 @@ def test_batches_of_any_size_score_alike(tmp_path: Path) -> None:
 
 
 def test_directions_have_length_one() -> None:
-    np.testing.assert_allclose(unit(np.array([[3, 4], [0, 0], [1e-20, 0]], np.float32)), [[0.6, 0.8], [0, 0], [0, 0]], atol=1e-6)
+    np.testing.assert_allclose(
+        unit(np.array([[3, 4], [0, 0], [1e-20, 0]], np.float32)), [[0.6, 0.8], [0, 0], [0, 0]], atol=1e-6
+    )

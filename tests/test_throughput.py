@@ -6,7 +6,9 @@ from convsearch.config import load_grpo_config
 from convsearch.model.shapes import PUBLISHED, Shape
 from convsearch.runs.throughput import Meter, meter_of, peak_of
 
-SMALL = Shape(hidden=4, layers=2, heads=2, kv_heads=1, head_size=2, inner=8, vocabulary=10, tied=True)  # 152 parameters a layer
+SMALL = Shape(
+    hidden=4, layers=2, heads=2, kv_heads=1, head_size=2, inner=8, vocabulary=10, tied=True
+)  # 152 parameters a layer
 LENGTHS = [(3, 2), (3, 1), (5, 1), (5, 4)]  # two groups of two
 SECONDS = {"step_s": 4.0, "sample_s": 2.0, "update_s": 1.0}
 
@@ -22,14 +24,22 @@ def config(*changed: str, n: int = 2):
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
     ]
     return load_grpo_config(
-        ["experiment=demo_smollm2", f"actor_rollout_ref.rollout.n={n}", "algorithm.loss_agg=token-mean", *batch, *changed]
+        [
+            "experiment=demo_smollm2",
+            f"actor_rollout_ref.rollout.n={n}",
+            "algorithm.loss_agg=token-mean",
+            *batch,
+            *changed,
+        ]
     )
 
 
 def test_a_forward_pass_with_shared_prompts_by_hand() -> None:
     # group 1: prompt 1+2+3, branches 4+5 and 4; group 2: prompt 1+..+5, branches 6 and 6+7+8+9
     assert Meter(SMALL, None, 1).forward(LENGTHS, 2) == by_hand(3 + 3 + 5 + 5, 8, 6 + 13 + 15 + 36)
-    assert Meter(SMALL, None, 1).forward(LENGTHS, 1) == by_hand(5 + 4 + 6 + 9, 8, (6 + 9) + (6 + 4) + (15 + 6) + (15 + 30))
+    assert Meter(SMALL, None, 1).forward(LENGTHS, 1) == by_hand(
+        5 + 4 + 6 + 9, 8, (6 + 9) + (6 + 4) + (15 + 6) + (15 + 30)
+    )
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -41,7 +51,9 @@ def test_the_rates_of_a_grpo_step_by_hand(share: bool) -> None:
     assert rates["sampled_tokens_per_s"] == pytest.approx(8 / 2)
     assert rates["mfu_update"] == pytest.approx(3 * learn / 1.0 / 3e6)
     assert rates["mfu"] == pytest.approx((sample + learn + 3 * learn) / 4.0 / 3e6)  # sampling, reference, update
-    without = meter.of_grpo(config("actor_rollout_ref.actor.use_kl_loss=false", "algorithm.kl_ctrl.kl_coef=0"), LENGTHS, SECONDS)
+    without = meter.of_grpo(
+        config("actor_rollout_ref.actor.use_kl_loss=false", "algorithm.kl_ctrl.kl_coef=0"), LENGTHS, SECONDS
+    )
     assert without["mfu"] == pytest.approx((sample + 3 * sample) / 4.0 / 3e6)
 
 

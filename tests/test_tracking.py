@@ -39,7 +39,9 @@ def test_cells_stay_in_their_cells() -> None:
 
 
 @pytest.mark.parametrize(("logger", "module"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
-def test_a_logger_that_is_not_installed_is_one_sentence(logger: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_logger_that_is_not_installed_is_one_sentence(
+    logger: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"trainer.logger has {logger}.*pip install -e '.\[{logger}\]'"):
         tracker(tmp_path, logger)
@@ -47,7 +49,9 @@ def test_a_logger_that_is_not_installed_is_one_sentence(logger: str, module: str
 
 def sample(qid: str, reward: float, rank: int | None, text: str) -> Rollout:
     rewrite = Rewrite(text, None) if rank else Rewrite(None, "no_tag")
-    return Rollout(qid, (1, 2, 3), Completion((4,) * len(text), (-0.5,) * len(text), text, "stop"), rewrite, rank, reward, 0.0)
+    return Rollout(
+        qid, (1, 2, 3), Completion((4,) * len(text), (-0.5,) * len(text), text, "stop"), rewrite, rank, reward, 0.0
+    )
 
 
 def test_the_table_has_the_best_and_the_worst_of_the_first_groups(tmp_path: Path) -> None:
@@ -115,7 +119,9 @@ def test_wandb_offline_keeps_scalars_and_tables(tmp_path: Path, monkeypatch: pyt
     log.close()
     (offline,) = (tmp_path / "wandb").glob("offline-run-*-run/run-run.wandb")
     deadline, needles = time.monotonic() + 60, (b"val_reward", b"0.125", b"samples")
-    while not all(needle in offline.read_bytes() for needle in needles):  # wandb's own process writes it, later on a busy machine
+    while not all(
+        needle in offline.read_bytes() for needle in needles
+    ):  # wandb's own process writes it, later on a busy machine
         assert time.monotonic() < deadline, offline.read_bytes()
         time.sleep(0.05)
     (kept,) = offline.parent.glob("files/media/table/samples_*.table.json")

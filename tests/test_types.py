@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from convsearch import types
 from convsearch.types import Completion, Conversation, Example, Rewrite, Rollout, Turn
 
-RECORD = {"qid": "t_1_2", "question": "and his wife?", "context": ["who wrote Hamlet?", "Shakespeare"], "gold_docids": ["d17"]}
+RECORD = {
+    "qid": "t_1_2",
+    "question": "and his wife?",
+    "context": ["who wrote Hamlet?", "Shakespeare"],
+    "gold_docids": ["d17"],
+}
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -21,7 +26,9 @@ def changed(**fields: Any) -> dict[str, Any]:
 def test_a_line_of_a_conversations_file() -> None:
     expected = Conversation("t_1_2", (Turn("who wrote Hamlet?", "Shakespeare"),), "and his wife?", ("d17",))
     assert Conversation.from_record(RECORD) == expected
-    assert Conversation.from_record(changed(answer="Anne", conv_id=1, turn_id=2, topic="plays")) == expected  # what else it holds is let be
+    assert (
+        Conversation.from_record(changed(answer="Anne", conv_id=1, turn_id=2, topic="plays")) == expected
+    )  # what else it holds is let be
 
 
 @pytest.mark.parametrize(
@@ -41,7 +48,11 @@ def test_gold_passages_in_our_form_and_in_the_reference_s(fields: dict[str, Any]
 
 
 def test_a_first_question_has_no_history() -> None:
-    assert Conversation.from_record(changed(context=None)).history == Conversation.from_record(changed(context=[])).history == ()
+    assert (
+        Conversation.from_record(changed(context=None)).history
+        == Conversation.from_record(changed(context=[])).history
+        == ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,14 +64,32 @@ def test_a_first_question_has_no_history() -> None:
         ({"question": None}, "t_1_2: field 'question' must be a non-empty string, got None"),
         ({"question": " \n"}, "t_1_2: field 'question' must be a non-empty string, got ' \\n'"),
         ({"question": ["who?"]}, "t_1_2: field 'question' must be a non-empty string, got ['who?']"),
-        ({"context": ["who?"]}, "t_1_2: field 'context' must be a list of strings [question 1, answer 1, ...] of even length"),
-        ({"context": ["who?", None]}, "t_1_2: field 'context' must be a list of strings [question 1, answer 1, ...] of even length"),
-        ({"context": "who? he"}, "t_1_2: field 'context' must be a list of strings [question 1, answer 1, ...] of even length"),
-        ({"gold_docids": "d17"}, "t_1_2: field 'gold_docids' must be a list of passage ids, got 'd17'"),  # not ("d", "1", "7")
+        (
+            {"context": ["who?"]},
+            "t_1_2: field 'context' must be a list of strings [question 1, answer 1, ...] of even length",
+        ),
+        (
+            {"context": ["who?", None]},
+            "t_1_2: field 'context' must be a list of strings [question 1, answer 1, ...] of even length",
+        ),
+        (
+            {"context": "who? he"},
+            "t_1_2: field 'context' must be a list of strings [question 1, answer 1, ...] of even length",
+        ),
+        (
+            {"gold_docids": "d17"},
+            "t_1_2: field 'gold_docids' must be a list of passage ids, got 'd17'",
+        ),  # not ("d", "1", "7")
         ({"gold_docids": 17}, "t_1_2: field 'gold_docids' must be a list of passage ids, got 17"),
         ({"gold_docids": [["d17"]]}, "t_1_2: field 'gold_docids' must be a list of passage ids, got [['d17']]"),
-        ({"gold_docids": None, "positive_ctxs": ["d17"]}, "t_1_2: field 'positive_ctxs' must be a list of objects with a 'passage_id'"),
-        ({"gold_docids": None, "positive_ctxs": [{"id": 1}]}, "t_1_2: field 'positive_ctxs' must be a list of objects with a 'passage_id'"),
+        (
+            {"gold_docids": None, "positive_ctxs": ["d17"]},
+            "t_1_2: field 'positive_ctxs' must be a list of objects with a 'passage_id'",
+        ),
+        (
+            {"gold_docids": None, "positive_ctxs": [{"id": 1}]},
+            "t_1_2: field 'positive_ctxs' must be a list of objects with a 'passage_id'",
+        ),
     ],
 )
 def test_a_malformed_record_is_named_by_question_and_field(fields: dict[str, Any], fault: str) -> None:
@@ -70,7 +99,11 @@ def test_a_malformed_record_is_named_by_question_and_field(fields: dict[str, Any
 
 
 anything = (
-    st.none() | st.integers() | st.text(max_size=4) | st.lists(st.none() | st.text(max_size=3) | st.integers(), max_size=3) | st.just({})
+    st.none()
+    | st.integers()
+    | st.text(max_size=4)
+    | st.lists(st.none() | st.text(max_size=3) | st.integers(), max_size=3)
+    | st.just({})
 )
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import helpers_cluster
 import pytest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(helpers_cluster.why_absent() is not None, reason=str(helpers_cluster.why_absent()))]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(helpers_cluster.why_absent() is not None, reason=str(helpers_cluster.why_absent())),
+]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 
 
-def group_advantages(rewards_N: Sequence[float], group_size: int, *, by_std: bool = True, eps: float = 1e-6) -> list[float]:
+def group_advantages(
+    rewards_N: Sequence[float], group_size: int, *, by_std: bool = True, eps: float = 1e-6
+) -> list[float]:
     """(reward - group mean) / (unbiased group std + eps); a group of one keeps its reward, as in verl.
 
     Args:

@@ -6,7 +6,9 @@ from typing import Literal, get_args
 LossAggregation = Literal["token-mean", "micro-batch-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
-def token_weights(lengths_N: Sequence[int], aggregation: LossAggregation, micro_batch_size: int = 8, scale: float = 1.0) -> list[float]:
+def token_weights(
+    lengths_N: Sequence[int], aggregation: LossAggregation, micro_batch_size: int = 8, scale: float = 1.0
+) -> list[float]:
     """The weight of every token of each sequence of a mini-batch.
 
     * ``token-mean`` (DAPO): one over the tokens of the whole mini-batch.

@@ -12,7 +12,11 @@ def groups_without_spread(rewards_N: Sequence[float], n: int) -> list[int]:
 
 
 def draw_with_spread(
-    draw: Callable[[list[int], int], list[Sample]], reward: Callable[[Sample], float], prompts: int, n: int, max_rounds: int
+    draw: Callable[[list[int], int], list[Sample]],
+    reward: Callable[[Sample], float],
+    prompts: int,
+    n: int,
+    max_rounds: int,
 ) -> list[Sample]:
     """The samples of all prompts, group-major, with groups without spread drawn again until all have one or ``max_rounds`` are spent.
 

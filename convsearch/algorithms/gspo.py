@@ -7,7 +7,12 @@ from convsearch.algorithms.clip import clip
 
 
 def gspo_loss(
-    logprobs_R: Tensor, old_logprobs_R: Tensor, advantages_R: Tensor, sequence_R: Tensor, clip_low: float, clip_high: float
+    logprobs_R: Tensor,
+    old_logprobs_R: Tensor,
+    advantages_R: Tensor,
+    sequence_R: Tensor,
+    clip_low: float,
+    clip_high: float,
 ) -> tuple[Tensor, Tensor]:
     """The policy loss of each token under its sequence's ratio, and where the clip was active [R] bool.
 

@@ -14,7 +14,9 @@ from convsearch.algorithms.gspo import sequence_sums
 Level = Literal["token", "sequence"]
 
 
-def importance_weights(old_logprobs_R: Tensor, sampler_logprobs_R: Tensor, sequence_R: Tensor, level: Level, cap: float) -> Tensor:
+def importance_weights(
+    old_logprobs_R: Tensor, sampler_logprobs_R: Tensor, sequence_R: Tensor, level: Level, cap: float
+) -> Tensor:
     """min(pi_old / pi_sampler, cap) of each token, or of its whole sequence; without a gradient. The log is held to +-20, as in verl."""
     log_ratio_R = (old_logprobs_R - sampler_logprobs_R).detach()
     if level == "sequence":

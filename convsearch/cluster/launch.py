@@ -17,9 +17,20 @@ from convsearch.cluster.workers import WorkerLost, answers
 from convsearch.config import GrpoConfig
 from convsearch.sampling.hf import HfSampler, Sampler, SamplingConfig
 
-STORE_BYTES = 1 << 30  # Ray's object store of a CPU run: micro-batches, samples, and the weights on their way to the samplers
+STORE_BYTES = (
+    1 << 30
+)  # Ray's object store of a CPU run: micro-batches, samples, and the weights on their way to the samplers
 INSTALL = "Ray is not installed: pip install ray==2.60.0 (it comes with .[gpu] and .[cluster])"
-PASSED_ON = ("GLOO_", "HF_", "NCCL_", "OMP_", "TOKENIZERS_", "VLLM_", "TORCH", "PYTHONPATH")  # of the environment, to the workers
+PASSED_ON = (
+    "GLOO_",
+    "HF_",
+    "NCCL_",
+    "OMP_",
+    "TOKENIZERS_",
+    "VLLM_",
+    "TORCH",
+    "PYTHONPATH",
+)  # of the environment, to the workers
 
 
 @dataclass(slots=True)
@@ -33,13 +44,19 @@ class Parts:
 
     def on_ranks(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(policy, *arguments)`` where the model is, in every rank; rank 0's answer."""
-        return self.policy.run(function, *arguments) if hasattr(self.policy, "ranks") else function(self.policy, *arguments)
+        return (
+            self.policy.run(function, *arguments)
+            if hasattr(self.policy, "ranks")
+            else function(self.policy, *arguments)
+        )
 
 
 def needs_workers(cfg: GrpoConfig) -> bool:
     """Whether more than this process takes part."""
     rollout = cfg.actor_rollout_ref.rollout
-    return cfg.trainer.world_size > 1 or (not rollout.replay_from and (rollout.name == "vllm" or rollout.n_gpus_per_node > 0))
+    return cfg.trainer.world_size > 1 or (
+        not rollout.replay_from and (rollout.name == "vllm" or rollout.n_gpus_per_node > 0)
+    )
 
 
 @contextmanager
@@ -81,7 +98,10 @@ def build_engine(cfg: GrpoConfig, transfer: str | None) -> Any:
     from convsearch.sampling.vllm import VllmSampler
 
     model, rollout = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.rollout
-    tokenizer, device = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code), pick_device(cfg.trainer.device)
+    tokenizer, device = (
+        load_tokenizer(model.path, trust_remote_code=model.trust_remote_code),
+        pick_device(cfg.trainer.device),
+    )
     if rollout.name == "hf":
         return hf_sampler(cfg, load_model(model.path, trust_remote_code=model.trust_remote_code).to(device), tokenizer)
     try:
@@ -152,7 +172,9 @@ def _place(ray: Any, cfg: GrpoConfig, run_dir: Path, *, on_gpu: bool) -> Parts:
     rollout, nodes, ranks_a_node = cfg.actor_rollout_ref.rollout, cfg.trainer.nnodes, cfg.trainer.n_gpus_per_node
     limit_s, config = cfg.trainer.worker_timeout_s, cfg.model_dump_json()
     processes, gpus = _seats(cfg)
-    group = placement_group([{"CPU": processes} | ({"GPU": gpus} if on_gpu else {})] * nodes, "STRICT_SPREAD" if nodes > 1 else "PACK")
+    group = placement_group(
+        [{"CPU": processes} | ({"GPU": gpus} if on_gpu else {})] * nodes, "STRICT_SPREAD" if nodes > 1 else "PACK"
+    )
     if not group.wait(min(limit_s, 300)):
         raise ValueError(
             f"trainer.nnodes={nodes} with {gpus} GPUs and {processes} processes each: the Ray cluster has {ray.cluster_resources()}; "
@@ -163,14 +185,21 @@ def _place(ray: Any, cfg: GrpoConfig, run_dir: Path, *, on_gpu: bool) -> Parts:
         where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)
         environment = {"env_vars": _environment(cfg, on_gpu=on_gpu)}
         options = {"num_cpus": 1, "num_gpus": num_gpus if on_gpu else 0, "max_restarts": 0}
-        return ray.remote(kind).options(**options, scheduling_strategy=where, runtime_env=environment).remote(os.getcwd(), *arguments)
+        return (
+            ray.remote(kind)
+            .options(**options, scheduling_strategy=where, runtime_env=environment)
+            .remote(os.getcwd(), *arguments)
+        )
 
     world = cfg.trainer.world_size
     ranks = [start(PolicyRank, rank // ranks_a_node, 1, config, str(run_dir), rank, world) for rank in range(world)]
     shared, width = rollout.n_gpus_per_node == 0, rollout.tensor_model_parallel_size
     transfer = ("ipc" if shared else "nccl") if on_gpu and rollout.name == "vllm" else None
     samplers_a_node = processes - ranks_a_node
-    workers = [start(SamplerWorker, s // samplers_a_node, 0 if shared else width, config, transfer) for s in range(nodes * samplers_a_node)]
+    workers = [
+        start(SamplerWorker, s // samplers_a_node, 0 if shared else width, config, transfer)
+        for s in range(nodes * samplers_a_node)
+    ]
 
     master = answers([ranks[0].address.remote()], "the first rank", limit_s)[0]
     building = [rank.build.remote(master) for rank in ranks]
@@ -196,7 +225,9 @@ def _place(ray: Any, cfg: GrpoConfig, run_dir: Path, *, on_gpu: bool) -> Parts:
 def _environment(cfg: GrpoConfig, *, on_gpu: bool) -> dict[str, str]:
     """What a worker process is started with: threads have to be counted, and vLLM told, before anything is imported."""
     passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-    share = max(1, (os.cpu_count() or 1) // _seats(cfg)[0]) if on_gpu else 1  # Adam's step runs on CPUs where its state is kept there
+    share = (
+        max(1, (os.cpu_count() or 1) // _seats(cfg)[0]) if on_gpu else 1
+    )  # Adam's step runs on CPUs where its state is kept there
     threads = {"OMP_NUM_THREADS": str(cfg.trainer.num_threads or share)}
     # compiling costs more than it brings there, and several processes share the cores
     on_cpu = {"TORCHDYNAMO_DISABLE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -215,5 +246,9 @@ def with_restarts(cfg: GrpoConfig, work: Callable[[], None]) -> None:
             return
         except WorkerLost as lost:
             if attempt == cfg.trainer.max_restarts:
-                raise WorkerLost(f"{lost} (restart {attempt} of {cfg.trainer.max_restarts}: run the same command again to go on)") from lost
-            print(f"cluster: {lost}: starting the workers again from the newest checkpoint ({attempt + 1} of {cfg.trainer.max_restarts})")
+                raise WorkerLost(
+                    f"{lost} (restart {attempt} of {cfg.trainer.max_restarts}: run the same command again to go on)"
+                ) from lost
+            print(
+                f"cluster: {lost}: starting the workers again from the newest checkpoint ({attempt + 1} of {cfg.trainer.max_restarts})"
+            )

@@ -17,7 +17,9 @@ from torch import Tensor
 from convsearch.cluster.workers import answers
 from convsearch.model.batch import MicroBatch
 
-Share = tuple[MicroBatch, Tensor]  # the rows of one rank, and which of the micro-batch's response tokens are theirs [R']
+Share = tuple[
+    MicroBatch, Tensor
+]  # the rows of one rank, and which of the micro-batch's response tokens are theirs [R']
 
 
 def shares(micro: MicroBatch, ranks: int) -> list[Share]:
@@ -114,7 +116,9 @@ class PolicyRank:
         """``function(policy, *arguments)`` in every rank."""
         return function(self.models["policy"], *arguments)
 
-    def connect(self, backend: str, bf16: bool, samplers: Sequence[Any], workers_a_sampler: int, master: tuple[str, int]) -> None:
+    def connect(
+        self, backend: str, bf16: bool, samplers: Sequence[Any], workers_a_sampler: int, master: tuple[str, int]
+    ) -> None:
         """Prepares the transfer of weights to the samplers' GPUs; see ``convsearch.cluster.weight_transfer``."""
         from convsearch.cluster.weight_transfer import open_sender
 
@@ -181,7 +185,9 @@ class RayPolicy:
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(policy, *arguments)`` in every rank's process; the answer of rank 0."""
         return answers(
-            [rank.run.remote(function, *arguments) for rank in self.ranks], getattr(function, "__name__", "a call"), self.timeout_s
+            [rank.run.remote(function, *arguments) for rank in self.ranks],
+            getattr(function, "__name__", "a call"),
+            self.timeout_s,
         )[0]
 
     def send_weights(self) -> None:

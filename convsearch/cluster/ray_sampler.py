@@ -99,7 +99,9 @@ class RaySampler:
         self._all("stamp", version)
 
     def _all(self, verb: str, *arguments: Any) -> None:
-        answers([getattr(worker, verb).remote(*arguments) for worker in self.workers], f"sampler {verb}", self.timeout_s)
+        answers(
+            [getattr(worker, verb).remote(*arguments) for worker in self.workers], f"sampler {verb}", self.timeout_s
+        )
 
 
 def split(prompts: Sequence[tuple[int, ...]], workers: int) -> list[list[int]]:

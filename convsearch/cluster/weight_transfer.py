@@ -28,7 +28,9 @@ class SamplerClient:
         requests = []
         for number in range(len(self.samplers)):
             own = dict(init_info)
-            if "rank_offset" in own:  # the samplers are engines of their own, each of which would count its workers from the same rank
+            if (
+                "rank_offset" in own
+            ):  # the samplers are engines of their own, each of which would count its workers from the same rank
                 own["rank_offset"] += number * self.workers_a_sampler
             requests.append(WeightTransferInitRequest(init_info=own))
         self._all("init_weight_transfer_engine", [(request,) for request in requests])
@@ -50,7 +52,13 @@ class SamplerClient:
 
 
 def open_sender(
-    policy: Any, backend: str, bf16: bool, rank: int, samplers: Sequence[Any], workers_a_sampler: int, master: tuple[str, int]
+    policy: Any,
+    backend: str,
+    bf16: bool,
+    rank: int,
+    samplers: Sequence[Any],
+    workers_a_sampler: int,
+    master: tuple[str, int],
 ) -> Any:
     """The sending end of this rank; all ranks call it, and later its ``send_weights()``.
 
@@ -93,4 +101,6 @@ def open_sender(
 
         world_size = 1 + len(samplers) * workers_a_sampler
         info = NCCLTrainerInitInfo(master_address=master[0], master_port=master[1], world_size=world_size, rank=rank)
-    return WeightTransferTrainerFactory.trainer_init(info, client=SamplerClient(samplers, workers_a_sampler), source=Source())
+    return WeightTransferTrainerFactory.trainer_init(
+        info, client=SamplerClient(samplers, workers_a_sampler), source=Source()
+    )

@@ -45,7 +45,9 @@ def one(ref: Any, what: str, others: Sequence[Any] = ()) -> Any:
         if isinstance(cause, ValueError | OSError) and not isinstance(cause, ConnectionError):
             raise cause from error
         lost = _lost(others)
-        if lost is None and "by peer" in str(cause):  # gloo's words for another rank's end, which has answered for itself before
+        if lost is None and "by peer" in str(
+            cause
+        ):  # gloo's words for another rank's end, which has answered for itself before
             lost = _sentence(cause)
         if lost is not None:
             raise WorkerLost(f"{what}: {lost}") from error

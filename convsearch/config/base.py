@@ -50,7 +50,9 @@ CountOrMinusOne = Annotated[int, Field(ge=-1), AfterValidator(_not_zero)]
 def require_multiple(total_name: str, total: int, part_name: str, part: int) -> None:
     """Raises ValueError, naming both numbers, unless ``part`` divides ``total``."""
     if total % part:
-        raise ValueError(f"{total_name}={total} is not divisible by {part_name}={part}: choose {total_name} as a multiple of {part_name}")
+        raise ValueError(
+            f"{total_name}={total} is not divisible by {part_name}={part}: choose {total_name} as a multiple of {part_name}"
+        )
 
 
 def require_fit(names: str, tokens: int, model_max: int) -> None:
@@ -64,15 +66,22 @@ def require_fit(names: str, tokens: int, model_max: int) -> None:
 class TrainerSection(Section):
     """What both trainers are told of a run."""
 
-    logger: Loggers = Field(default=("console", "jsonl"), description="where metrics go: list of console, jsonl, wandb, tensorboard")
+    logger: Loggers = Field(
+        default=("console", "jsonl"), description="where metrics go: list of console, jsonl, wandb, tensorboard"
+    )
     experiment_name: Text = Field(default="run", description="run in wandb and in the logs")
     default_hdfs_dir: Text | None = Field(default=None, description="null only: copies to HDFS are not offered")
-    resume_mode: Literal["auto", "disable"] = Field(default="auto", description="go on from the newest complete checkpoint, or start anew")
+    resume_mode: Literal["auto", "disable"] = Field(
+        default="auto", description="go on from the newest complete checkpoint, or start anew"
+    )
     keep_checkpoints: int = Field(default=2, ge=1, description="newest complete checkpoints that stay on disk")
     best_metric: Text | None = Field(
-        default=None, description="metric of the validation whose best checkpoint stays on disk too (val_reward, val_loss, ..); null: none"
+        default=None,
+        description="metric of the validation whose best checkpoint stays on disk too (val_reward, val_loss, ..); null: none",
     )
-    best_mode: Literal["max", "min"] = Field(default="max", description="whether the larger or the smaller best_metric is the better one")
+    best_mode: Literal["max", "min"] = Field(
+        default="max", description="whether the larger or the smaller best_metric is the better one"
+    )
     checkpoint_format: Literal["auto", "safetensors", "dcp"] = Field(
         default="auto",
         description="safetensors: whole tensors, a Hugging Face folder; dcp: each rank its shard (torch.distributed.checkpoint); "
@@ -85,7 +94,9 @@ class TrainerSection(Section):
         description="steps in a row whose gradients are not finite (such steps are skipped) before the run ends with status 3",
     )
     peak_tflops: float | None = Field(
-        default=None, gt=0, description="10^12 operations a second at which one device counts as fully used (MFU); null: by the GPU's name"
+        default=None,
+        gt=0,
+        description="10^12 operations a second at which one device counts as fully used (MFU); null: by the GPU's name",
     )
     device: Device = Field(default="auto", description="auto: cuda where there is one")
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads a rank; null: torch decides")
@@ -94,5 +105,7 @@ class TrainerSection(Section):
     @classmethod
     def _no_hdfs(cls, value: str | None) -> str | None:
         if value is not None:
-            raise ValueError(f"copies to HDFS ('{value}') are not offered: set it to null and copy the folder when the run is done")
+            raise ValueError(
+                f"copies to HDFS ('{value}') are not offered: set it to null and copy the folder when the run is done"
+            )
         return value

@@ -9,7 +9,17 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from convsearch.config.base import Betas, CountOrMinusOne, Dtype, Section, Text, Texts, TrainerSection, require_fit, require_multiple
+from convsearch.config.base import (
+    Betas,
+    CountOrMinusOne,
+    Dtype,
+    Section,
+    Text,
+    Texts,
+    TrainerSection,
+    require_fit,
+    require_multiple,
+)
 from convsearch.config.guard import GuardConfig
 
 EMBEDDED = "embedded:"
@@ -18,14 +28,20 @@ SEED_REWARD_FILE = "reward_score/rewrite_r1.py"
 
 class KlCtrlConfig(Section):
     kl_coef: float = Field(
-        default=0.0, ge=0, description="KL penalty inside the reward; without effect while the KL is in the loss (use_kl_loss), as in verl"
+        default=0.0,
+        ge=0,
+        description="KL penalty inside the reward; without effect while the KL is in the loss (use_kl_loss), as in verl",
     )
 
 
 class FilterGroupsConfig(Section):
-    enable: bool = Field(default=False, description="DAPO's dynamic sampling: groups whose rewards are all equal are drawn again")
+    enable: bool = Field(
+        default=False, description="DAPO's dynamic sampling: groups whose rewards are all equal are drawn again"
+    )
     max_num_gen_batches: int = Field(
-        default=10, ge=1, description="draws of a step at most; groups that stay equal are left out of the update and of its mean"
+        default=10,
+        ge=1,
+        description="draws of a step at most; groups that stay equal are left out of the update and of its mean",
     )
 
 
@@ -39,7 +55,9 @@ class RolloutCorrectionConfig(Section):
 class AlgorithmConfig(Section):
     name: Literal["grpo"] = Field(default="grpo", description="the step function")
     adv_estimator: Literal["grpo"] = Field(default="grpo", description="advantage: reward against the group's mean")
-    norm_adv_by_std: bool = Field(default=True, description="divide the advantage by the group's unbiased standard deviation + 1e-6")
+    norm_adv_by_std: bool = Field(
+        default=True, description="divide the advantage by the group's unbiased standard deviation + 1e-6"
+    )
     loss_mode: Literal["vanilla", "gspo"] = Field(
         default="vanilla", description="vanilla: a ratio and clip a token; gspo: one a sequence, length-normalised"
     )
@@ -77,14 +95,20 @@ class GrpoDataConfig(Section):
 
 class PolicyModelConfig(Section):
     path: Text = Field(description="folder or hub name of the policy to start from; also the frozen reference")
-    use_remove_padding: bool = Field(default=True, description="several prompts' trees in one row and no padding; false: a row each")
+    use_remove_padding: bool = Field(
+        default=True, description="several prompts' trees in one row and no padding; false: a row each"
+    )
     enable_gradient_checkpointing: bool = Field(
         default=True, description="recompute activations in the backward pass: less memory, about a third more time"
     )
     trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
-    dtype: Dtype = Field(default="bf16", description="type of the policy's arithmetic; weights and Adam's state are kept in fp32")
+    dtype: Dtype = Field(
+        default="bf16", description="type of the policy's arithmetic; weights and Adam's state are kept in fp32"
+    )
     lora_rank: int = Field(
-        default=0, ge=0, description="rank of LoRA adapters, trained beside frozen weights (needs the extra lora); 0: none"
+        default=0,
+        ge=0,
+        description="rank of LoRA adapters, trained beside frozen weights (needs the extra lora); 0: none",
     )
     lora_alpha: float = Field(default=16.0, gt=0, description="adapters are scaled by lora_alpha / lora_rank")
     target_modules: Texts = Field(
@@ -94,8 +118,12 @@ class PolicyModelConfig(Section):
 
 class GrpoOptimConfig(Section):
     lr: float = Field(default=1e-6, gt=0, description="peak learning rate")
-    lr_warmup_steps: int = Field(default=100, ge=0, description="optimiser steps in which the learning rate rises from 0")
-    lr_scheduler: Literal["constant", "cosine"] = Field(default="constant", description="learning rate after the warm-up")
+    lr_warmup_steps: int = Field(
+        default=100, ge=0, description="optimiser steps in which the learning rate rises from 0"
+    )
+    lr_scheduler: Literal["constant", "cosine"] = Field(
+        default="constant", description="learning rate after the warm-up"
+    )
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="where the cosine ends, as a share of lr")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay")
     betas: Betas = Field(default=(0.9, 0.999), description="AdamW's decay rates")
@@ -103,7 +131,8 @@ class GrpoOptimConfig(Section):
 
 class ActorFsdpConfig(Section):
     param_offload: bool = Field(
-        default=False, description="keep weights, gradients and Adam's state in CPU memory; layers come to the GPU for each pass"
+        default=False,
+        description="keep weights, gradients and Adam's state in CPU memory; layers come to the GPU for each pass",
     )
     optimizer_offload: bool = Field(default=False, description="keep Adam's state in CPU memory between updates")
 
@@ -115,9 +144,13 @@ class RefFsdpConfig(Section):
 class ActorConfig(Section):
     optim: GrpoOptimConfig = GrpoOptimConfig()
     ppo_mini_batch_size: int = Field(
-        default=128, ge=1, description="prompts an optimiser step; equal to train_batch_size: one on-policy update a step"
+        default=128,
+        ge=1,
+        description="prompts an optimiser step; equal to train_batch_size: one on-policy update a step",
     )
-    ppo_micro_batch_size_per_gpu: int = Field(default=8, ge=1, description="sequences a forward-backward pass on one rank")
+    ppo_micro_batch_size_per_gpu: int = Field(
+        default=8, ge=1, description="sequences a forward-backward pass on one rank"
+    )
     ppo_max_token_len_per_gpu: int | None = Field(
         default=None, ge=1, description="tokens a forward-backward pass at most (padding counted); null: no such limit"
     )
@@ -132,10 +165,14 @@ class ActorConfig(Section):
     )
     clip_ratio_high: float | None = Field(default=None, gt=0, description="upper clip; null: clip_ratio")
     entropy_coeff: float = Field(
-        default=0.0, ge=0, description="weight of the entropy bonus; 0.001 in algorithm=grpo_faithful, as in the reference's trainer"
+        default=0.0,
+        ge=0,
+        description="weight of the entropy bonus; 0.001 in algorithm=grpo_faithful, as in the reference's trainer",
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    share_prompts: bool = Field(default=True, description="compute each prompt once for its whole group; exact (not in verl)")
+    share_prompts: bool = Field(
+        default=True, description="compute each prompt once for its whole group; exact (not in verl)"
+    )
     skip_zero_advantage: bool = Field(
         default=False,
         description="leave groups whose rewards are all equal out of the update: they only carry KL and entropy (not in the paper)",
@@ -151,7 +188,9 @@ class RolloutConfig(Section):
     seed: int = Field(default=1, ge=0, description="seed of the samples; step and prompt are added to it")
     max_num_seqs: int = Field(default=256, ge=1, description="sequences decoded at once by one sampler")
     n_gpus_per_node: int = Field(
-        default=0, ge=0, description="GPUs a node (processes, on CPU) for samplers alone; 0: they share those of the policy's ranks"
+        default=0,
+        ge=0,
+        description="GPUs a node (processes, on CPU) for samplers alone; 0: they share those of the policy's ranks",
     )
     overlap: bool = Field(
         default=False,
@@ -159,11 +198,15 @@ class RolloutConfig(Section):
         "of its own, and wants algorithm.rollout_correction",
     )
     tensor_model_parallel_size: int = Field(default=1, ge=1, description="GPUs that share one sampler (vllm)")
-    gpu_memory_utilization: float = Field(default=0.6, gt=0, le=1, description="share of a GPU's memory for the sampler (vllm)")
+    gpu_memory_utilization: float = Field(
+        default=0.6, gt=0, le=1, description="share of a GPU's memory for the sampler (vllm)"
+    )
     log_prob_micro_batch_size_per_gpu: int = Field(
         default=32, ge=1, description="sequences a forward pass when the policy's log-probs are recomputed"
     )
-    stop: Texts = Field(default=(), description="strings that end a response and stay in it; none: only the model's own end")
+    stop: Texts = Field(
+        default=(), description="strings that end a response and stay in it; none: only the model's own end"
+    )
     dtype: Dtype = Field(default="bf16", description="type of the sampler's arithmetic")
     replay_from: Text | None = Field(
         default=None, description="run folder whose dumped rollouts take the place of sampling and ranking; null: none"
@@ -171,7 +214,9 @@ class RolloutConfig(Section):
 
 
 class RefConfig(Section):
-    log_prob_micro_batch_size_per_gpu: int = Field(default=32, ge=1, description="sequences a forward pass of the reference")
+    log_prob_micro_batch_size_per_gpu: int = Field(
+        default=32, ge=1, description="sequences a forward pass of the reference"
+    )
     fsdp_config: RefFsdpConfig = RefFsdpConfig()
 
 
@@ -183,11 +228,15 @@ class ActorRolloutRefConfig(Section):
 
 
 class RewardConfig(Section):
-    name: Literal["rank_incentive", "reciprocal", "exponential", "curriculum", "mrr", "ndcg@3", "similarity_gain"] = Field(
-        default="rank_incentive",
-        description="what a gold rank is worth; rank_incentive is the paper's; similarity_gain: nothing, the similarity alone is paid (RQR)",
+    name: Literal["rank_incentive", "reciprocal", "exponential", "curriculum", "mrr", "ndcg@3", "similarity_gain"] = (
+        Field(
+            default="rank_incentive",
+            description="what a gold rank is worth; rank_incentive is the paper's; similarity_gain: nothing, the similarity alone is paid (RQR)",
+        )
     )
-    rank_weight: float = Field(default=1.0, ge=0, description="weight of the rank's worth; without effect under similarity_gain")
+    rank_weight: float = Field(
+        default=1.0, ge=0, description="weight of the rank's worth; without effect under similarity_gain"
+    )
     similarity_weight: float = Field(
         default=0.0,
         ge=0,
@@ -198,8 +247,12 @@ class RewardConfig(Section):
         default="rewrite",
         description="what an output must look like: <think>..</think> and <rewrite>..</rewrite>; <answer> in its place; or any text",
     )
-    format_penalty: float = Field(default=-0.1, le=0, description="reward of a response that breaks the format, instead of the rank's")
-    language_guard: bool = Field(default=False, description="treat a rewrite in another script than the question's as broken format")
+    format_penalty: float = Field(
+        default=-0.1, le=0, description="reward of a response that breaks the format, instead of the rank's"
+    )
+    language_guard: bool = Field(
+        default=False, description="treat a rewrite in another script than the question's as broken format"
+    )
     language_guard_share: float = Field(
         default=0.2,
         ge=0,
@@ -210,7 +263,11 @@ class RewardConfig(Section):
     @property
     def weights(self) -> tuple[float, float]:
         """Of the rank's worth and of the similarity."""
-        return (0.0, self.similarity_weight or 1.0) if self.name == "similarity_gain" else (self.rank_weight, self.similarity_weight)
+        return (
+            (0.0, self.similarity_weight or 1.0)
+            if self.name == "similarity_gain"
+            else (self.rank_weight, self.similarity_weight)
+        )
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -232,7 +289,9 @@ class CustomRewardFunctionConfig(Section):
         description=f"null, or the seed's verl/verl/utils/{SEED_REWARD_FILE}: both mean the built-in reward "
         "(reward_model.reward); no file is read",
     )
-    name: Text | None = Field(default=None, description="null or compute_score, the seed's function: the built-in reward")
+    name: Text | None = Field(
+        default=None, description="null or compute_score, the seed's function: the built-in reward"
+    )
 
     @field_validator("path")
     @classmethod
@@ -270,7 +329,9 @@ class RetrieverConfig(Section):
         """``url``, or $RETRIEVER_URL where it is empty. Raises ValueError when there is neither."""
         url = self.url or os.environ.get("RETRIEVER_URL", "")
         if not url:
-            raise ValueError("retriever.url is empty and RETRIEVER_URL is not set: give http://host:port, or embedded:INDEX_FOLDER")
+            raise ValueError(
+                "retriever.url is empty and RETRIEVER_URL is not set: give http://host:port, or embedded:INDEX_FOLDER"
+            )
         if not url.startswith(("http://", "https://", EMBEDDED)):
             raise ValueError(f"retriever.url={url} is neither http://host:port nor embedded:INDEX_FOLDER")
         return url
@@ -284,9 +345,13 @@ class RetrieverConfig(Section):
 class GrpoTrainerConfig(TrainerSection):
     project_name: Text = Field(default="convsearch-grpo", description="project in wandb")
     n_gpus_per_node: int = Field(default=8, ge=1, description="ranks a node (processes, on CPU)")
-    nnodes: int = Field(default=1, ge=1, description="number of nodes; more than one: of the Ray cluster that `ray start` has made")
+    nnodes: int = Field(
+        default=1, ge=1, description="number of nodes; more than one: of the Ray cluster that `ray start` has made"
+    )
     max_restarts: int = Field(
-        default=3, ge=0, description="how often lost worker processes are started again from the newest checkpoint before the run ends"
+        default=3,
+        ge=0,
+        description="how often lost worker processes are started again from the newest checkpoint before the run ends",
     )
     worker_timeout_s: float = Field(
         default=1800.0, gt=0, description="seconds without an answer after which a worker process counts as lost"
@@ -294,14 +359,20 @@ class GrpoTrainerConfig(TrainerSection):
     save_freq: CountOrMinusOne = Field(default=100, description="checkpoint every so many steps; -1: at the end alone")
     test_freq: CountOrMinusOne = Field(default=-1, description="validation every so many steps; -1: never")
     val_before_train: bool = Field(default=False, description="validation before the first step")
-    default_local_dir: Text = Field(default="outputs/run/grpo", description="folder for checkpoints, logs, rollouts and the exported model")
+    default_local_dir: Text = Field(
+        default="outputs/run/grpo", description="folder for checkpoints, logs, rollouts and the exported model"
+    )
     total_epochs: int = Field(default=6, ge=1, description="passes over the training prompts")
-    total_training_steps: int | None = Field(default=None, ge=1, description="stop after so many steps; null: total_epochs decides")
+    total_training_steps: int | None = Field(
+        default=None, ge=1, description="stop after so many steps; null: total_epochs decides"
+    )
     critic_warmup: Literal[0] = Field(default=0, description="0 only: GRPO has no critic")
     sample_table_freq: CountOrMinusOne = Field(
         default=50, description="a table of samples to wandb and TensorBoard every so many steps; -1: never"
     )
-    seed: int = Field(default=1, ge=0, description="seed of everything random; data.seed and rollout.seed follow it unless set")
+    seed: int = Field(
+        default=1, ge=0, description="seed of everything random; data.seed and rollout.seed follow it unless set"
+    )
 
     @property
     def world_size(self) -> int:
@@ -325,14 +396,22 @@ class GrpoConfig(Section):
     def _batches(self) -> Self:
         actor, n, world = self.actor_rollout_ref.actor, self.actor_rollout_ref.rollout.n, self.trainer.world_size
         mini = actor.ppo_mini_batch_size
-        require_multiple("data.train_batch_size", self.data.train_batch_size, "actor_rollout_ref.actor.ppo_mini_batch_size", mini)
         require_multiple(
-            "sequences an update (ppo_mini_batch_size * rollout.n)", mini * n, "the ranks (trainer.nnodes * n_gpus_per_node)", world
+            "data.train_batch_size", self.data.train_batch_size, "actor_rollout_ref.actor.ppo_mini_batch_size", mini
+        )
+        require_multiple(
+            "sequences an update (ppo_mini_batch_size * rollout.n)",
+            mini * n,
+            "the ranks (trainer.nnodes * n_gpus_per_node)",
+            world,
         )
         if self.algorithm.loss_agg == "micro-batch-mean":
             micro = actor.ppo_micro_batch_size_per_gpu
             require_multiple(
-                "sequences an update on one rank", mini * n // world, "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu", micro
+                "sequences an update on one rank",
+                mini * n // world,
+                "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+                micro,
             )
         rollout = self.actor_rollout_ref.rollout
         name, gpus = "trainer.n_gpus_per_node", self.trainer.n_gpus_per_node

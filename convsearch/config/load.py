@@ -49,7 +49,9 @@ def help_text(kind: Kind, argv: Sequence[str] = ()) -> str:
     for key, field in _leaves(MODELS[kind]):
         default = "required" if field.is_required() else _shown(field.get_default(call_default_factory=True))
         value = _lookup(tree, key)
-        keys.append(f"  {key}={default if value is PydanticUndefined else _shown(value)}  [{_type_name(field)}]\n      {field.description}")
+        keys.append(
+            f"  {key}={default if value is PydanticUndefined else _shown(value)}  [{_type_name(field)}]\n      {field.description}"
+        )
     usage = f"usage: python -m convsearch.{kind} [experiment=NAME] [GROUP=NAME ...] [KEY=VALUE ...] [--dry-run]   (Hydra's override syntax)"
     return "\n".join([usage, "", "groups (files under configs/):", *groups, "", "keys:", *keys, ""])
 
@@ -116,10 +118,14 @@ def _hydra_override(kind: Kind, argument: str) -> str:
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
-        raise ValueError(f"'{argument}' is not KEY=VALUE: quote a value that has spaces, commas or brackets as KEY=\"'VALUE'\"") from None
+        raise ValueError(
+            f"'{argument}' is not KEY=VALUE: quote a value that has spaces, commas or brackets as KEY=\"'VALUE'\""
+        ) from None
     key = override.key_or_group
     if override.is_delete() or override.is_sweep_override() or override.package is not None:
-        raise ValueError(f"'{argument}' deletes, sweeps or moves a key, which is not offered: give {key} one value (null for none)")
+        raise ValueError(
+            f"'{argument}' deletes, sweeps or moves a key, which is not offered: give {key} one value (null for none)"
+        )
     if key in _groups():
         chosen = override.value()
         if not isinstance(chosen, dict):
@@ -156,7 +162,11 @@ def _sentence(kind: Kind, errors: Sequence[ErrorDetails]) -> str:
         text = f"unknown key '{key}': the nearest known key is '{_nearest(key, leaves)}' (--help lists them)"
     elif first["type"] == "missing" or (first["type"] == "too_short" and not first["input"]):
         below = next((name for name in leaves if name == key or name.startswith(f"{key}.")), key)
-        required = [name for name, field in _leaves(MODELS[kind]) if field.is_required() and (name == key or name.startswith(f"{key}."))]
+        required = [
+            name
+            for name, field in _leaves(MODELS[kind])
+            if field.is_required() and (name == key or name.startswith(f"{key}."))
+        ]
         text = f"{(required or [below])[0]} is not set: give it on the command line, or choose an experiment=NAME (--help lists them)"
     elif first["type"] == "value_error":
         text = f"{key}: {message}" if key else message
@@ -233,5 +243,7 @@ def _positions(folder: Path) -> int | None:
     try:
         positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): the model's folder is damaged, export or fetch it again") from None
+        raise ValueError(
+            f"{path} is not JSON ({error}): the model's folder is damaged, export or fetch it again"
+        ) from None
     return positions if isinstance(positions, int) else None

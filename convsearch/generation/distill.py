@@ -34,7 +34,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--k", type=int, default=1, help="samples a conversation (the paper takes 1)")
     add("--rank_limit", type=int, default=1, help="worst gold rank that is kept (the paper keeps rank 1)")
     add("--max_kept", type=int, default=1, help="samples kept a conversation at most, the best ranks first")
-    add("--drop_first_turns", action="store_true", help="leave out questions without a history, which need no rewriting")
+    add(
+        "--drop_first_turns", action="store_true", help="leave out questions without a history, which need no rewriting"
+    )
     add(
         "--drop_copies",
         action="store_true",
@@ -91,7 +93,9 @@ def sample(args: argparse.Namespace, conversations: list["Conversation"], sample
         with (
             named_errors(samples_path),
             samples_path.open("a", encoding="utf-8") as file,
-            tqdm(total=len(conversations), initial=len(conversations) - len(rest), desc="distilling", unit="question") as bar,
+            tqdm(
+                total=len(conversations), initial=len(conversations) - len(rest), desc="distilling", unit="question"
+            ) as bar,
         ):
             for part, completions in rewriter.slices(rest, args.k, args.seed, n_slice):
                 rewrites = [parse_rewrite(completion.text, completion.finish_reason) for completion in completions]
@@ -100,7 +104,12 @@ def sample(args: argparse.Namespace, conversations: list["Conversation"], sample
                 for i, conversation in enumerate(part):
                     mine = range(i * args.k, (i + 1) * args.k)
                     rows = [
-                        {"output": completions[j].text, "rewrite": rewrites[j].text, "error": rewrites[j].error, "rank": ranks[j]}
+                        {
+                            "output": completions[j].text,
+                            "rewrite": rewrites[j].text,
+                            "error": rewrites[j].error,
+                            "rank": ranks[j],
+                        }
                         for j in mine
                     ]
                     file.write(json.dumps({"qid": conversation.qid, "samples": rows}, ensure_ascii=False) + "\n")
@@ -138,7 +147,9 @@ def select(
         verdicts = [verdict(args, record, row) for row in samples[record["qid"]]]
         reasons.update(verdicts)
         kept = [row for row, word in zip(samples[record["qid"]], verdicts, strict=True) if word == "kept"]
-        unique = list({row["output"]: row for row in sorted(kept, key=lambda row: row["rank"])}.values())[: args.max_kept]
+        unique = list({row["output"]: row for row in sorted(kept, key=lambda row: row["rank"])}.values())[
+            : args.max_kept
+        ]
         by_turn[turn].update(samples=len(verdicts), samples_kept=len(kept), questions=1, questions_kept=int(bool(kept)))
         rows += [{"record": record, "output": row["output"], "rank": row["rank"]} for row in unique]
     summary = {
@@ -163,7 +174,12 @@ def write_parquet(path: Path, rows: Iterable[dict[str, Any]], style: Any, max_tu
     for index, row in enumerate(rows):
         conversation = Conversation.from_record(row["record"])
         prompt = render(conversation, style, max_turns)
-        extra: dict[str, Any] = {"split": "train", "index": index, "query_id": conversation.qid, "question": conversation.question}
+        extra: dict[str, Any] = {
+            "split": "train",
+            "index": index,
+            "query_id": conversation.qid,
+            "question": conversation.question,
+        }
         table.append(
             {
                 "data_source": "self-distillation",

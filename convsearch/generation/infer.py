@@ -30,7 +30,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None
     add("--temperature", type=float, default=0.7, help="0 is greedy")
     add("--top_p", type=float, default=1.0, help="share of the probability that is sampled from")
     add("--top_k", type=int, default=0, help="tokens that are sampled from; 0: all")
-    add("--repetition_penalty", type=float, default=1.0, help="tokens of prompt and output count so much less; 1: as much")
+    add(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="tokens of prompt and output count so much less; 1: as much",
+    )
     add("--max_tokens", type=int, default=max_tokens, help="tokens of an output at most")
     add("--seed", type=int, default=1, help="seed of the samples")
     add("--limit", type=int, default=None, help="only the first so many lines")
@@ -62,8 +67,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=MODEL_NAMES,
         help="ConvSearch-R1: zero-shot prompt; Get_SFT: with the worked example",
     )
-    add("--task", default="rewrite", choices=("rewrite", "rqr"), help="rewrites of conversations, or RQR's reasoned queries of questions")
-    add("--think", action="store_true", help="rqr: <think> </think> <answer> </answer>, of which the answer is searched for")
+    add(
+        "--task",
+        default="rewrite",
+        choices=("rewrite", "rqr"),
+        help="rewrites of conversations, or RQR's reasoned queries of questions",
+    )
+    add(
+        "--think",
+        action="store_true",
+        help="rqr: <think> </think> <answer> </answer>, of which the answer is searched for",
+    )
     add("--input_path", required=True, help="conversations, one JSON object a line; rqr: also BRIGHT's topics")
     add("--output_path", required=True, help="rewrites, one JSON object a line")
     add_sampling_flags(parser, max_tokens=4096)
@@ -109,7 +123,9 @@ def read_input(path: str, task: str = "rewrite") -> tuple[list[dict[str, Any]], 
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from error
         if conversation.qid in lines:
-            raise ValueError(f"{path}:{number}: query {conversation.qid!r} stands in line {lines[conversation.qid]} already")
+            raise ValueError(
+                f"{path}:{number}: query {conversation.qid!r} stands in line {lines[conversation.qid]} already"
+            )
         lines[conversation.qid] = number
         records.append(record)
         conversations.append(conversation)
@@ -136,7 +152,9 @@ def finished(path: Path, qids: set[str], written: str) -> dict[str, dict[str, An
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not a line of JSON ({error}); delete the line, or name another output") from error
+            raise ValueError(
+                f"{path}:{number}: not a line of JSON ({error}); delete the line, or name another output"
+            ) from error
         if not isinstance(record, dict) or "qid" not in record or written not in record:
             raise ValueError(f"{path}:{number}: not a line that this command writes; name another output")
         if record["qid"] not in qids:
@@ -228,11 +246,15 @@ def main() -> None:
         with (
             named_errors(output),
             output.open("a", encoding="utf-8") as file,
-            tqdm(total=len(conversations), initial=len(conversations) - len(rest), desc="rewriting", unit="question") as bar,
+            tqdm(
+                total=len(conversations), initial=len(conversations) - len(rest), desc="rewriting", unit="question"
+            ) as bar,
         ):
             for part, completions in rewriter.slices(rest, 1, args.seed, n_slice):
                 for conversation, completion in zip(part, completions, strict=True):
-                    file.write(json.dumps(outcome(by_qid[conversation.qid], completion, form), ensure_ascii=False) + "\n")
+                    file.write(
+                        json.dumps(outcome(by_qid[conversation.qid], completion, form), ensure_ascii=False) + "\n"
+                    )
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(len(part))
@@ -250,7 +272,9 @@ def build(args: argparse.Namespace) -> Any:
         torch.set_num_threads(args.threads)
     return Rewriter(
         args.model_name_or_path,
-        SamplingConfig(args.temperature, args.top_p, args.top_k, args.max_tokens, args.batch_size, args.repetition_penalty),
+        SamplingConfig(
+            args.temperature, args.top_p, args.top_k, args.max_tokens, args.batch_size, args.repetition_penalty
+        ),
         style=args.prompt_style,
         example=args.model_name == "Get_SFT",
         scaffold=Scaffold.rewrite_form(args.think_tokens, args.rewrite_tokens) if args.scaffold else None,

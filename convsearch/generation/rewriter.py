@@ -31,12 +31,16 @@ class Rewriter:
     ):
         self.tokenizer: Any = load_tokenizer(path)
         model = load_model(path).to(pick_device(device))
-        self.sampler = HfSampler(model, self.tokenizer, sampling, stop_token_ids(model, self.tokenizer), scaffold, bf16=bf16)
+        self.sampler = HfSampler(
+            model, self.tokenizer, sampling, stop_token_ids(model, self.tokenizer), scaffold, bf16=bf16
+        )
         self.style, self.example, self.max_turns = style, example, max_turns
         self.max_prompt_tokens = model.config.max_position_embeddings - sampling.max_tokens
         if self.max_prompt_tokens < 1:
             limit = model.config.max_position_embeddings
-            raise ValueError(f"--max_tokens {sampling.max_tokens} leaves no room for a prompt in the model's {limit} positions; lower it")
+            raise ValueError(
+                f"--max_tokens {sampling.max_tokens} leaves no room for a prompt in the model's {limit} positions; lower it"
+            )
 
     def prompt_ids(self, conversation: Conversation) -> tuple[int, ...]:
         """The encoded prompt; the oldest turns go until it fits into the model."""
@@ -58,7 +62,12 @@ class Rewriter:
         """Yields (conversations, their n completions each, group-major) slice by slice; the seed of a sample is its conversation's own."""
         for start in range(0, len(conversations), prompts_a_slice):
             part = conversations[start : start + prompts_a_slice]
-            yield part, self.sampler.generate([self.prompt_ids(c) for c in part], n, seed, keys=[_stable_key(c.qid) for c in part])
+            yield (
+                part,
+                self.sampler.generate(
+                    [self.prompt_ids(c) for c in part], n, seed, keys=[_stable_key(c.qid) for c in part]
+                ),
+            )
 
 
 def _stable_key(qid: str) -> int:

@@ -113,7 +113,9 @@ class Run:
     def steps(self) -> list[Step]:
         """The dumps that are there, by number."""
         with self._lock:
-            return [Step(int(path.stem), self._size(path)) for path in sorted((self.folder / "rollouts").glob("*.parquet"))]
+            return [
+                Step(int(path.stem), self._size(path)) for path in sorted((self.folder / "rollouts").glob("*.parquet"))
+            ]
 
     def _size(self, path: Path) -> int:
         about = path.stat()
@@ -144,8 +146,12 @@ class Run:
         ends = [*firsts[1:], len(qids)]
         groups = []
         for first, end in list(zip(firsts, ends, strict=True))[start : start + count]:
-            samples = [_sample(step, first + i, record) for i, record in enumerate(table.slice(first, end - first).to_pylist())]
-            groups.append({"qid": qids[first], "reward": sum(s["reward"] for s in samples) / len(samples), "samples": samples})
+            samples = [
+                _sample(step, first + i, record) for i, record in enumerate(table.slice(first, end - first).to_pylist())
+            ]
+            groups.append(
+                {"qid": qids[first], "reward": sum(s["reward"] for s in samples) / len(samples), "samples": samples}
+            )
         return {"step": step, "start": start, "total": len(firsts), "groups": groups}
 
     def find(self, wanted: Filter, cursor: str = "", size: int = 50) -> Record:
@@ -216,8 +222,13 @@ class Run:
         tables = [self._read(step.number, ("qid", "reward")) for step in self.steps()]
         if not tables:
             return {}
-        means = pa.concat_tables(tables).group_by("qid").aggregate([("reward", "count"), ("reward", "mean")]).to_pydict()
-        return {qid: (n, mean) for qid, n, mean in zip(means["qid"], means["reward_count"], means["reward_mean"], strict=True)}
+        means = (
+            pa.concat_tables(tables).group_by("qid").aggregate([("reward", "count"), ("reward", "mean")]).to_pydict()
+        )
+        return {
+            qid: (n, mean)
+            for qid, n, mean in zip(means["qid"], means["reward_count"], means["reward_mean"], strict=True)
+        }
 
 
 def compare(one: Run, other: Run, most: int = 25) -> Record:
@@ -226,8 +237,14 @@ def compare(one: Run, other: Run, most: int = 25) -> Record:
     names = [name for name in ends[0] if name in ends[1] and name != "step"]
     a, b = one.rewards(), other.rewards()
     shared = sorted((qid for qid in a if qid in b), key=lambda qid: (-abs(b[qid][1] - a[qid][1]), qid))
-    queries = [{"qid": qid, "rollouts": [a[qid][0], b[qid][0]], "reward": [a[qid][1], b[qid][1]]} for qid in shared[:most]]
-    return {"metrics": [{"name": name, "values": [end[name] for end in ends]} for name in names], "shared": len(shared), "queries": queries}
+    queries = [
+        {"qid": qid, "rollouts": [a[qid][0], b[qid][0]], "reward": [a[qid][1], b[qid][1]]} for qid in shared[:most]
+    ]
+    return {
+        "metrics": [{"name": name, "values": [end[name] for end in ends]} for name in names],
+        "shared": len(shared),
+        "queries": queries,
+    }
 
 
 def _ends(records: Sequence[Record]) -> dict[str, float]:

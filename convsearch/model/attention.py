@@ -65,9 +65,13 @@ class PackedContext:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [B, H*g, T, D], key and value [B, H, T, D] -> [B, H*g, T, D]; zeros in the padding (undefined there with FlexAttention)."""
         grouped = query.shape[1] != key.shape[1]
-        if (self.cu_seqlens is not None or self.block_mask is not None) and torch.is_autocast_enabled(query.device.type):
+        if (self.cu_seqlens is not None or self.block_mask is not None) and torch.is_autocast_enabled(
+            query.device.type
+        ):
             # Autocast knows SDPA alone: rotary embeddings leave queries and keys in float32.
-            query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
+            query, key, value = (
+                tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value)
+            )
         if self.cu_seqlens is not None:
             return self._flash(query, key, value, scaling)
         if self.block_mask is not None:
@@ -89,7 +93,10 @@ class PackedContext:
         assert self.cu_seqlens is not None
         # Padding stands between rows: only the trees' own positions are handed over.
         kept = [(row, slice(start, end)) for row, start, end, _ in self.segments]
-        flat = [torch.cat([tensor[row, :, span] for row, span in kept], dim=1).transpose(0, 1) for tensor in (query, key, value)]
+        flat = [
+            torch.cat([tensor[row, :, span] for row, span in kept], dim=1).transpose(0, 1)
+            for tensor in (query, key, value)
+        ]
         longest = max(span.stop - span.start for _, span in kept)
         seqlens = (self.cu_seqlens, self.cu_seqlens, longest, longest)
         found = flash_attn_varlen_func(*flat, *seqlens, softmax_scale=scaling, causal=True).transpose(0, 1)
@@ -212,7 +219,11 @@ def _decode(context: DecodeContext, layer: int, query: Tensor, key: Tensor, valu
     group, grouped = samples // prompts, query.shape[1] // heads
 
     query_NHgD = query.view(samples, heads, grouped, size) * scaling
-    query_PHKD = query_NHgD.view(prompts, group, heads, grouped, size).transpose(1, 2).reshape(prompts, heads, group * grouped, size)
+    query_PHKD = (
+        query_NHgD.view(prompts, group, heads, grouped, size)
+        .transpose(1, 2)
+        .reshape(prompts, heads, group * grouped, size)
+    )
     to_prompt = query_PHKD @ prompt_keys.transpose(-1, -2) + context.prompt_mask_P11T
     to_prompt = to_prompt.view(prompts, heads, group, grouped, prompt_length).transpose(1, 2)
     to_prompt = to_prompt.reshape(samples, heads, grouped, prompt_length)
@@ -221,7 +232,9 @@ def _decode(context: DecodeContext, layer: int, query: Tensor, key: Tensor, valu
     on_prompt, on_sample = weights[..., :prompt_length], weights[..., prompt_length:]
     on_prompt = on_prompt.view(prompts, group, heads, grouped, prompt_length).transpose(1, 2)
     from_prompt = on_prompt.reshape(prompts, heads, group * grouped, prompt_length) @ prompt_values
-    from_prompt = from_prompt.view(prompts, heads, group, grouped, size).transpose(1, 2).reshape(samples, heads, grouped, size)
+    from_prompt = (
+        from_prompt.view(prompts, heads, group, grouped, size).transpose(1, 2).reshape(samples, heads, grouped, size)
+    )
     out: Tensor = from_prompt + on_sample @ values[:, :, : now + 1]
     return out.reshape(samples, 1, heads * grouped, size)
 

@@ -96,7 +96,9 @@ class MicroBatch:
         return (causal_TT & related(self.branch_BT[:, :, None], self.branch_BT[:, None, :]))[:, None]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = {name: getattr(self, name).to(device) for name in self.__slots__ if isinstance(getattr(self, name), Tensor)}
+        moved = {
+            name: getattr(self, name).to(device) for name in self.__slots__ if isinstance(getattr(self, name), Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -110,7 +112,9 @@ def related(query: Tensor, key: Tensor) -> Tensor:
     return (key == query) | (key == query - query % STRIDE)
 
 
-def pack(trees: Sequence[Tree], max_tokens: int, pad_id: int = 0, ranks: int = 1, remove_padding: bool = False) -> Iterator[MicroBatch]:
+def pack(
+    trees: Sequence[Tree], max_tokens: int, pad_id: int = 0, ranks: int = 1, remove_padding: bool = False
+) -> Iterator[MicroBatch]:
     """Micro-batches of at most ``max_tokens`` positions a rank (a longer tree stands alone), in a fixed order.
 
     With padding, rows of like length stand together, a tree each. Without, a rank gets one row of several trees, and the rows are of like length.
@@ -191,13 +195,17 @@ def collate_rows(rows: Sequence[Sequence[Tree]], pad_id: int = 0) -> MicroBatch:
             assert len(tree.branches) < STRIDE
             span = slice(start, start + len(tree))
             positions, branches = _layout(tree)
-            token_ids_BT[row, span] = torch.tensor([*tree.prompt_ids, *(i for branch in tree.branches for i in branch.token_ids)])
+            token_ids_BT[row, span] = torch.tensor(
+                [*tree.prompt_ids, *(i for branch in tree.branches for i in branch.token_ids)]
+            )
             position_ids_BT[row, span] = torch.tensor(positions)
             branch_BT[row, span] = torch.tensor(branches) + number * STRIDE
             columns.add(row, start, tree)
             start += len(tree)
     has_logprobs = bool(columns.logprob)
-    assert not has_logprobs or len(columns.logprob) == len(columns.target), "either all branches bring log-probs or none"
+    assert not has_logprobs or len(columns.logprob) == len(columns.target), (
+        "either all branches bring log-probs or none"
+    )
     return MicroBatch(
         token_ids_BT=token_ids_BT,
         position_ids_BT=position_ids_BT,

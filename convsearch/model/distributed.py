@@ -55,7 +55,9 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Adds up named numbers; every rank must bring the same names."""
     if world_size() == 1:
         return values
-    totals = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64)  # by gloo: a few numbers, on the CPU
+    totals = torch.tensor(
+        [values[name] for name in sorted(values)], dtype=torch.float64
+    )  # by gloo: a few numbers, on the CPU
     torch.distributed.all_reduce(totals)
     return dict(zip(sorted(values), totals.tolist(), strict=True))
 
@@ -75,7 +77,9 @@ def shard(module: Any, device: torch.device, *, bf16: bool = False, offload: boo
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(_backends(device), store=torch.distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(
+            _backends(device), store=torch.distributed.HashStore(), rank=0, world_size=1
+        )  # type: ignore[attr-defined]
     if offload:
         for buffer in module.buffers():  # FSDP2 moves parameters alone
             buffer.data = buffer.data.to(device)

@@ -27,7 +27,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     _check_folder(path)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer of {path} has no chat template; use an instruction-tuned model or add a template to it")
+        raise ValueError(
+            f"the tokenizer of {path} has no chat template; use an instruction-tuned model or add a template to it"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no end-of-sequence token")
     return tokenizer

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."
 
 
-def add_adapters(causal_lm: Any, rank: int, alpha: float, targets: tuple[str, ...] = ("all-linear",), seed: int = 1) -> None:
+def add_adapters(
+    causal_lm: Any, rank: int, alpha: float, targets: tuple[str, ...] = ("all-linear",), seed: int = 1
+) -> None:
     """Freezes the model and puts a rank-``rank`` adapter, scaled by alpha / rank, beside each target layer; at first they change nothing.
 
     Args:
@@ -86,7 +88,9 @@ def merged(
             continue
         full, layer = whole(tensor).detach(), name.removesuffix(f"{_BASE}weight")
         if f"{layer}{_A}" in tensors and name != layer:
-            product = whole(tensors[f"{layer}{_B}"]).detach().double() @ whole(tensors[f"{layer}{_A}"]).detach().double()
+            product = (
+                whole(tensors[f"{layer}{_B}"]).detach().double() @ whole(tensors[f"{layer}{_A}"]).detach().double()
+            )
             full = (full.double() + scaling * product).to(full.dtype)
         yield plain_name(name), full
 

@@ -50,7 +50,9 @@ class Shape:
     def of_config(cls, config: dict[str, object]) -> "Shape":
         """From the fields of a Hugging Face config.json. Raises ValueError where the model is of another kind."""
         if config.get("model_type") not in ("llama", "qwen2"):
-            raise ValueError(f"a model of type {config.get('model_type')!r} has no shape here, only llama and qwen2 have")
+            raise ValueError(
+                f"a model of type {config.get('model_type')!r} has no shape here, only llama and qwen2 have"
+            )
 
         def number(name: str, default: int = 0) -> int:
             value = config.get(name) or default

@@ -47,7 +47,10 @@ class ResponseLogprobs(nn.Module):
         self.kernel: Kernel = "auto"
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        half = torch.is_autocast_enabled(micro.branch_BT.device.type) or self.causal_lm.lm_head.weight.dtype == torch.bfloat16
+        half = (
+            torch.is_autocast_enabled(micro.branch_BT.device.type)
+            or self.causal_lm.lm_head.weight.dtype == torch.bfloat16
+        )
         context = packed_context(micro, self.kernel, half)
         hidden_BTX = self.causal_lm.model(
             input_ids=micro.token_ids_BT, position_ids=micro.position_ids_BT, use_cache=False, context=context
@@ -97,12 +100,20 @@ class Policy:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.causal_lm, self.device, self.grad_clip = causal_lm, device, grad_clip
         self.optimizer_offload, self.memory_knobs = optimizer_offload and device.type == "cuda", memory_knobs
-        self.module = distributed.shard(ResponseLogprobs(causal_lm, temperature), device, bf16=bf16, offload=param_offload)
+        self.module = distributed.shard(
+            ResponseLogprobs(causal_lm, temperature), device, bf16=bf16, offload=param_offload
+        )
         self.module.train()
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not distributed.is_sharded(self.module))
+        self.autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=bf16 and not distributed.is_sharded(self.module)
+        )
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         # A frozen reference has nothing to optimise and is only asked for log-probs.
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True) if parameters else None
+        self.optimizer = (
+            torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+            if parameters
+            else None
+        )
 
     @torch.no_grad()
     def logprobs(self, micro: MicroBatch) -> Tensor:
@@ -143,7 +154,9 @@ class Policy:
         """Adam's moments to where they are wanted, under ``optimizer_offload``."""
         if self.optimizer_offload and self.optimizer is not None:
             for parameter, state in self.optimizer.state.items():
-                wanted = parameter.device if device.type == "cuda" else device  # a parameter kept on the CPU is stepped there
+                wanted = (
+                    parameter.device if device.type == "cuda" else device
+                )  # a parameter kept on the CPU is stepped there
                 state |= {name: value.to(wanted) for name, value in state.items() if name != "step"}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -169,13 +182,21 @@ class Policy:
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``optimizer_state``, on any number of ranks."""
         assert self.optimizer is not None
-        adapters = {name.removeprefix("adapter/"): value for name, value in state.items() if name.startswith("adapter/")}
+        adapters = {
+            name.removeprefix("adapter/"): value for name, value in state.items() if name.startswith("adapter/")
+        }
         lora.restore(self.named_parameters(), adapters)
         for name, parameter in self.named_parameters().items():
             if not parameter.requires_grad:
                 continue
-            entries = {moment: state[f"{moment}/{name}"] for moment in ("step", "exp_avg", "exp_avg_sq") if f"{moment}/{name}" in state}
+            entries = {
+                moment: state[f"{moment}/{name}"]
+                for moment in ("step", "exp_avg", "exp_avg_sq")
+                if f"{moment}/{name}" in state
+            }
             self.optimizer.state[parameter] = {
-                moment: value.to(parameter.device, copy=True) if moment == "step" else distributed.like(parameter, value)
+                moment: value.to(parameter.device, copy=True)
+                if moment == "step"
+                else distributed.like(parameter, value)
                 for moment, value in entries.items()
             }

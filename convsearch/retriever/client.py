@@ -50,7 +50,9 @@ class RetrieverClient:
     Example: ``RetrieverClient("http://127.0.0.1:8000").gold_ranks([["d17"]], ["who wrote Hamlet?"])`` is ``[1]``.
     """
 
-    def __init__(self, url: str, depth: int = 100, timeout_s: float = 60, max_wait_s: float = 300, index: str | None = None) -> None:
+    def __init__(
+        self, url: str, depth: int = 100, timeout_s: float = 60, max_wait_s: float = 300, index: str | None = None
+    ) -> None:
         """
         Args:
             url: ``http://HOST:PORT`` of the server.
@@ -66,10 +68,20 @@ class RetrieverClient:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError(f"a retriever's url must be http://HOST:PORT, got {url!r}")
         if depth < 1 or timeout_s <= 0 or max_wait_s <= 0:
-            raise ValueError(f"depth, timeout_s and max_wait_s must be positive, got {depth}, {timeout_s} and {max_wait_s}")
-        self.url, self.depth, self.timeout_s, self.max_wait_s, self.index = url.rstrip("/"), depth, timeout_s, max_wait_s, index
+            raise ValueError(
+                f"depth, timeout_s and max_wait_s must be positive, got {depth}, {timeout_s} and {max_wait_s}"
+            )
+        self.url, self.depth, self.timeout_s, self.max_wait_s, self.index = (
+            url.rstrip("/"),
+            depth,
+            timeout_s,
+            max_wait_s,
+            index,
+        )
         loopback = parts.hostname in ("127.0.0.1", "localhost", "::1")
-        self._http = httpx.Client(trust_env=not loopback)  # a proxy from the environment cannot reach this machine's own ports
+        self._http = httpx.Client(
+            trust_env=not loopback
+        )  # a proxy from the environment cannot reach this machine's own ports
         self._id = uuid.uuid4().hex  # the server's line has one place a client, however many connections it has
         self._random = random.Random()  # the jitter must not move the global generator, which experiments seed
 
@@ -84,15 +96,22 @@ class RetrieverClient:
         """
         if len(golds) != len(queries):
             raise ValueError(f"{len(golds)} lists of gold docids but {len(queries)} queries")
-        pairs = [None if query is None else (clean(query), tuple(docids)) for docids, query in zip(golds, queries, strict=True)]
+        pairs = [
+            None if query is None else (clean(query), tuple(docids))
+            for docids, query in zip(golds, queries, strict=True)
+        ]
         first: dict[tuple[str, tuple[str, ...]], int] = {}
         for number, pair in enumerate(pairs):
             if pair is not None:
                 if isinstance(golds[number], str) or not pair[1]:
-                    raise ValueError(f"item {number} ({short(pair[0])}) needs a list of at least one gold docid, got {golds[number]!r}")
+                    raise ValueError(
+                        f"item {number} ({short(pair[0])}) needs a list of at least one gold docid, got {golds[number]!r}"
+                    )
                 first.setdefault(pair, number)
         ranks: dict[int, int | None] = {}
-        for chunk in chunks([(number, *pair) for pair, number in first.items()], ITEMS_A_REQUEST, lambda item: len(item[1])):
+        for chunk in chunks(
+            [(number, *pair) for pair, number in first.items()], ITEMS_A_REQUEST, lambda item: len(item[1])
+        ):
             ranks |= self._rank_chunk(chunk)
         return [None if pair is None else ranks[first[pair]] for pair in pairs]
 
@@ -146,17 +165,23 @@ class RetrieverClient:
             RetrieverError: no answer within ``max_wait_s``.
         """
         items: list[tuple[int, dict[str, Any]]] = []
-        for number, (output, question, texts, docids) in enumerate(zip(outputs, questions, positives, golds, strict=True)):
+        for number, (output, question, texts, docids) in enumerate(
+            zip(outputs, questions, positives, golds, strict=True)
+        ):
             if output is not None:
                 near = {"positives": [clean(text) for text in texts]} if texts else {"gold_docids": list(docids)}
-                items.append((number, {"id": str(number), "output": clean(output), "question": clean(question), **near}))
+                items.append(
+                    (number, {"id": str(number), "output": clean(output), "question": clean(question), **near})
+                )
         gains: list[float | None] = [None] * len(outputs)
         for chunk in chunks(items, ITEMS_A_REQUEST, lambda item: len(json.dumps(item[1]))):
             answer = self._request("POST", "/similarity", {"index": self.index, "items": [item for _, item in chunk]})
             for number, item in chunk:
                 name = item["id"]
                 if name in answer.get("errors", {}):
-                    raise ValueError(f"retriever {self.url}: item {name} ({short(item['output'])}): {answer['errors'][name]}")
+                    raise ValueError(
+                        f"retriever {self.url}: item {name} ({short(item['output'])}): {answer['errors'][name]}"
+                    )
                 if not isinstance(answer.get("gains"), dict) or not isinstance(answer["gains"].get(name), float):
                     raise self._not_ours("/similarity", answer)
                 gains[number] = answer["gains"][name]
@@ -175,7 +200,9 @@ class RetrieverClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _before_attempt(self, deadline: float) -> None:
@@ -192,7 +219,9 @@ class RetrieverClient:
             self._before_attempt(deadline)
             try:
                 timeout_s = min(self.timeout_s, max(deadline - time.monotonic(), 0.05))
-                response = self._http.request(method, self.url + path, content=content, headers=headers, timeout=timeout_s)
+                response = self._http.request(
+                    method, self.url + path, content=content, headers=headers, timeout=timeout_s
+                )
                 if response.status_code not in (502, 503, 504):
                     return self._read(path, response)
                 problem, asked_s = f"HTTP status {response.status_code}", _retry_after_s(response)
@@ -217,7 +246,9 @@ class RetrieverClient:
             detail = answer.get("detail") if isinstance(answer, dict) else answer
             raise ValueError(f"retriever {self.url} refused {path} with status {response.status_code}: {detail}")
         if response.status_code != 200:
-            raise RetrieverError(f"retriever {self.url} failed at {path} with status {response.status_code}: see its log for the reason")
+            raise RetrieverError(
+                f"retriever {self.url} failed at {path} with status {response.status_code}: see its log for the reason"
+            )
         if not isinstance(answer, dict):
             raise self._not_ours(path, answer)
         return answer
@@ -269,7 +300,10 @@ class EmbeddedRetriever(RetrieverClient):
             while self._process is None or self._process.poll() is not None:
                 if self._process is not None:
                     status = self._process.returncode
-                    print(f"retriever: the embedded server of {self._folder} ended (status {status}): starting it again", file=sys.stderr)
+                    print(
+                        f"retriever: the embedded server of {self._folder} ended (status {status}): starting it again",
+                        file=sys.stderr,
+                    )
                     _close_output(self._process)
                 self._start(deadline)
 

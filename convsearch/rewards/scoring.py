@@ -41,7 +41,11 @@ class Score:
 
 
 def score(
-    cfg: RewardConfig, judge: Judge, examples_N: Sequence[Example], completions_N: Sequence[Completion], progress: float = 0.0
+    cfg: RewardConfig,
+    judge: Judge,
+    examples_N: Sequence[Example],
+    completions_N: Sequence[Completion],
+    progress: float = 0.0,
 ) -> list[Score]:
     """One score a completion, in batches as large as the rollout; ``progress`` is the share of the training steps done."""
     rewrites_N = [PARSERS[cfg.form](completion.text, completion.finish_reason) for completion in completions_N]
@@ -91,7 +95,9 @@ def score_stream(
     return [pair for p in range(len(examples_P)) for pair in groups[p]]
 
 
-def rewarded(cfg: RewardConfig, example: Example, rewrite: Rewrite, rank: int | None, gain: float | None, progress: float) -> float:
+def rewarded(
+    cfg: RewardConfig, example: Example, rewrite: Rewrite, rank: int | None, gain: float | None, progress: float
+) -> float:
     """One number, as configured."""
     rank_weight, similarity_weight = cfg.weights
     return reward(

@@ -111,7 +111,11 @@ def save(
     state = {"step": step, **({"score": asdict(score)} if score else {}), **(extra or {})}
 
     def finish() -> None:
-        files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in temporary.rglob("*") if path.is_file()}
+        files = {
+            path.relative_to(temporary).as_posix(): path.stat().st_size
+            for path in temporary.rglob("*")
+            if path.is_file()
+        }
         with atomic_write(temporary / "trainer.json") as file:
             json.dump({**state, "files": files}, file, indent=1)
         shutil.rmtree(target, ignore_errors=True)
@@ -139,11 +143,22 @@ def save(
     return target
 
 
-def save_by(policy: Any, run_dir: Path, tokenizer: Any, cfg: TrainerSection, done: int, value: float | None, last: bool) -> None:
+def save_by(
+    policy: Any, run_dir: Path, tokenizer: Any, cfg: TrainerSection, done: int, value: float | None, last: bool
+) -> None:
     """``save`` as the configuration has it: ``value`` is the validation's figure, where there is one; ``last`` says that nothing follows."""
     score = Score(cfg.best_metric, cfg.best_mode, value) if cfg.best_metric and value is not None else None
     background = cfg.async_checkpoints and not last
-    save(run_dir, done, policy, tokenizer, keep=cfg.keep_checkpoints, form=cfg.checkpoint_format, background=background, score=score)
+    save(
+        run_dir,
+        done,
+        policy,
+        tokenizer,
+        keep=cfg.keep_checkpoints,
+        form=cfg.checkpoint_format,
+        background=background,
+        score=score,
+    )
 
 
 def wait() -> None:
@@ -227,7 +242,9 @@ def save_tensors(tensors: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp")  # a name that is there means a file that is whole
     try:
         with _writing(path):
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
+            )
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -80,7 +80,10 @@ def weights_of(folder: Path) -> dict[str, tuple[str, tuple[int, ...], torch.dtyp
     entries = TorchDcpReader(folder).read_metadata().state_dict_metadata
     anchor = "model.embed_tokens.weight"
     found = [name for name in entries if name == anchor or name.endswith(f".{anchor}")]
-    roots = sorted({name.removesuffix(anchor) for name in found} - {name.removesuffix(anchor) for name in found if "exp_avg" in name})
+    roots = sorted(
+        {name.removesuffix(anchor) for name in found}
+        - {name.removesuffix(anchor) for name in found if "exp_avg" in name}
+    )
     if len(roots) != 1:
         raise ValueError(f"{folder} holds {len(roots)} models by the name {anchor}: one is needed")
     return {

@@ -137,7 +137,9 @@ def partition(known: dict[str, Entry], itemsize: int | None, limit: int) -> list
     return parts
 
 
-def write_weights(folder: Path, target: Path, known: dict[str, Entry], wanted: "torch.dtype | None", limit: int) -> list[str]:
+def write_weights(
+    folder: Path, target: Path, known: dict[str, Entry], wanted: "torch.dtype | None", limit: int
+) -> list[str]:
     """The tensors of ``folder`` into ``target``, in the type ``wanted``; returns the names of the files, and writes their index where there are several."""
     from convsearch.runs.checkpoint import save_tensors
 
@@ -149,17 +151,23 @@ def write_weights(folder: Path, target: Path, known: dict[str, Entry], wanted: "
         file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         tensors = read(folder, names, known)
         if wanted:
-            tensors = {name: tensor.to(wanted) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+            tensors = {
+                name: tensor.to(wanted) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+            }
         save_tensors(tensors, target / file)
         files.append(file)
         weight_map |= dict.fromkeys(names, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(parts) > 1:
-        _write_json(target / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(
+            target / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     return files
 
 
-def export(source: Path, output: Path, dtype: str | None = None, limit: int = 5 * 10**9, base: Path | None = None) -> list[Path]:
+def export(
+    source: Path, output: Path, dtype: str | None = None, limit: int = 5 * 10**9, base: Path | None = None
+) -> list[Path]:
     """Writes the folder and returns its weight files; it appears when it is whole. ``base``: where configuration and tokenizer come from.
 
     Raises:
@@ -182,13 +190,18 @@ def export(source: Path, output: Path, dtype: str | None = None, limit: int = 5 
     temporary.mkdir(parents=True)
     try:
         for path in beside.iterdir():
-            if path.is_file() and path.suffix in BESIDE and path.name not in ("trainer.json", "model.safetensors.index.json"):
+            if (
+                path.is_file()
+                and path.suffix in BESIDE
+                and path.name not in ("trainer.json", "model.safetensors.index.json")
+            ):
                 shutil.copy(path, temporary / path.name)
         files = write_weights(folder, temporary, known, wanted, limit)
         stored = wanted or next(iter(known.values())).dtype
         config: dict[str, Any] = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         _write_json(
-            temporary / "config.json", {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": str(stored)[6:]}
+            temporary / "config.json",
+            {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": str(stored)[6:]},
         )
         if output.exists():
             output.rmdir()
@@ -209,7 +222,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="run folder, global_step_N, or Hugging Face folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write, which must not exist or be empty")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="type of the weights; as saved by default")
-    parser.add_argument("--base", type=Path, default=None, help="folder of config.json and the tokenizer; the checkpoint by default")
+    parser.add_argument(
+        "--base", type=Path, default=None, help="folder of config.json and the tokenizer; the checkpoint by default"
+    )
     parser.add_argument("--max_shard_size", default="5GB", help="size of a weight file at most")
     args = parser.parse_args()
     files = export(args.checkpoint, args.output, args.dtype, size_of(args.max_shard_size), args.base)

@@ -75,7 +75,9 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def trained(run_dir: Path, total_steps: int) -> bool:
     """Whether the run has taken its last step and exported its model; says so."""
     model = run_dir / "model"
-    done = (run_dir / f"global_step_{total_steps}" / "trainer.json").is_file() and (model / "model.safetensors").is_file()
+    done = (run_dir / f"global_step_{total_steps}" / "trainer.json").is_file() and (
+        model / "model.safetensors"
+    ).is_file()
     if done and distributed.rank() == 0:
         print(f"{run_dir}: all {total_steps} steps are done already; the model is in {model}")
     return done

@@ -91,8 +91,12 @@ def verdict(run_dir: Path, records: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m convsearch.plots", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", nargs="+", type=Path, help="run folder of convsearch.grpo; several are drawn into the same panels")
+    parser = argparse.ArgumentParser(
+        prog="python -m convsearch.plots", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "run", nargs="+", type=Path, help="run folder of convsearch.grpo; several are drawn into the same panels"
+    )
     parser.add_argument("--output", required=True, type=Path, help="PNG or PDF to write")
     args = parser.parse_args()
     from convsearch.runs.tracking import read_metrics

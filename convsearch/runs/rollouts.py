@@ -107,9 +107,20 @@ def _reward(rollout: Rollout) -> float:
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
-    completion = Completion(tuple(row["token_ids"]), tuple(row["logprobs"]), row["text"], row["finish_reason"], row["weights_version"])
+    completion = Completion(
+        tuple(row["token_ids"]), tuple(row["logprobs"]), row["text"], row["finish_reason"], row["weights_version"]
+    )
     rewrite = Rewrite(row["rewrite"], row["error"])  # below, dumps of older runs have no gain
-    return Rollout(row["qid"], tuple(row["prompt_ids"]), completion, rewrite, row["rank"], row["reward"], row["advantage"], row.get("gain"))
+    return Rollout(
+        row["qid"],
+        tuple(row["prompt_ids"]),
+        completion,
+        rewrite,
+        row["rank"],
+        row["reward"],
+        row["advantage"],
+        row.get("gain"),
+    )
 
 
 class Replay:
@@ -121,14 +132,18 @@ class Replay:
 
     def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]:
         self.rollouts_N = load(self.run_dir, self.step)
-        if [rollout.prompt_ids for rollout in self.rollouts_N] != [tuple(prompt) for prompt in prompts for _ in range(n)]:
+        if [rollout.prompt_ids for rollout in self.rollouts_N] != [
+            tuple(prompt) for prompt in prompts for _ in range(n)
+        ]:
             raise ValueError(
                 f"{path_of(self.run_dir, self.step)} holds other prompts than this run draws: same data, seed and batch sizes are needed"
             )
         self.step += 1
         return [rollout.completion for rollout in self.rollouts_N]
 
-    def stream(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> Iterator[tuple[list[int], list[Completion]]]:
+    def stream(
+        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int
+    ) -> Iterator[tuple[list[int], list[Completion]]]:
         """All at once: the ranks are those of the whole step."""
         yield list(range(len(prompts))), self.generate(prompts, n, seed)
 
@@ -147,6 +162,10 @@ class Replay:
         golds: Sequence[Sequence[str]],
     ) -> list[float | None]:
         assert len(outputs) == len(self.rollouts_N)
-        if any(text is not None and rollout.gain is None for text, rollout in zip(outputs, self.rollouts_N, strict=True)):
-            raise ValueError(f"{path_of(self.run_dir, self.step - 1)} holds no similarities to replay: that run paid for ranks alone")
+        if any(
+            text is not None and rollout.gain is None for text, rollout in zip(outputs, self.rollouts_N, strict=True)
+        ):
+            raise ValueError(
+                f"{path_of(self.run_dir, self.step - 1)} holds no similarities to replay: that run paid for ranks alone"
+            )
         return [rollout.gain for rollout in self.rollouts_N]

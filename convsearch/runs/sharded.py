@@ -95,7 +95,9 @@ def read(path: Path, policy: Any, optimizer_steps: int | None) -> None:
     if optimizer_steps is not None:
         for parameter in policy.optimizer.param_groups[0]["params"]:
             policy.optimizer.state[parameter] = {
-                "step": torch.tensor(float(optimizer_steps), device=parameter.device),  # fused AdamW wants it beside the weights
+                "step": torch.tensor(
+                    float(optimizer_steps), device=parameter.device
+                ),  # fused AdamW wants it beside the weights
                 **{moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS},
             }
     load(path / "shards", _state_of(policy), process_group=_group())
@@ -112,7 +114,9 @@ def load(shards: Path, state: dict[str, Tensor], process_group: Any = None, read
             dcp_load(state, storage_reader=reader or HuggingFaceStorageReader(str(shards)), process_group=process_group)
     except CheckpointException as error:
         reasons = {str(failure[0]) for failure in error.failures.values()}
-        raise ValueError(f"checkpoint {shards} is damaged or one of another model: {'; '.join(sorted(reasons))}") from None
+        raise ValueError(
+            f"checkpoint {shards} is damaged or one of another model: {'; '.join(sorted(reasons))}"
+        ) from None
 
 
 def shapes(shards: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -51,7 +51,9 @@ class Terminated:
         self.before = signal.signal(signal.SIGTERM, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         signal.signal(signal.SIGTERM, self.before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -87,7 +89,13 @@ class Lifeline:
         save: Callable[[int, float | None, bool], None],
         limits: GuardConfig | None = None,
     ):
-        self.run_dir, self.trainer, self.total, self.save_every, self.save = run_dir, trainer, steps.stop, save_every, save
+        self.run_dir, self.trainer, self.total, self.save_every, self.save = (
+            run_dir,
+            trainer,
+            steps.stop,
+            save_every,
+            save,
+        )
         self.best = checkpoint.best_score(run_dir, trainer.best_metric, trainer.best_mode)
         history = [record for record in read_metrics(run_dir) if record["step"] < steps.start]
         self.guard = Guard(limits, trainer.max_skipped_steps, history)
@@ -99,7 +107,9 @@ class Lifeline:
         self.terminated.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.terminated.__exit__(kind, error, trace)
 
     def after_step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -113,7 +123,9 @@ class Lifeline:
         told = self.terminated.on_any_rank()
         ending = last or trouble is not None or told
         score = metrics.get(self.trainer.best_metric) if self.trainer.best_metric else None
-        better = score is not None and (self.best is None or (score > self.best if self.trainer.best_mode == "max" else score < self.best))
+        better = score is not None and (
+            self.best is None or (score > self.best if self.trainer.best_mode == "max" else score < self.best)
+        )
         if better:
             self.best = score
         if ending or better or (self.save_every > 0 and done % self.save_every == 0):
@@ -127,4 +139,7 @@ class Lifeline:
                 COLLAPSED,
             )
         if told:
-            raise Ended(f"SIGTERM after step {done} of {self.total}, which is saved: run the same command again to go on", TERMINATED)
+            raise Ended(
+                f"SIGTERM after step {done} of {self.total}, which is saved: run the same command again to go on",
+                TERMINATED,
+            )

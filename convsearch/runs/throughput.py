@@ -62,11 +62,15 @@ class Meter:
         for start in range(0, len(lengths_N), group):
             prompt = lengths_N[start][0]
             responses = [response for _, response in lengths_N[start : start + group]]
-            attended = prompt * (prompt + 1) / 2 + sum(length * prompt + length * (length + 1) / 2 for length in responses)
+            attended = prompt * (prompt + 1) / 2 + sum(
+                length * prompt + length * (length + 1) / 2 for length in responses
+            )
             total += self.shape.forward_flops(prompt + sum(responses), sum(responses), attended)
         return total
 
-    def of_grpo(self, cfg: GrpoConfig, lengths_N: Sequence[tuple[int, int]], seconds: Mapping[str, float]) -> dict[str, float]:
+    def of_grpo(
+        self, cfg: GrpoConfig, lengths_N: Sequence[tuple[int, int]], seconds: Mapping[str, float]
+    ) -> dict[str, float]:
         """Rates of a GRPO step from its phases' ``*_s`` metrics: sampling, the reference and the update over the same sequences."""
         actor, n = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.rollout.n
         tokens = sum(prompt for prompt, _ in lengths_N[::n]) + sum(response for _, response in lengths_N)
@@ -105,7 +109,9 @@ def meter_of(model: str, peak_tflops: float | None, device: str, devices: int) -
 def gpu_name() -> str:
     """Of the first GPU, asked of the driver's own tool: asking torch would open a context on it. Empty where there is none."""
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""

@@ -18,7 +18,15 @@ Table = Sequence[dict[str, Any]]
 class Tracker:
     """Appends one line a step; a run that resumes at step s first forgets the lines of s and later."""
 
-    def __init__(self, run_dir: Path, loggers: tuple[str, ...], project: str, experiment: str, first_step: int, config: dict[str, Any]):
+    def __init__(
+        self,
+        run_dir: Path,
+        loggers: tuple[str, ...],
+        project: str,
+        experiment: str,
+        first_step: int,
+        config: dict[str, Any],
+    ):
         self.active = distributed.rank() == 0
         self.console = "console" in loggers
         self.sinks: list[WandbSink | TensorBoardSink] = []
@@ -74,14 +82,19 @@ class WandbSink:
                 "trainer.logger has wandb, which is not installed: pip install -e '.[wandb]', or use trainer.logger=['console']"
             ) from error
         self.wandb: Any = wandb
-        self.run = wandb.init(project=project, name=experiment, dir=str(run_dir), config=config, resume="allow", id=experiment)
+        self.run = wandb.init(
+            project=project, name=experiment, dir=str(run_dir), config=config, resume="allow", id=experiment
+        )
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.run.log(metrics, step=max(0, step))
 
     def table(self, step: int, rows: Table) -> None:
         columns = list(rows[0])
-        self.run.log({"samples": self.wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])}, step=step)
+        self.run.log(
+            {"samples": self.wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])},
+            step=step,
+        )
 
     def close(self) -> None:
         self.run.finish()
@@ -115,10 +128,15 @@ def markdown(rows: Table) -> str:
     columns = list(rows[0])
 
     def line(cells: Sequence[object]) -> str:
-        escaped = (str(cell).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("\n", "<br>") for cell in cells)
+        escaped = (
+            str(cell).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("\n", "<br>")
+            for cell in cells
+        )
         return f"| {' | '.join(escaped)} |"
 
-    return "\n".join([line(columns), f"|{'---|' * len(columns)}", *(line([row[name] for name in columns]) for row in rows)])
+    return "\n".join(
+        [line(columns), f"|{'---|' * len(columns)}", *(line([row[name] for name in columns]) for row in rows)]
+    )
 
 
 _SHOWN = {

@@ -69,7 +69,9 @@ class SamplingConfig:
     top_k: int = 0
     max_tokens: int = 1024
     batch_size: int = 64  # sequences decoded at once
-    repetition_penalty: float = 1.0  # logits of tokens of the prompt and the output so far: divided by it above 0, else multiplied
+    repetition_penalty: float = (
+        1.0  # logits of tokens of the prompt and the output so far: divided by it above 0, else multiplied
+    )
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -97,7 +99,9 @@ class Scaffold:
 
     def __post_init__(self) -> None:
         if min(self.budgets) < 1:
-            raise ValueError(f"scaffold: the budgets of thinking and rewrite are {self.budgets} tokens; each must be at least 1")
+            raise ValueError(
+                f"scaffold: the budgets of thinking and rewrite are {self.budgets} tokens; each must be at least 1"
+            )
 
     @classmethod
     def rewrite_form(cls, think_tokens: int, rewrite_tokens: int) -> "Scaffold":
@@ -117,7 +121,13 @@ class HfSampler:
         progress: bool = False,
         bf16: bool = False,
     ):
-        self.model, self.tokenizer, self.config, self.scaffold, self.progress = model, tokenizer, config, scaffold, progress
+        self.model, self.tokenizer, self.config, self.scaffold, self.progress = (
+            model,
+            tokenizer,
+            config,
+            scaffold,
+            progress,
+        )
         self.stop_ids = frozenset(stop_ids)
         self.version = 0
         self._autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
@@ -140,7 +150,9 @@ class HfSampler:
         assert not absent, f"weights without {sorted(absent)[:3]}"
         assert not unknown, f"weights with {unknown[:3]}, which the sampler's model lacks"
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None
+    ) -> list[Completion]:
         """n samples of every prompt, group-major; prompts of like length are decoded together.
 
         Args:
@@ -149,7 +161,9 @@ class HfSampler:
         return collect(self.stream(prompts, n, seed, keys), len(prompts), n)
 
     @torch.inference_mode()
-    def stream(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None) -> Iterator[Finished]:
+    def stream(
+        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None
+    ) -> Iterator[Finished]:
         """The same, a batch of prompts at a time."""
         order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
         per_chunk = max(1, self.config.batch_size // n)
@@ -160,13 +174,17 @@ class HfSampler:
                 for start in range(0, len(order), per_chunk):
                     chunk = order[start : start + per_chunk]
                     with self._autocast:
-                        groups = self._generate_chunk([prompts[p] for p in chunk], [keys[p] if keys else p for p in chunk], n, seed)
+                        groups = self._generate_chunk(
+                            [prompts[p] for p in chunk], [keys[p] if keys else p for p in chunk], n, seed
+                        )
                     bar.update(len(chunk) * n)
                     yield chunk, [completion for group in groups for completion in group]
         finally:
             self.model.train(was_training)
 
-    def _generate_chunk(self, prompts: list[tuple[int, ...]], keys: list[int], n: int, seed: int) -> list[list[Completion]]:
+    def _generate_chunk(
+        self, prompts: list[tuple[int, ...]], keys: list[int], n: int, seed: int
+    ) -> list[list[Completion]]:
         limit = self.config.max_tokens if self._script is None else self._script.max_tokens
         context, hidden_PX = self._read(prompts, n, min(limit, FIRST_CAPACITY))
         rows = [
@@ -197,13 +215,23 @@ class HfSampler:
         What all prompts begin with (the system prompt, the worked example) is read once.
         """
         device, shared = self.model.device, _common_prefix(prompts)
-        prefix = TreeContext(torch.ones(shared, shared, dtype=torch.bool, device=device).tril()[None, None], keep=True) if shared else None
+        prefix = (
+            TreeContext(torch.ones(shared, shared, dtype=torch.bool, device=device).tril()[None, None], keep=True)
+            if shared
+            else None
+        )
         if prefix is not None:
-            self._forward(torch.tensor([prompts[0][:shared]], device=device), torch.arange(shared, device=device)[None], prefix)
+            self._forward(
+                torch.tensor([prompts[0][:shared]], device=device), torch.arange(shared, device=device)[None], prefix
+            )
         lengths = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
         longest = int(lengths.max())
-        token_ids_PT = torch.tensor([[*prompt[shared:], *[0] * (longest + shared - len(prompt))] for prompt in prompts], device=device)
-        visible = torch.ones(longest, shared + longest, dtype=torch.bool, device=device).tril(diagonal=shared)[None, None]
+        token_ids_PT = torch.tensor(
+            [[*prompt[shared:], *[0] * (longest + shared - len(prompt))] for prompt in prompts], device=device
+        )
+        visible = torch.ones(longest, shared + longest, dtype=torch.bool, device=device).tril(diagonal=shared)[
+            None, None
+        ]
         tree = TreeContext(visible, keep=True, prefix=prefix)
         positions = shared + torch.arange(longest, device=device).expand(len(prompts), -1)
         hidden = self._forward(token_ids_PT, positions, tree)
@@ -211,7 +239,9 @@ class HfSampler:
         mask = torch.zeros(padding.shape, dtype=hidden.dtype, device=device).masked_fill(padding, float("-inf"))
         samples = len(prompts) * n
         empty = [key.new_zeros(samples, key.shape[1], capacity, key.shape[3]) for key in tree.keys]
-        context = DecodeContext(tree.keys, tree.values, mask[:, None, None], empty, [torch.zeros_like(key) for key in empty])
+        context = DecodeContext(
+            tree.keys, tree.values, mask[:, None, None], empty, [torch.zeros_like(key) for key in empty]
+        )
         return context, hidden[torch.arange(len(prompts), device=device), lengths - 1]
 
     def _forward(self, token_ids: Tensor, positions: Tensor, context: TreeContext | DecodeContext) -> Tensor:
@@ -234,7 +264,9 @@ class HfSampler:
             uniform_N = torch.tensor([row.uniform() for row in rows], device=logits_NV.device, dtype=torch.float32)
             drawn_N = _inverse_cdf(self._truncate(offered_NV), uniform_N)
         if self._script is not None:
-            drawn_N = torch.tensor([row.follow(token) for row, token in zip(rows, drawn_N.tolist(), strict=True)], device=drawn_N.device)
+            drawn_N = torch.tensor(
+                [row.follow(token) for row, token in zip(rows, drawn_N.tolist(), strict=True)], device=drawn_N.device
+            )
         chosen_N = logprobs_NV.gather(1, drawn_N[:, None])[:, 0].tolist()
         for row, token, logprob in zip(rows, drawn_N.tolist(), chosen_N, strict=True):
             row.book(token, logprob, self.stop_ids)
@@ -276,7 +308,9 @@ class HfSampler:
     def _completion(self, row: "_Row") -> Completion:
         text_ids = row.token_ids[:-1] if row.token_ids and row.token_ids[-1] in self.stop_ids else row.token_ids
         text = self.tokenizer.decode(text_ids, skip_special_tokens=False)
-        return Completion(tuple(row.token_ids), tuple(row.logprobs), text, "stop" if row.stopped else "length", self.version)
+        return Completion(
+            tuple(row.token_ids), tuple(row.logprobs), text, "stop" if row.stopped else "length", self.version
+        )
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
@@ -339,7 +373,9 @@ class _Row:
         assert self.script is not None
         if self.done:
             return drawn
-        if self.part < 0 or (not self.forced and (self.spent >= self.script.budgets[self.part] or drawn in self.script.ends_part)):
+        if self.part < 0 or (
+            not self.forced and (self.spent >= self.script.budgets[self.part] or drawn in self.script.ends_part)
+        ):
             self.part, self.spent = self.part + 1, 0
             self.forced = list(self.script.literals[self.part])
         if self.forced:

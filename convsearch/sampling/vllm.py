@@ -69,15 +69,25 @@ class VllmSampler:
         }
         options |= _cpu_options(path, config, model_len) if device == "cpu" else _gpu_options(memory_share, transfer)
         self.llm: Any = LLM(**options)
-        self.tokenizer, self.config, self.stop_ids, self.stop, self.device = tokenizer, config, frozenset(stop_ids), stop, device
+        self.tokenizer, self.config, self.stop_ids, self.stop, self.device = (
+            tokenizer,
+            config,
+            frozenset(stop_ids),
+            stop,
+            device,
+        )
         self.version, self._requests = 0, 0
         self._asleep: set[str] = set()  # parts of the engine that have given their memory away
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None) -> list[Completion]:
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None
+    ) -> list[Completion]:
         """n samples of every prompt, group-major; ``keys`` as for HfSampler."""
         return collect(self.stream(prompts, n, seed, keys), len(prompts), n)
 
-    def stream(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None) -> Iterator[Finished]:
+    def stream(
+        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None
+    ) -> Iterator[Finished]:
         """The samples of a prompt as soon as all n are finished, in the order in which they finish."""
         self.wake_up()
         engine = self.llm.llm_engine
@@ -147,7 +157,9 @@ class VllmSampler:
 
     def _completion(self, output: Any) -> Completion:
         token_ids = tuple(output.token_ids)
-        logprobs = tuple(float(choices[token].logprob) for token, choices in zip(token_ids, output.logprobs, strict=True))
+        logprobs = tuple(
+            float(choices[token].logprob) for token, choices in zip(token_ids, output.logprobs, strict=True)
+        )
         assert output.finish_reason in ("stop", "length"), output.finish_reason
         text_ids = token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids
         text = self.tokenizer.decode(list(text_ids), skip_special_tokens=False)

@@ -68,10 +68,14 @@ def _example(row: dict[str, Any], prompt_key: str) -> Example:
         raise TypeError(repr(prompt_key))
     if not truth or not chat:
         raise KeyError(prompt_key if truth else "ground_truth")
-    messages: tuple[Message, ...] = tuple({"role": str(_field(m, "role")), "content": str(_field(m, "content"))} for m in chat)
+    messages: tuple[Message, ...] = tuple(
+        {"role": str(_field(m, "role")), "content": str(_field(m, "content"))} for m in chat
+    )
     info = row["extra_info"]
     positives = info.get("positives") or () if isinstance(info, dict) else ()
-    return Example(str(_field(info, "query_id")), messages, str(_field(info, "question")), golds, tuple(map(str, positives)))
+    return Example(
+        str(_field(info, "query_id")), messages, str(_field(info, "question")), golds, tuple(map(str, positives))
+    )
 
 
 def _field(record: Any, key: str) -> Any:

@@ -34,14 +34,24 @@ def train(cfg: GrpoConfig) -> None:
     url = "" if replay_from else cfg.retriever.resolved_url()
     pick_device(cfg.trainer.device)  # an error now rather than in a worker
     examples = data.read_examples(cfg.data.train_files, cfg.data.prompt_key)
-    held_out = data.read_examples(cfg.data.val_files, cfg.data.prompt_key) if cfg.data.val_files and not replay_from else []
-    tokenizer = load_tokenizer(cfg.actor_rollout_ref.model.path, trust_remote_code=cfg.actor_rollout_ref.model.trust_remote_code)
+    held_out = (
+        data.read_examples(cfg.data.val_files, cfg.data.prompt_key) if cfg.data.val_files and not replay_from else []
+    )
+    tokenizer = load_tokenizer(
+        cfg.actor_rollout_ref.model.path, trust_remote_code=cfg.actor_rollout_ref.model.trust_remote_code
+    )
     examples, prompt_ids = encode(cfg, tokenizer, examples)
     held_out, held_out_ids = encode(cfg, tokenizer, held_out) if held_out else ([], {})
     if clashes := [qid for qid, ids in held_out_ids.items() if prompt_ids.get(qid, ids) != ids]:
-        raise ValueError(f"query id {clashes[0]!r} names one prompt in data.train_files and another in data.val_files; rename one of them")
-    data.batch_indices(len(examples), cfg.data.train_batch_size, 0, cfg.data.seed)  # an error now rather than after loading a model
-    total_steps = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * (len(examples) // cfg.data.train_batch_size)
+        raise ValueError(
+            f"query id {clashes[0]!r} names one prompt in data.train_files and another in data.val_files; rename one of them"
+        )
+    data.batch_indices(
+        len(examples), cfg.data.train_batch_size, 0, cfg.data.seed
+    )  # an error now rather than after loading a model
+    total_steps = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * (
+        len(examples) // cfg.data.train_batch_size
+    )
     runs.claim(run_dir, cfg)
     if runs.trained(run_dir, total_steps):
         return
@@ -57,7 +67,9 @@ def train(cfg: GrpoConfig) -> None:
                 if isinstance(retriever, rollouts.Replay):
                     sampler, retriever.step = retriever, parts.first_step
                 assert sampler is not None
-                trainer = Trainer(cfg, run_dir, prompt_ids | held_out_ids, sampler, retriever, parts.policy, parts.ref, total_steps)
+                trainer = Trainer(
+                    cfg, run_dir, prompt_ids | held_out_ids, sampler, retriever, parts.policy, parts.ref, total_steps
+                )
                 sampler.load_weights(parts.policy, version=parts.first_step)
                 learn(trainer, parts, tokenizer, examples, held_out)
                 parts.on_ranks(export, run_dir / "model", tokenizer)
@@ -76,20 +88,38 @@ def export(policy: Policy, folder: Path, tokenizer: Any) -> None:
 def learn(t: Trainer, parts: Parts, tokenizer: Any, examples: list[Example], held_out: list[Example]) -> None:
     """The steps that are left, with validation, metrics and checkpoints."""
     cfg, total, first_step = t.cfg, t.total_steps, parts.first_step
-    ahead = OneStepAhead(t.sampler, partial(request, t, examples), first_step) if cfg.actor_rollout_ref.rollout.overlap else None
+    ahead = (
+        OneStepAhead(t.sampler, partial(request, t, examples), first_step)
+        if cfg.actor_rollout_ref.rollout.overlap
+        else None
+    )
     t.sampler = ahead or t.sampler
-    tracker = Tracker(t.run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, first_step, cfg.model_dump())
+    tracker = Tracker(
+        t.run_dir,
+        cfg.trainer.logger,
+        cfg.trainer.project_name,
+        cfg.trainer.experiment_name,
+        first_step,
+        cfg.model_dump(),
+    )
     if cfg.trainer.val_before_train and first_step == 0 and held_out:
         tracker.log(-1, validate(t, held_out))
-    meter = meter_of(cfg.actor_rollout_ref.model.path, cfg.trainer.peak_tflops, cfg.trainer.device, cfg.trainer.world_size)
-    steps, save = range(first_step, total), partial(parts.on_ranks, checkpoint.save_by, t.run_dir, tokenizer, cfg.trainer)
+    meter = meter_of(
+        cfg.actor_rollout_ref.model.path, cfg.trainer.peak_tflops, cfg.trainer.device, cfg.trainer.world_size
+    )
+    steps, save = (
+        range(first_step, total),
+        partial(parts.on_ranks, checkpoint.save_by, t.run_dir, tokenizer, cfg.trainer),
+    )
     with (
         closing(ahead) if ahead else nullcontext(),
         closing(tracker),
         Lifeline(t.run_dir, cfg.trainer, steps, cfg.trainer.save_freq, save, cfg.guard) as lifeline,
     ):
         for step in tqdm(steps, desc="GRPO", unit="step", initial=first_step, total=total):
-            indices = data.batch_indices(len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
+            indices = data.batch_indices(
+                len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle
+            )
             metrics = grpo_step(t, step, [examples[i] for i in indices])
             metrics |= meter.of_grpo(cfg, rollouts.lengths(t.run_dir, step), metrics)
             done = step + 1
@@ -101,9 +131,14 @@ def learn(t: Trainer, parts: Parts, tokenizer: Any, examples: list[Example], hel
             lifeline.after_step(step, metrics)
 
 
-def encode(cfg: GrpoConfig, tokenizer: Any, examples: list[Example]) -> tuple[list[Example], dict[str, tuple[int, ...]]]:
+def encode(
+    cfg: GrpoConfig, tokenizer: Any, examples: list[Example]
+) -> tuple[list[Example], dict[str, tuple[int, ...]]]:
     """Encodes the prompts once and applies the length rule; returns the rows that stay and their ids by query id."""
-    ids = [encode_chat(tokenizer, example.messages) for example in tqdm(examples, desc="encoding prompts", unit="prompt", leave=False)]
+    ids = [
+        encode_chat(tokenizer, example.messages)
+        for example in tqdm(examples, desc="encoding prompts", unit="prompt", leave=False)
+    ]
     limit = cfg.data.max_prompt_length
     kept = data.fit_length([len(i) for i in ids], limit, cfg.data.filter_overlong_prompts, cfg.data.truncation)
     if len(kept) < len(examples):
@@ -120,7 +155,10 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
     """The policy (from the newest checkpoint where there is one), the step it stands at, and the frozen reference."""
     model, actor = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.actor
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
-    step, source = found[0] if found else 0, model.path if model.lora_rank else checkpoint.model_folder(found, model.path)
+    step, source = (
+        found[0] if found else 0,
+        model.path if model.lora_rank else checkpoint.model_folder(found, model.path),
+    )
     options: dict[str, Any] = {"temperature": cfg.actor_rollout_ref.rollout.temperature, "bf16": model.dtype == "bf16"}
     causal_lm = load_model(source, trust_remote_code=model.trust_remote_code)
     if model.lora_rank:  # the base stays as it was; a checkpoint's adapters come with the optimizer's state
@@ -146,7 +184,11 @@ def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[
     if model.lora_rank:
         return step, policy, cast(Policy, lora.Reference(policy))  # only asked for log-probs
     reference = load_model(model.path, trust_remote_code=model.trust_remote_code).requires_grad_(False)
-    return step, policy, Policy(reference, device, param_offload=cfg.actor_rollout_ref.ref.fsdp_config.param_offload, **options)
+    return (
+        step,
+        policy,
+        Policy(reference, device, param_offload=cfg.actor_rollout_ref.ref.fsdp_config.param_offload, **options),
+    )
 
 
 def request(t: Trainer, examples: list[Example], step: int) -> Request | None:
@@ -163,9 +205,13 @@ def validate(t: Trainer, held_out: Sequence[Example]) -> Metrics:
     start = time.monotonic()
     limit = t.cfg.data.val_max_samples
     rows = held_out[:limit] if limit > 0 else held_out
-    completions = t.sampler.generate([t.prompt_ids[row.qid] for row in rows], 1, seed=t.cfg.actor_rollout_ref.rollout.seed)
+    completions = t.sampler.generate(
+        [t.prompt_ids[row.qid] for row in rows], 1, seed=t.cfg.actor_rollout_ref.rollout.seed
+    )
     cfg = t.cfg.reward_model.reward
-    cfg = cfg.model_copy(update={"language_guard": False, "name": "rank_incentive" if cfg.name == "curriculum" else cfg.name})
+    cfg = cfg.model_copy(
+        update={"language_guard": False, "name": "rank_incentive" if cfg.name == "curriculum" else cfg.name}
+    )
     scores = score(cfg, t.retriever, rows, completions)
     return {
         "val_reward": sum(scored.reward for scored in scores) / len(rows),

@@ -54,8 +54,19 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
     rollouts_N = assemble(t, step, examples_N, completions_N, scores_N, advantages_N)
     rollouts.dump(t.run_dir, step, rollouts_N)  # every step can be replayed
 
-    lr = lr_at(step, t.total_steps, actor.optim.lr, actor.optim.lr_warmup_steps, actor.optim.lr_scheduler, actor.optim.min_lr_ratio)
-    ranks, limit, tight = t.cfg.trainer.world_size, max_tokens_of(t.cfg), t.cfg.actor_rollout_ref.model.use_remove_padding
+    lr = lr_at(
+        step,
+        t.total_steps,
+        actor.optim.lr,
+        actor.optim.lr_warmup_steps,
+        actor.optim.lr_scheduler,
+        actor.optim.min_lr_ratio,
+    )
+    ranks, limit, tight = (
+        t.cfg.trainer.world_size,
+        max_tokens_of(t.cfg),
+        t.cfg.actor_rollout_ref.model.use_remove_padding,
+    )
     packed = [
         [with_references(t, micro) for micro in pack(trees, limit, ranks=ranks, remove_padding=tight)]
         for trees in minibatches(t.cfg, rollouts_N)
@@ -70,7 +81,9 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
     return {**rollout_metrics(rollouts_N, n), **mean_of(updates), **clock.laps}
 
 
-def sample_and_score(t: Trainer, step: int, examples_P: Sequence["Example"], clock: "Clock") -> tuple[list["Completion"], list["Score"]]:
+def sample_and_score(
+    t: Trainer, step: int, examples_P: Sequence["Example"], clock: "Clock"
+) -> tuple[list["Completion"], list["Score"]]:
     """n samples a prompt with what they earn, group-major; under ``algorithm.filter_groups`` equal groups are drawn again.
 
     What is finished is scored while the rest is still being generated.
@@ -84,7 +97,9 @@ def sample_and_score(t: Trainer, step: int, examples_P: Sequence["Example"], clo
         examples = [examples_P[p] for p in chosen_P]
         prompts = [t.prompt_ids[example.qid] for example in examples]
         parts = t.sampler.stream(prompts, rollout.n, seed=(rollout.seed + 7919 * number) * 1_000_003 + step)
-        scored = score_stream(t.cfg.reward_model.reward, t.retriever, examples, parts, step / t.total_steps, lambda: clock.lap("sample_s"))
+        scored = score_stream(
+            t.cfg.reward_model.reward, t.retriever, examples, parts, step / t.total_steps, lambda: clock.lap("sample_s")
+        )
         clock.lap("rank_s")
         return scored
 
@@ -111,8 +126,19 @@ def assemble(
             f"step {step} got samples of the weights of step {sorted(versions)}, {allowed} behind at most are allowed: a sampler has missed an update"
         )
     return [
-        Rollout(example.qid, t.prompt_ids[example.qid], completion, scored.rewrite, scored.rank, scored.reward, advantage, scored.gain)
-        for example, completion, scored, advantage in zip(examples_N, completions_N, scores_N, advantages_N, strict=True)
+        Rollout(
+            example.qid,
+            t.prompt_ids[example.qid],
+            completion,
+            scored.rewrite,
+            scored.rank,
+            scored.reward,
+            advantage,
+            scored.gain,
+        )
+        for example, completion, scored, advantage in zip(
+            examples_N, completions_N, scores_N, advantages_N, strict=True
+        )
     ]
 
 

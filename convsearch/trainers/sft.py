@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from convsearch.policy.policy import Policy
 
 
-def sft_step(policy: "Policy", trees: list["Tree"], rank: int, world: int, micro_batch_size: int, lr: float) -> dict[str, float]:
+def sft_step(
+    policy: "Policy", trees: list["Tree"], rank: int, world: int, micro_batch_size: int, lr: float
+) -> dict[str, float]:
     """One optimiser step on a batch of one-branch trees, of which this rank computes every ``world``-th; returns the batch's loss."""
     from convsearch.model import distributed
     from convsearch.model.batch import collate
@@ -77,25 +79,33 @@ def _text(row: dict[str, Any], column: str, keys: tuple[str, ...], where: str) -
     value: Any = row[column]
     for key in keys:
         if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"{where}: column {column!r} has no key {key!r}; check data.prompt_dict_keys and data.response_dict_keys")
+            raise ValueError(
+                f"{where}: column {column!r} has no key {key!r}; check data.prompt_dict_keys and data.response_dict_keys"
+            )
         value = value[key]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: {'.'.join((column, *keys))} must be a non-empty text, got {value!r}")
     return value
 
 
-def _cut(cfg: SftConfig, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...], where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _cut(
+    cfg: SftConfig, prompt_ids: tuple[int, ...], answer_ids: tuple[int, ...], where: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     limit, total = cfg.data.max_length, len(prompt_ids) + len(answer_ids)
     if total <= limit:
         return prompt_ids, answer_ids
     if cfg.data.truncation == "error":
-        raise ValueError(f"{where} has {total} tokens, above data.max_length={limit}; raise it or set data.truncation=right or left")
+        raise ValueError(
+            f"{where} has {total} tokens, above data.max_length={limit}; raise it or set data.truncation=right or left"
+        )
     if cfg.data.truncation == "left":
         prompt_ids = prompt_ids[total - limit :]
     else:
         answer_ids = answer_ids[: limit - len(prompt_ids)] if len(prompt_ids) < limit else ()
     if not prompt_ids or not answer_ids:
-        raise ValueError(f"{where}: nothing of the {'answer' if prompt_ids else 'prompt'} is left under data.max_length={limit}; raise it")
+        raise ValueError(
+            f"{where}: nothing of the {'answer' if prompt_ids else 'prompt'} is left under data.max_length={limit}; raise it"
+        )
     return prompt_ids, answer_ids
 
 
@@ -159,7 +169,9 @@ def build_policy(cfg: SftConfig, run_dir: "Path", device: Any) -> tuple[int, "Po
 
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
     policy = Policy(
-        load_model(checkpoint.model_folder(found, cfg.model.partial_pretrain), trust_remote_code=cfg.model.trust_remote_code),
+        load_model(
+            checkpoint.model_folder(found, cfg.model.partial_pretrain), trust_remote_code=cfg.model.trust_remote_code
+        ),
         device,
         lr=cfg.optim.lr,
         betas=cfg.optim.betas,
@@ -179,7 +191,13 @@ def build_policy(cfg: SftConfig, run_dir: "Path", device: Any) -> tuple[int, "Po
 
 
 def learn(
-    cfg: SftConfig, run_dir: "Path", policy: "Policy", tokenizer: Any, rows: list["Tree"], held_out: list["Tree"], steps: range
+    cfg: SftConfig,
+    run_dir: "Path",
+    policy: "Policy",
+    tokenizer: Any,
+    rows: list["Tree"],
+    held_out: list["Tree"],
+    steps: range,
 ) -> None:
     """The optimiser steps ``steps``, with validation, metrics and checkpoints."""
     from tqdm import tqdm
@@ -198,7 +216,14 @@ def learn(
     save_every = cfg.trainer.save_freq if cfg.trainer.save_freq > 0 else epoch
     test_every = cfg.trainer.test_freq if cfg.trainer.test_freq > 0 else epoch
     warmup = int(cfg.optim.warmup_steps_ratio * total)
-    tracker = Tracker(run_dir, cfg.trainer.logger, cfg.trainer.project_name, cfg.trainer.experiment_name, steps.start, cfg.model_dump())
+    tracker = Tracker(
+        run_dir,
+        cfg.trainer.logger,
+        cfg.trainer.project_name,
+        cfg.trainer.experiment_name,
+        steps.start,
+        cfg.model_dump(),
+    )
     save = partial(save_by, policy, run_dir, tokenizer, cfg.trainer)
     meter = meter_of(cfg.model.partial_pretrain, cfg.trainer.peak_tflops, cfg.trainer.device, world)
     with closing(tracker), Lifeline(run_dir, cfg.trainer, steps, save_every, save) as lifeline:

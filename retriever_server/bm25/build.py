@@ -72,7 +72,9 @@ class Manifest:
         """
         found, path = read_manifest(folder), folder / "manifest.json"
         if found.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {found.get('format')!r}, not {FORMAT!r}: this is no BM25 index of ours")
+            raise ValueError(
+                f"{path} has format {found.get('format')!r}, not {FORMAT!r}: this is no BM25 index of ours"
+            )
         for key, known in (("version", FORMAT_VERSION), ("analyzer", analyzer.NAME)):
             if found.get(key) != known:
                 raise ValueError(
@@ -129,8 +131,17 @@ def build(
             raise ValueError(f"{', '.join(map(str, paths))}: no passage in it")
         writer.finish_passages(paths)
         num_postings, num_codes = writer.finish_postings(float(k1), float(b), progress)
-        counts = (writer.num_passages, writer.num_nonempty, writer.num_tokens, len(writer.vocabulary), num_postings, num_codes)
-        write_manifest(temporary, asdict(Manifest(FORMAT, FORMAT_VERSION, analyzer.NAME, float(k1), float(b), *counts, sha256)))
+        counts = (
+            writer.num_passages,
+            writer.num_nonempty,
+            writer.num_tokens,
+            len(writer.vocabulary),
+            num_postings,
+            num_codes,
+        )
+        write_manifest(
+            temporary, asdict(Manifest(FORMAT, FORMAT_VERSION, analyzer.NAME, float(k1), float(b), *counts, sha256))
+        )
     return True
 
 
@@ -151,11 +162,17 @@ def _already_built(folder: Path, sha256: str, k1: float, b: float, overwrite: bo
         raise
     differing = [
         f"{what} {old} (asked: {new})"
-        for what, old, new in (("k1", found.k1, k1), ("b", found.b, b), ("collection", found.collection_sha256[:12], sha256[:12]))
+        for what, old, new in (
+            ("k1", found.k1, k1),
+            ("b", found.b, b),
+            ("collection", found.collection_sha256[:12], sha256[:12]),
+        )
         if old != new
     ]
     if differing and not overwrite:
-        raise ValueError(f"{folder} holds an index with {', '.join(differing)}: choose another --output or add --overwrite")
+        raise ValueError(
+            f"{folder} holds an index with {', '.join(differing)}: choose another --output or add --overwrite"
+        )
     return not differing
 
 
@@ -167,7 +184,9 @@ def _bar(progress: bool, **options: Any) -> Any:
 
 def _hash(paths: Sequence[Path], progress: bool) -> str:
     digests = hashlib.sha256()
-    with _bar(progress, desc="hash collection", unit="B", unit_scale=True, total=sum(path.stat().st_size for path in paths)) as bar:
+    with _bar(
+        progress, desc="hash collection", unit="B", unit_scale=True, total=sum(path.stat().st_size for path in paths)
+    ) as bar:
         for path in paths:
             digest = hashlib.sha256()
             with open(path, "rb") as file:
@@ -209,7 +228,8 @@ class _Writer:
         self._pairs = np.empty(0, np.uint32)
         self._docids, self._contents = StringTableWriter(folder, "docids"), StringTableWriter(folder, "contents")
         self._buckets = [
-            [NpyAppender(folder / f"scratch_{name}_{bucket}.npy", kind) for name, kind in _SCRATCH.items()] for bucket in range(BUCKETS)
+            [NpyAppender(folder / f"scratch_{name}_{bucket}.npy", kind) for name, kind in _SCRATCH.items()]
+            for bucket in range(BUCKETS)
         ]
 
     def add(self, chunk: Chunk) -> None:
@@ -241,7 +261,9 @@ class _Writer:
         if twice is not None:
             docid = docids[twice[0]]
             found = [f"{path}:{line}" for path in paths for line, record in read_jsonl(path) if record["id"] == docid]
-            raise ValueError(f"{found[1]}: docid {docid!r} is given twice (first in {found[0]}): docids must be unique in a collection")
+            raise ValueError(
+                f"{found[1]}: docid {docid!r} is given twice (first in {found[0]}): docids must be unique in a collection"
+            )
 
     def finish_postings(self, k1: float, b: float, progress: bool) -> tuple[int, int]:
         """Inverts bucket after bucket; returns the numbers of postings and of codes."""
@@ -284,10 +306,17 @@ class _Writer:
         writer.extend(b"".join(terms), np.fromiter(map(len, terms), np.int64))
         writer.close()
         table: StringTable = load_strings(self.folder, "terms", len(terms))
-        twice = write_dictionary(self.folder, "terms", np.fromiter(map(string_hash, terms), np.uint64, len(terms)), table)
+        twice = write_dictionary(
+            self.folder, "terms", np.fromiter(map(string_hash, terms), np.uint64, len(terms)), table
+        )
         assert twice is None, twice
         idf = bm25_formula.idf(self.num_nonempty, lists.frequencies)
-        columns: dict[str, Array] = {"starts": lists.starts, "frequencies": lists.frequencies, "max_codes": lists.max_codes, "idf": idf}
+        columns: dict[str, Array] = {
+            "starts": lists.starts,
+            "frequencies": lists.frequencies,
+            "max_codes": lists.max_codes,
+            "idf": idf,
+        }
         for name, values in columns.items():
             np.save(self.folder / f"term_{name}.npy", values)
 

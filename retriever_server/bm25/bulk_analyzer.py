@@ -57,7 +57,10 @@ class BulkAnalyzer:
         number, self._count = self._count, self._count + 1
         if number == len(self._hashes):
             self._hashes = np.resize(self._hashes, 2 * number)
-            self._byte_ends, self._term_ends = np.resize(self._byte_ends, 2 * number + 1), np.resize(self._term_ends, 2 * number + 1)
+            self._byte_ends, self._term_ends = (
+                np.resize(self._byte_ends, 2 * number + 1),
+                np.resize(self._term_ends, 2 * number + 1),
+            )
             self._slots = np.full(8 * number, -1, np.int32)
             for other in range(number):
                 self._slots[free_slot(self._slots, self._hashes[other])] = other

@@ -45,7 +45,9 @@ class Golds(NamedTuple):
     threshold: Array  # float32[Q]: its score
     error: Array  # float64[Q]: what float32 may add to or take from a sum of scores
     order: Array  # int64[terms]: the query's terms by falling upper bound
-    num_head: Array  # int64[Q]: how many of them are the head: the others together cannot reach ESSENTIAL of the threshold
+    num_head: (
+        Array  # int64[Q]: how many of them are the head: the others together cannot reach ESSENTIAL of the threshold
+    )
 
 
 class Columns(NamedTuple):
@@ -93,7 +95,9 @@ def score_golds(which: Array, num_passages: int, batch: Batch, golds: Golds, pos
             score = exact_score(candidate, starts, ends, weights, postings)
             if score > golds.threshold[q]:
                 golds.gold[q], golds.threshold[q] = candidate, score
-        golds.error[q] = np.sum(weights) * 2.0**-20  # gains, products and scores are rounded, by some 2**-24 of the weight each
+        golds.error[q] = (
+            np.sum(weights) * 2.0**-20
+        )  # gains, products and scores are rounded, by some 2**-24 of the weight each
         bounds = weights * postings.gain[batch.max_codes[a:b]]
         golds.order[a:b] = np.argsort(-bounds)
         rest, at_most = np.sum(bounds), min(ESSENTIAL * golds.threshold[q], golds.threshold[q] - golds.error[q])
@@ -128,7 +132,9 @@ def arrange(which: Array, batch: Batch, golds: Golds, columns: Columns, plan: Pl
         plan.scanned_rest[a + q + n] = 0
         for j in range(n - 1, -1, -1):
             t = plan.scanned[a + j]
-            plan.scanned_rest[a + q + j] = plan.scanned_rest[a + q + j + 1] + batch.weights[t] * postings.gain[batch.max_codes[t]]
+            plan.scanned_rest[a + q + j] = (
+                plan.scanned_rest[a + q + j + 1] + batch.weights[t] * postings.gain[batch.max_codes[t]]
+            )
         plan.columns_rest[c + q + m] = 0
         for j in range(m - 1, -1, -1):
             plan.columns_rest[c + q + j] += plan.columns_rest[c + q + j + 1]
@@ -177,21 +183,36 @@ def scan(
             sums[:] = 0
             for t in plan.scanned[a : a + plan.scanned_head[q]]:
                 places.began[t] = places.at[t]
-                places.at[t] = add_list(base, top, places.at[t], batch.ends[t], np.float32(batch.weights[t] / unit), postings, sums)
+                places.at[t] = add_list(
+                    base, top, places.at[t], batch.ends[t], np.float32(batch.weights[t] / unit), postings, sums
+                )
             add_columns(written, plan.columns[c : c + plan.columns_head[q]], sums)
             needed = (golds.threshold[q] - golds.error[q]) / unit
             without = needed - plan.scanned_rest[a + q + plan.scanned_head[q]] / unit
-            count = at_least(sums, max(1, int(np.ceil(without - plan.columns_rest[c + q + plan.columns_head[q]] / unit))), found)
+            count = at_least(
+                sums, max(1, int(np.ceil(without - plan.columns_rest[c + q + plan.columns_head[q]] / unit))), found
+            )
             if count:
                 count = add_tail_columns(q, count, without, plan, unit, written, sums, found)
             if count:
-                count = add_tail(q, count, needed, base, top, num_passages, batch, plan, postings, unit, places, sums, found)
-                beaten[me, q] += beating(q, base, found[:count], batch, golds, columns, plan, postings, unit, written, places, sums)
+                count = add_tail(
+                    q, count, needed, base, top, num_passages, batch, plan, postings, unit, places, sums, found
+                )
+                beaten[me, q] += beating(
+                    q, base, found[:count], batch, golds, columns, plan, postings, unit, written, places, sums
+                )
 
 
 @compiled
 def write_columns(
-    base: int, top: int, num_passages: int, columns: Columns, postings: Postings, unit: float, places: Places, written: Array
+    base: int,
+    top: int,
+    num_passages: int,
+    columns: Columns,
+    postings: Postings,
+    unit: float,
+    places: Places,
+    written: Array,
 ) -> None:
     """Writes the terms' scores in the window from ``base`` on, in units rounded up; 0 where a passage lacks the term."""
     for c in range(len(columns.starts)):
@@ -205,7 +226,9 @@ def write_columns(
         column[:] = 0
         its_docs, its_codes = postings.docs[first:last], postings.codes[first:last]
         for p in range(len(its_docs)):
-            column[np.uint32(its_docs[p]) - np.uint32(base)] = np.uint8(np.int32(scale * postings.gain[its_codes[p]]) + 1)
+            column[np.uint32(its_docs[p]) - np.uint32(base)] = np.uint8(
+                np.int32(scale * postings.gain[its_codes[p]]) + 1
+            )
 
 
 @compiled
@@ -271,7 +294,9 @@ def at_least(sums: Array, needed: int, found: Array) -> int:
 
 
 @compiled
-def add_tail_columns(q: int, count: int, needed: float, plan: Plan, unit: float, written: Array, sums: Array, found: Array) -> int:
+def add_tail_columns(
+    q: int, count: int, needed: float, plan: Plan, unit: float, written: Array, sums: Array, found: Array
+) -> int:
     """Adds the columns of query q's tail for the ``count`` passages in ``found``, dropping those that cannot reach ``needed``; returns how
     many are left."""
     c, kept = plan.column_ends[q], 0

@@ -58,7 +58,8 @@ class Bm25Index:
         docs = load_array(folder / "postings_docs.npy", "int32", manifest.num_postings)
         codes = load_array(folder / "postings_codes.npy", manifest.code_type, manifest.num_postings)
         tf, inverse_norm, gain = (
-            load_array(folder / f"code_{name}.npy", "float32", manifest.num_codes) for name in ("tf", "inverse_norm", "gain")
+            load_array(folder / f"code_{name}.npy", "float32", manifest.num_codes)
+            for name in ("tf", "inverse_norm", "gain")
         )
         if int(self._frequencies.sum(dtype=np.int64)) != manifest.num_postings:
             raise ValueError(f"{folder / 'term_frequencies.npy'} is damaged: build the index again with --overwrite")
@@ -113,8 +114,13 @@ class Bm25Index:
     def _search(self, text: str, k: int) -> list[tuple[str, float]]:
         (starts, ends, weights, _), _ = self._lists([self._bag(text)])
         found, scores = np.empty(k, np.int64), np.empty(k, np.float32)
-        count = bm25_kernels.best(starts, ends, weights, k, self.num_passages, self._postings, self._zeros(), found, scores)
-        return [(self._docids[doc], score) for doc, score in zip(found[:count].tolist(), scores[:count].tolist(), strict=True)]
+        count = bm25_kernels.best(
+            starts, ends, weights, k, self.num_passages, self._postings, self._zeros(), found, scores
+        )
+        return [
+            (self._docids[doc], score)
+            for doc, score in zip(found[:count].tolist(), scores[:count].tolist(), strict=True)
+        ]
 
     def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
         """1 + the number of passages that beat the best gold: a higher score, or the same and an earlier place in the index.

@@ -122,7 +122,9 @@ def best(
             its_docs, its_codes = docs[at[t] : stop], codes[at[t] : stop]
             for p in range(len(its_docs)):
                 code = its_codes[p]
-                sums[np.uint32(its_docs[p]) - np.uint32(base)] += weight - weight / (np.float32(1) + tf[code] * inverse_norm[code])
+                sums[np.uint32(its_docs[p]) - np.uint32(base)] += weight - weight / (
+                    np.float32(1) + tf[code] * inverse_norm[code]
+                )
             touched += stop - at[t]
             at[t] = stop
         if touched == 0:

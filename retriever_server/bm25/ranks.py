@@ -26,7 +26,9 @@ COLUMN_UNITS, SUM_UNITS = 254, 60_000  # the largest score in a column, and of a
 _scratch = threading.local()
 
 
-def ranks(batch: Batch, depth: int, postings: Postings, num_passages: int, pool: ThreadPoolExecutor, threads: int) -> Array:
+def ranks(
+    batch: Batch, depth: int, postings: Postings, num_passages: int, pool: ThreadPoolExecutor, threads: int
+) -> Array:
     """1 + the passages that beat each query's best gold; 0 where that scores nothing, or ``depth`` passages beat it.
 
     The threads share the queries while these are prepared, and then the passages, so that a single query has them all.
@@ -66,7 +68,9 @@ def ranks(batch: Batch, depth: int, postings: Postings, num_passages: int, pool:
     def scan(me: int) -> None:
         low, high = (num_passages * part // threads for part in (me, me + 1))
         scratch = _arrays(len(columns.starts), sum_type)
-        bm25_gold.scan(low, high, me, depth, num_passages, batch, golds, columns, plan, postings, unit, *scratch, beaten)
+        bm25_gold.scan(
+            low, high, me, depth, num_passages, batch, golds, columns, plan, postings, unit, *scratch, beaten
+        )
 
     list(pool.map(scan, range(threads)))
     total = beaten.sum(axis=0)
@@ -75,7 +79,9 @@ def ranks(batch: Batch, depth: int, postings: Postings, num_passages: int, pool:
 
 def choose_columns(batch: Batch, golds: Golds, num_passages: int) -> Columns:
     """The terms that are cheaper to write out once than to add posting by posting for each query whose head they belong to."""
-    place = np.arange(len(batch.starts)) - np.repeat(batch.term_ends[:-1], np.diff(batch.term_ends))  # in its query's order
+    place = np.arange(len(batch.starts)) - np.repeat(
+        batch.term_ends[:-1], np.diff(batch.term_ends)
+    )  # in its query's order
     query = np.repeat(np.arange(len(golds.gold)), np.diff(batch.term_ends))
     in_head = np.empty(len(batch.starts), np.bool_)
     in_head[golds.order + batch.term_ends[query]] = (place < golds.num_head[query]) & (golds.gold[query] >= 0)
@@ -92,7 +98,9 @@ def choose_columns(batch: Batch, golds: Golds, num_passages: int) -> Columns:
     return Columns(distinct[best], batch.ends[example], idf, column[number])
 
 
-def units(batch: Batch, columns: Columns, repeats: Array, postings: Postings) -> tuple[float, type[np.unsignedinteger[Any]]]:
+def units(
+    batch: Batch, columns: Columns, repeats: Array, postings: Postings
+) -> tuple[float, type[np.unsignedinteger[Any]]]:
     """The unit of the whole numbers that scores are added up in, so that columns hold a byte and sums do not run over; and the sums' type."""
     bounds = batch.weights * postings.gain[batch.max_codes]
     reach = np.diff(np.r_[0, np.cumsum(bounds, dtype=np.float64)][batch.term_ends]).max(initial=0)

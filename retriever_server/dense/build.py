@@ -97,7 +97,9 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def build(collections: Sequence[str | Path], output: str | Path, encoder_name: str, settings: Settings | None = None) -> bool:
+def build(
+    collections: Sequence[str | Path], output: str | Path, encoder_name: str, settings: Settings | None = None
+) -> bool:
     """Writes the index folder ``output``; returns False where it already holds the same collection, encoder and settings.
 
     Run it again after a kill: blocks that were done stay. Under torchrun call it in every rank.
@@ -114,7 +116,9 @@ def build(collections: Sequence[str | Path], output: str | Path, encoder_name: s
             raise ValueError(f'there is no collection file {path}: give JSON lines of {{"id", "contents"}}')
     rank, ranks = _join()
     device = (
-        f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if ranks > 1 and settings.device in ("auto", "cuda") and _cuda() else settings.device
+        f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        if ranks > 1 and settings.device in ("auto", "cuda") and _cuda()
+        else settings.device
     )
     encoder = Encoder.load(encoder_name, device)
     building = folder.with_name(f"{folder.name}.building")
@@ -165,7 +169,9 @@ def _join() -> tuple[int, int]:
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timedelta(days=2))  # rank 0 may hash and copy a large collection for long
+            dist.init_process_group(
+                "gloo", timeout=timedelta(days=2)
+            )  # rank 0 may hash and copy a large collection for long
     return int(os.environ.get("RANK", "0")), ranks
 
 
@@ -188,7 +194,9 @@ def locked(building: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another process is building in {building}: wait for it, or choose another --output") from error
+            raise ValueError(
+                f"another process is building in {building}: wait for it, or choose another --output"
+            ) from error
         yield
 
 
@@ -258,7 +266,9 @@ def write_texts(folder: Path, paths: Sequence[Path], progress: bool) -> int:
             for line, record in read_jsonl(path):
                 docid, text = record.get("id"), record.get("contents")
                 if not isinstance(docid, str) or not docid or docid != docid.encode("utf-8", "replace").decode():
-                    raise ValueError(f"{path}:{line}: field 'id' must be a non-empty string of valid Unicode, got {docid!r}")
+                    raise ValueError(
+                        f"{path}:{line}: field 'id' must be a non-empty string of valid Unicode, got {docid!r}"
+                    )
                 if not isinstance(text, str):
                     raise ValueError(f"{path}:{line}: field 'contents' must be a string, got {text!r}")
                 docids.append(docid.encode())
@@ -278,7 +288,9 @@ def write_docid_dictionary(folder: Path, count: int) -> None:
     table = load_strings(folder, "docids", count)
     hashes = np.fromiter((string_hash(table.bytes_at(i)) for i in range(count)), np.uint64, count)
     if twice := write_dictionary(folder, "docids", hashes, table):
-        raise ValueError(f"docid {table[twice[0]]!r} is given twice (passages {twice[0] + 1} and {twice[1] + 1}): docids must be unique")
+        raise ValueError(
+            f"docid {table[twice[0]]!r} is given twice (passages {twice[0] + 1} and {twice[1] + 1}): docids must be unique"
+        )
 
 
 def _encode(building: Path, encoder: Any, settings: Settings, rank: int, ranks: int) -> None:
@@ -291,12 +303,21 @@ def _encode(building: Path, encoder: Any, settings: Settings, rank: int, ranks: 
     vectors = room.reshape(count, encoder.dim)
     mine = list(range(0, count, settings.block))[rank::ranks]
     left = [start for start in mine if not _mark(building, start).exists()]
-    bar = tqdm(total=len(mine), initial=len(mine) - len(left), desc="encode", unit=" blocks", disable=not settings.progress or rank > 0)
+    bar = tqdm(
+        total=len(mine),
+        initial=len(mine) - len(left),
+        desc="encode",
+        unit=" blocks",
+        disable=not settings.progress or rank > 0,
+    )
     with bar:
         for start in left:
             end = min(start + settings.block, count)
             block = encoder.encode(
-                [texts[i] for i in range(start, end)], settings.max_length, settings.batch_size, progress=settings.progress and rank == 0
+                [texts[i] for i in range(start, end)],
+                settings.max_length,
+                settings.batch_size,
+                progress=settings.progress and rank == 0,
             )
             vectors[start:end] = check(block.astype(settings.dtype), start)
             room.flush()  # before the mark: a block that is marked is on the disk
@@ -323,8 +344,12 @@ def finish(building: Path, folder: Path, manifest: Manifest, progress: bool) -> 
     """Adds codes and manifest, and gives the folder its name; what stood there before is removed (the caller has checked that it may be)."""
     from tqdm import tqdm
 
-    vectors = load_array(building / "vectors.npy", manifest.dtype, manifest.num_passages * manifest.dim).reshape(-1, manifest.dim)
-    with tqdm(total=len(vectors), desc="codes", unit=" passages", disable=not progress, leave=False, mininterval=0.5) as bar:
+    vectors = load_array(building / "vectors.npy", manifest.dtype, manifest.num_passages * manifest.dim).reshape(
+        -1, manifest.dim
+    )
+    with tqdm(
+        total=len(vectors), desc="codes", unit=" passages", disable=not progress, leave=False, mininterval=0.5
+    ) as bar:
         dense_codes.write(building, vectors, bar.update)
     write_manifest(building, asdict(manifest))
     shutil.rmtree(building / "done", ignore_errors=True)

@@ -43,14 +43,18 @@ class Codes:
     def load(cls, folder: Path, count: int, dim: int) -> "Codes":
         """Memory-mapped, as ``write`` left them; ValueError as storage.load_array."""
         codes = load_array(folder / "codes.npy", "int8", count * dim).reshape(count, dim)
-        rows = [load_array(folder / f"codes_{name}.npy", "float32", count) for name in ("scale", "offset", "error", "norm")]
+        rows = [
+            load_array(folder / f"codes_{name}.npy", "float32", count) for name in ("scale", "offset", "error", "norm")
+        ]
         mean = load_array(folder / "codes_mean.npy", "float32", dim)
         return cls(codes, *rows, mean)  # type: ignore[call-arg]
 
     def rows(self, start: int, end: int) -> "Codes":
         """Those of a range of passages; views."""
         part = slice(start, end)
-        return Codes(self.codes[part], self.scale[part], self.offset[part], self.error[part], self.norm[part], self.mean)
+        return Codes(
+            self.codes[part], self.scale[part], self.offset[part], self.error[part], self.norm[part], self.mean
+        )
 
 
 def write(folder: Path, vectors: Array, progress: Callable[[int], Any]) -> None:

@@ -27,7 +27,9 @@ class Device(Flat):
         self._read = vectors.view(np.uint16) if vectors.dtype == np.float16 else vectors
         self._half = torch.empty(vectors.shape, dtype=torch.float16, device=device)
         self._offset = torch.from_numpy(np.array(codes.offset)).to(device)
-        self._blocks: list[Codes] = []  # one passage each, the block's largest error, norm and offset: what a bound is made of
+        self._blocks: list[
+            Codes
+        ] = []  # one passage each, the block's largest error, norm and offset: what a bound is made of
         mean = torch.from_numpy(np.array(codes.mean)).to(device).double()
         for start in range(0, len(vectors), BLOCK):
             exact = torch.from_numpy(np.array(vectors[start : start + BLOCK])).to(device).double() - mean
@@ -38,7 +40,9 @@ class Device(Flat):
             worst = [(exact - half.double()).norm(dim=1).max().item() * UP, exact.norm(dim=1).max().item() * UP]
             offset = float(np.abs(codes.offset[start : start + BLOCK]).max())
             nothing = np.zeros(1)
-            self._blocks.append(Codes(nothing, nothing, np.array([offset]), np.array(worst[:1]), np.array(worst[1:]), codes.mean))
+            self._blocks.append(
+                Codes(nothing, nothing, np.array([offset]), np.array(worst[:1]), np.array(worst[1:]), codes.mean)
+            )
 
     def count(self, queries: Array, thresholds: Array, ties_before: Array, depth: int) -> Array:
         import torch
@@ -55,7 +59,9 @@ class Device(Flat):
             if len(open_):
                 picked = torch.from_numpy(open_).to(self.device)
                 near = (scores[picked] >= torch.from_numpy(low[open_]).to(self.device)[:, None]) & ~above[picked]
-                self._settle(near.nonzero().cpu().numpy(), asked[open_], start, queries, thresholds, ties_before, counts)
+                self._settle(
+                    near.nonzero().cpu().numpy(), asked[open_], start, queries, thresholds, ties_before, counts
+                )
             going_on = np.flatnonzero(counts[asked] < depth)
             if len(going_on) < len(asked):
                 asked, ready = asked[going_on], ready.take(going_on)
@@ -64,7 +70,16 @@ class Device(Flat):
                 break
         return counts
 
-    def _settle(self, near: Array, asked: Array, start: int, queries: Array, thresholds: Array, ties_before: Array, counts: Array) -> None:
+    def _settle(
+        self,
+        near: Array,
+        asked: Array,
+        start: int,
+        queries: Array,
+        thresholds: Array,
+        ties_before: Array,
+        counts: Array,
+    ) -> None:
         """Scores the passages that the bound left open, (place in ``asked``, row in the block), and counts those that beat."""
         for place in np.unique(near[:, 0]):
             query, rows = asked[place], near[near[:, 0] == place, 1] + start

@@ -21,7 +21,9 @@ class FaissTop(Flat):
         try:
             import faiss  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
-            raise ValueError("the faiss backend needs faiss: pip install faiss-cpu==1.15.1 (or faiss-gpu-cuvs==1.15.1)") from error
+            raise ValueError(
+                "the faiss backend needs faiss: pip install faiss-cpu==1.15.1 (or faiss-gpu-cuvs==1.15.1)"
+            ) from error
         index: Any = faiss.IndexFlatIP(vectors.shape[1])
         if n_gpu:
             options = faiss.GpuMultipleClonerOptions()

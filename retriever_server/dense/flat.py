@@ -48,7 +48,11 @@ class Flat:
         self._read = vectors.view(np.uint16) if vectors.dtype == np.float16 else vectors  # as dense_kernels wants them
         self.coarse = coarse or ("int8" if bytes_multiply_exactly() else "float32")
         self._codes = codes or Codes.of(vectors)
-        self._pool = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="dense") if torch.get_num_threads() > 1 else None
+        self._pool = (
+            ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="dense")
+            if torch.get_num_threads() > 1
+            else None
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written to
             self._matrix = torch.from_numpy(self._codes.codes if self.coarse == "int8" else vectors)
@@ -178,7 +182,9 @@ class Flat:
         list(self._pool.map(run, [slice(start, start + step) for start in range(0, queries, step)]))
 
 
-def count_beating(vectors: Array, queries: Array, gold_rows: Sequence[Sequence[int]], depth: int, scanner: Scanner | None = None) -> Array:
+def count_beating(
+    vectors: Array, queries: Array, gold_rows: Sequence[Sequence[int]], depth: int, scanner: Scanner | None = None
+) -> Array:
     """How many passages beat the best gold of each query, int64 [Q]; exact below ``depth``, else some number that is at least ``depth``.
 
     ``vectors`` [N, D], ``queries`` float32 [Q, D], ``gold_rows``: one or more rows a query. A passage beats with a higher score, or with the

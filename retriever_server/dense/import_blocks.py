@@ -36,7 +36,11 @@ _DAMAGED = (
 
 class _Dtype:
     def __init__(self, *args: Any) -> None:
-        if not args or not isinstance(args[0], str) or not re.fullmatch(r"[<>=|]?(f[248]|[iu][1248]|U\d+|S\d+|O8?)", args[0]):
+        if (
+            not args
+            or not isinstance(args[0], str)
+            or not re.fullmatch(r"[<>=|]?(f[248]|[iu][1248]|U\d+|S\d+|O8?)", args[0])
+        ):
             raise ValueError(f"arrays of type {args[:1]} are not read")
         self.code, self.order = args[0].lstrip("<>=|"), ""
 
@@ -93,7 +97,11 @@ class _Marker:
     """Stands for numpy.ndarray, which numpy names and never calls here."""
 
 
-_NAMES: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _Marker, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _latin1}
+_NAMES: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Marker,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _latin1,
+}
 for _package in ("numpy.core", "numpy._core"):  # numpy 1 and 2
     _NAMES[f"{_package}.multiarray", "_reconstruct"] = _reconstruct
     _NAMES[f"{_package}.multiarray", "scalar"] = _scalar
@@ -179,7 +187,9 @@ def read_arrays(path: str | Path) -> Any:
         try:
             found = _plain(_ArraysOnly(path, file).load())
         except _DAMAGED as error:
-            raise ValueError(f"{path} is refused: it is no pickle of numpy arrays alone, or damaged ({error})") from error
+            raise ValueError(
+                f"{path} is refused: it is no pickle of numpy arrays alone, or damaged ({error})"
+            ) from error
     return found
 
 
@@ -198,7 +208,9 @@ def find_blocks(embeddings: Path, docid_file: Path | None) -> list[Block]:
             raise ValueError(f"{embeddings} has no docids: give --corpus_docid_path")
         return [Block(embeddings, docid_file)]
     numbered = sorted(
-        (int(m[1]), path) for path in embeddings.glob("passage__emb_p__data_obj_*.pb") if (m := re.search(r"_(\d+)\.pb$", path.name))
+        (int(m[1]), path)
+        for path in embeddings.glob("passage__emb_p__data_obj_*.pb")
+        if (m := re.search(r"_(\d+)\.pb$", path.name))
     )
     blocks = [Block(path, path.with_name(f"passage__embid_p__data_obj_{number}.pb")) for number, path in numbered]
     if not blocks and (embeddings / "doc_emb_cat.pkl").is_file():
@@ -230,7 +242,17 @@ def convert(
         if collection:
             _write_texts(building, collection, count)
         manifest = dense_build.Manifest(
-            dense_build.FORMAT, dense_build.FORMAT_VERSION, "dense", dim, dtype, count, bool(collection), digest, "", "", 0
+            dense_build.FORMAT,
+            dense_build.FORMAT_VERSION,
+            "dense",
+            dim,
+            dtype,
+            count,
+            bool(collection),
+            digest,
+            "",
+            "",
+            0,
         )
         if output.exists():
             dense_build.already_built(output, manifest, overwrite)  # refuses a folder that is no index
@@ -282,7 +304,9 @@ def _write_texts(building: Path, collection: Sequence[Path], count: int) -> None
                 number += 1
     aside.close()
     if number < count:
-        raise ValueError(f"{count - number} of {count} passages, such as {table[int(np.argmin(place))]!r}, have no text in the collection")
+        raise ValueError(
+            f"{count - number} of {count} passages, such as {table[int(np.argmin(place))]!r}, have no text in the collection"
+        )
     texts, contents = load_strings(building, "aside", number), StringTableWriter(building, "contents")
     for row in range(count):
         contents.append(texts.bytes_at(int(place[row])))

@@ -25,7 +25,9 @@ class DenseIndex:
     Example: ``DenseIndex.load("outputs/ance", model_name_or_path="castorini/ance-msmarco-passage").search(["who wrote Hamlet?"], k=3)``
     """
 
-    def __init__(self, folder: str | Path, encode: Encode, scanners: Sequence[tuple[int, Scanner]] | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, encode: Encode, scanners: Sequence[tuple[int, Scanner]] | None = None
+    ) -> None:
         """``scanners``: (first row, rows) of the folder's vectors in index order; by default one Flat over all of them.
 
         Raises:
@@ -66,7 +68,9 @@ class DenseIndex:
         manifest = Manifest.read(Path(folder))
         name = model_name_or_path or manifest.encoder
         if not name:
-            raise ValueError(f"the vectors of {folder} were imported: name the encoder of the queries with --model_name_or_path")
+            raise ValueError(
+                f"the vectors of {folder} were imported: name the encoder of the queries with --model_name_or_path"
+            )
         device = choose_device(device)
         encoder = Encoder.load(name, device)
         if encoder.dim != manifest.dim:
@@ -74,7 +78,9 @@ class DenseIndex:
                 f"{name} makes vectors of {encoder.dim} numbers, the index {folder} has {manifest.dim}: use the passages' encoder"
             )
         if manifest.encoder_sha256 and encoder.sha256 != manifest.encoder_sha256:
-            raise ValueError(f"{name} is not the encoder of the index {folder}, which was built with {manifest.encoder}: its files differ")
+            raise ValueError(
+                f"{name} is not the encoder of the index {folder}, which was built with {manifest.encoder}: its files differ"
+            )
 
         def encode(texts: Sequence[str]) -> Array:
             return encoder.encode(texts, max_length, batch_size)
@@ -93,7 +99,9 @@ class DenseIndex:
         if backend == "faiss":
             from retriever_server.dense.faiss_search import FaissTop
 
-            scanners = [(0, FaissTop(read_vectors(Path(folder), manifest)[0], n_gpu if device.startswith("cuda") else 0))]
+            scanners = [
+                (0, FaissTop(read_vectors(Path(folder), manifest)[0], n_gpu if device.startswith("cuda") else 0))
+            ]
         elif backend != "flat":
             raise ValueError(f"backend must be flat or faiss, got {backend!r}")
         return cls(folder, encode, scanners)
@@ -128,8 +136,13 @@ class DenseIndex:
             return []
         vectors = self._encode(queries)
         best = [self.best_gold(vector, docids) for vector, docids in zip(vectors, rows, strict=True)]
-        thresholds, limits = np.array([score for score, _ in best], np.float32), np.array([row for _, row in best], np.int64)
-        return [None if count >= depth else count + 1 for count in self.count(vectors, thresholds, limits, depth).tolist()]
+        thresholds, limits = (
+            np.array([score for score, _ in best], np.float32),
+            np.array([row for _, row in best], np.int64),
+        )
+        return [
+            None if count >= depth else count + 1 for count in self.count(vectors, thresholds, limits, depth).tolist()
+        ]
 
     def best_gold(self, vector: Array, rows: Sequence[int]) -> tuple[float, int]:
         """(score, row) of the gold that ranks first."""
@@ -203,7 +216,9 @@ class DenseShards:
             return []
         vectors = self._encode(queries)
         merged = merge([shard.top(vectors, k) for shard in self.shards], self._first[:-1], k)
-        return [[(self._docid(row), score) for score, row in zip(s.tolist(), r.tolist(), strict=True)] for s, r in merged]
+        return [
+            [(self._docid(row), score) for score, row in zip(s.tolist(), r.tolist(), strict=True)] for s, r in merged
+        ]
 
     def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
         """As DenseIndex.gold_ranks."""
@@ -214,7 +229,10 @@ class DenseShards:
             return []
         vectors = self._encode(queries)
         best = [min(self._scored(vector, some)) for vector, some in zip(vectors, rows, strict=True)]
-        thresholds, limits = np.array([-score for score, _ in best], np.float32), np.array([row for _, row in best], np.int64)
+        thresholds, limits = (
+            np.array([-score for score, _ in best], np.float32),
+            np.array([row for _, row in best], np.int64),
+        )
         totals = np.zeros(len(rows), np.int64)
         for shard, first in zip(self.shards, self._first, strict=False):
             left = np.flatnonzero(totals < depth)
@@ -244,7 +262,9 @@ class DenseShards:
         """As DenseIndex.contents."""
         if absent := self.missing(docids):
             raise ValueError(f"docid {absent[0]!r} is not in the index ({self.num_passages} passages)")
-        return [next(shard for shard in self.shards if not shard.missing([docid])).contents([docid])[0] for docid in docids]
+        return [
+            next(shard for shard in self.shards if not shard.missing([docid])).contents([docid])[0] for docid in docids
+        ]
 
     def missing(self, docids: Sequence[str]) -> list[str]:
         """Those docids that are in no shard."""
@@ -253,7 +273,9 @@ class DenseShards:
 
 def read_vectors(folder: Path, manifest: Manifest) -> tuple[Array, Codes]:
     """(vectors [N, D], their codes) of an index folder, memory-mapped."""
-    vectors = load_array(folder / "vectors.npy", manifest.dtype, manifest.num_passages * manifest.dim).reshape(-1, manifest.dim)
+    vectors = load_array(folder / "vectors.npy", manifest.dtype, manifest.num_passages * manifest.dim).reshape(
+        -1, manifest.dim
+    )
     return vectors, Codes.load(folder, manifest.num_passages, manifest.dim)
 
 

@@ -12,7 +12,9 @@ from numba import njit, types
 from numba.extending import overload
 
 CHUNK = 512  # passages that are compared without a branch before any is looked at
-HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)  # numba reads no float16: its bits are looked up here
+HALVES = (
+    np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+)  # numba reads no float16: its bits are looked up here
 
 Array = Any
 F = TypeVar("F", bound=Callable[..., Any])

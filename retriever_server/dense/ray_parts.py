@@ -44,7 +44,9 @@ class Part:
         if device.startswith("cuda"):
             from retriever_server.dense.device import Device
 
-            return Device(vectors[first:last], codes.rows(first, last), "cuda:0")  # the one that Ray shows to this actor
+            return Device(
+                vectors[first:last], codes.rows(first, last), "cuda:0"
+            )  # the one that Ray shows to this actor
         return Flat(vectors[first:last], codes.rows(first, last))
 
 
@@ -58,7 +60,9 @@ class RayScanner:
         return np.asarray(self._ask("score", query, rows))
 
     def count(self, queries: Array, thresholds: Array, ties_before: Array, depth: int) -> Array:
-        return np.array(self._ask("count", queries, thresholds, ties_before, depth))  # Ray's arrays cannot be written to
+        return np.array(
+            self._ask("count", queries, thresholds, ties_before, depth)
+        )  # Ray's arrays cannot be written to
 
     def top(self, queries: Array, k: int) -> list[tuple[Array, Array]]:
         return list(self._ask("top", queries, k))
@@ -71,10 +75,14 @@ class RayScanner:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayError as error:
-            raise Unavailable(f"{self._name} of the dense index does not answer ({type(error).__name__}): look at `ray status`") from error
+            raise Unavailable(
+                f"{self._name} of the dense index does not answer ({type(error).__name__}): look at `ray status`"
+            ) from error
 
 
-def spread(folder: Path, manifest: Manifest, parts: int, device: str, address: str | None = None) -> list[tuple[int, Scanner]]:
+def spread(
+    folder: Path, manifest: Manifest, parts: int, device: str, address: str | None = None
+) -> list[tuple[int, Scanner]]:
     """(first row, rows) of each of ``parts`` actors; with ``device`` cuda each takes a GPU, otherwise a CPU core.
 
     ``address``: of a running cluster (as for ``ray start``); a small one on this machine where it is None and none is named by RAY_ADDRESS.
@@ -94,7 +102,9 @@ def spread(folder: Path, manifest: Manifest, parts: int, device: str, address: s
             raise Unavailable(f"no Ray cluster at {address}: start one with `ray start --head`") from error
     kind = "GPU" if device.startswith("cuda") else "CPU"
     if (there := ray.cluster_resources().get(kind, 0)) < parts:
-        raise ValueError(f"--ray_parts {parts} needs as many {kind}s, the Ray cluster has {there:g}: ask for fewer parts or add machines")
+        raise ValueError(
+            f"--ray_parts {parts} needs as many {kind}s, the Ray cluster has {there:g}: ask for fewer parts or add machines"
+        )
     resources = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
     actor = ray.remote(**resources, scheduling_strategy="SPREAD", max_restarts=2, max_task_retries=2)(Part)
     step = -(-manifest.num_passages // parts)

@@ -90,7 +90,9 @@ class Child:
             done, _ = await asyncio.wait({exchange}, timeout=ANSWER_S)
             if not done:
                 self.stop()  # which ends the thread's reading
-                raise HTTPException(502, f"rewriter {self.name!r} gave no answer in {ANSWER_S} s and was stopped: ask again")
+                raise HTTPException(
+                    502, f"rewriter {self.name!r} gave no answer in {ANSWER_S} s and was stopped: ask again"
+                )
             line = exchange.result()
         if not line:
             raise HTTPException(502, f"rewriter {self.name!r} has ended: the server's own output has the reason")
@@ -104,7 +106,9 @@ class Child:
         process = self._process
         if process is None or process.poll() is not None:
             # a session of its own: Ctrl-C is for the server, which ends the process when it stops, or by closing its input
-            process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+            )
             self._process = process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -152,7 +156,10 @@ class Playground:
         return answer
 
     async def about(self) -> dict[str, Any]:
-        indexes = [{"name": name, "retriever": index.name, "passages": index.num_passages} for name, index in self.service.indexes.items()]
+        indexes = [
+            {"name": name, "retriever": index.name, "passages": index.num_passages}
+            for name, index in self.service.indexes.items()
+        ]
         return {"indexes": indexes, "rewriters": list(self.children), "style": self.style}
 
     async def rewrite(self, body: RewriteRequest) -> dict[str, Any]:

@@ -47,7 +47,10 @@ POSTED: dict[int | str, dict[str, Any]] = {
         "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "whole seconds"}},
     },
 }
-NAMED: dict[int | str, dict[str, Any]] = {404: {"model": Refusal, "description": "There is no index of this name"}, **POSTED}
+NAMED: dict[int | str, dict[str, Any]] = {
+    404: {"model": Refusal, "description": "There is no index of this name"},
+    **POSTED,
+}
 STOPS: dict[int | str, dict[str, Any]] = {503: POSTED[503]}
 
 
@@ -122,7 +125,9 @@ async def hung_up(request: Request) -> None:
         pass
 
 
-async def attended(service: Service, request: Request, items: int, work: Callable[[], Coroutine[Any, Any, Answer]]) -> Response:
+async def attended(
+    service: Service, request: Request, items: int, work: Callable[[], Coroutine[Any, Any, Answer]]
+) -> Response:
     """Runs ``work`` for a request of so many items while its client listens; refuses it at once where there is no room."""
 
     async def answer() -> bytes:
@@ -214,7 +219,10 @@ def create_app(
         return service.health()
 
     playground.add_to(app)
-    text: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
+    text: dict[str, Any] = {
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+        "description": "Prometheus' text format",
+    }
 
     @app.get("/metrics", response_class=Response, responses={200: text})
     async def metrics() -> Response:

@@ -79,7 +79,9 @@ class BatchSettings:
     max_batch: int = 512  # items a searcher call
     max_wait_s: float = 0.002  # how long an item waits for others to share its call
     max_queue: int = 20_000  # items in the server that are not answered yet
-    max_queue_s: float = 30.0  # and how long they may take by what was measured: below a client's timeout, else it asks for nothing
+    max_queue_s: float = (
+        30.0  # and how long they may take by what was measured: below a client's timeout, else it asks for nothing
+    )
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_batch", "max_queue"):
@@ -121,15 +123,20 @@ class Batcher:
         now = time.monotonic()
         while self._refused and next(iter(self._refused.values())) < now:
             self._refused.popitem(last=False)
-        part = 1.0 if client in self._refused or not self._refused else 0.5  # else those who never sleep would take every place
+        part = (
+            1.0 if client in self._refused or not self._refused else 0.5
+        )  # else those who never sleep would take every place
         wait_s = (self.admitted + items) * self._item_s()
-        if self.admitted and (self.admitted + items > part * self.settings.max_queue or wait_s > part * self.settings.max_queue_s):
+        if self.admitted and (
+            self.admitted + items > part * self.settings.max_queue or wait_s > part * self.settings.max_queue_s
+        ):
             retry_s = min(max(math.ceil(self.admitted * self._item_s() / 2), 1), LONGEST_RETRY_S)
             self._refused[client] = now + 2 * retry_s + 2
             self._refused.move_to_end(client)
             limit = f"the limit is {self.settings.max_queue}, or {self.settings.max_queue_s:g} s of work"
             raise Overloaded(
-                f"the server is busy: {self.admitted} items are waiting and {items} more were sent, {limit}: try again later", retry_s
+                f"the server is busy: {self.admitted} items are waiting and {items} more were sent, {limit}: try again later",
+                retry_s,
             )
         self._refused.pop(client, None)
         self.admitted += items
@@ -256,7 +263,10 @@ class Batcher:
             job.open -= end - start
             if job.answer.done():
                 continue
-            failure = next((outcome for outcome in mine if isinstance(outcome, Exception) and not isinstance(outcome, ValueError)), None)
+            failure = next(
+                (outcome for outcome in mine if isinstance(outcome, Exception) and not isinstance(outcome, ValueError)),
+                None,
+            )
             if failure is not None:
                 self._drop(job)
                 job.answer.set_exception(failure)

@@ -95,7 +95,9 @@ class RankCache:
             self._path.rename(aside)
             self._connection = self._connect()
         except (OSError, sqlite3.Error) as again:
-            log.warning(f"the rank cache {self._path} is damaged ({error}) and cannot be begun anew ({again}): going on without it")
+            log.warning(
+                f"the rank cache {self._path} is damaged ({error}) and cannot be begun anew ({again}): going on without it"
+            )
             return
         log.warning(f"the rank cache {self._path} is damaged ({error}): it is set aside as {aside.name} and begun anew")
 
@@ -126,7 +128,9 @@ class RankCache:
                 return
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
-                self._connection.executemany("INSERT OR REPLACE INTO ranks (key, rank, check_sum) VALUES (?, ?, ?)", rows)
+                self._connection.executemany(
+                    "INSERT OR REPLACE INTO ranks (key, rank, check_sum) VALUES (?, ?, ?)", rows
+                )
                 self._make_room(self._connection)
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
@@ -148,7 +152,11 @@ class RankCache:
 
     def __len__(self) -> int:
         with self._lock:
-            return 0 if self._connection is None else int(self._connection.execute("SELECT count(*) FROM ranks").fetchone()[0])
+            return (
+                0
+                if self._connection is None
+                else int(self._connection.execute("SELECT count(*) FROM ranks").fetchone()[0])
+            )
 
     def close(self) -> None:
         with self._lock:

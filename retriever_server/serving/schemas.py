@@ -23,11 +23,15 @@ class Strict(BaseModel):
 
 
 class IndexChoice(Strict):
-    index: str | None = Field(None, description="name of an index, or several joined by '+' whose lists are fused; null: the first")
+    index: str | None = Field(
+        None, description="name of an index, or several joined by '+' whose lists are fused; null: the first"
+    )
     indexes: Annotated[list[str], Field(min_length=1, json_schema_extra={"uniqueItems": True})] | None = Field(
         None, description="instead of index: the names one by one"
     )
-    rrf_k: Count = Field(60, description="of reciprocal rank fusion: a passage scores the sum of 1 / (rrf_k + its rank in each list)")
+    rrf_k: Count = Field(
+        60, description="of reciprocal rank fusion: a passage scores the sum of 1 / (rrf_k + its rank in each list)"
+    )
 
 
 class RankItem(Strict):
@@ -67,18 +71,24 @@ class RetrieveRequest(BaseModel):
     query_ids: list[str]
     topk: Count | None = None
     return_scores: bool = False
-    max_length: Count | None = None  # words (split at spaces) that are kept of a query; the reference cuts at 1024 where none is given
+    max_length: Count | None = (
+        None  # words (split at spaces) that are kept of a query; the reference cuts at 1024 where none is given
+    )
 
 
 class RankResponse(BaseModel):
     index_id: str
-    ranks: dict[str, int | None] = Field(description="item id -> 1-based rank of its best gold passage; null: not within depth")
+    ranks: dict[str, int | None] = Field(
+        description="item id -> 1-based rank of its best gold passage; null: not within depth"
+    )
     errors: dict[str, str] = Field(description="item id -> why it has no answer")
 
 
 class SimilarityResponse(BaseModel):
     model: str = Field(description="the encoder")
-    gains: dict[str, float] = Field(description="item id -> mean over its positives d of cos(output, d) - cos(question, d)")
+    gains: dict[str, float] = Field(
+        description="item id -> mean over its positives d of cos(output, d) - cos(question, d)"
+    )
     errors: dict[str, str] = Field(description="item id -> why it has no answer")
 
 
@@ -91,12 +101,18 @@ class Hit(BaseModel):
 class SearchResponse(BaseModel):
     index_id: str
     results: list[list[Hit]] = Field(description="one list a query, best first")
-    errors: dict[str, str] | None = Field(None, description="position -> why it has no answer; absent where all have one")
+    errors: dict[str, str] | None = Field(
+        None, description="position -> why it has no answer; absent where all have one"
+    )
 
 
 class RetrieveResponse(BaseModel):
-    result: list[int] | list[list[int] | list[list[float]]] = Field(description="ranks, or [ranks, scores] with return_scores")
-    errors: dict[str, str] | None = Field(None, description="position -> why its rank is -1; absent where there is none")
+    result: list[int] | list[list[int] | list[list[float]]] = Field(
+        description="ranks, or [ranks, scores] with return_scores"
+    )
+    errors: dict[str, str] | None = Field(
+        None, description="position -> why its rank is -1; absent where there is none"
+    )
 
 
 class IndexAbout(BaseModel):

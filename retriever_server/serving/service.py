@@ -58,7 +58,9 @@ class Service:
         self.telemetry = Telemetry()
         self.batcher = Batcher(settings, self.telemetry)
         self.telemetry.watch("retriever_queue_items", "Items waiting for a searcher", lambda: self.batcher.waiting)
-        self.telemetry.watch("retriever_admitted_items", "Items of requests that are not answered yet", lambda: self.batcher.admitted)
+        self.telemetry.watch(
+            "retriever_admitted_items", "Items of requests that are not answered yet", lambda: self.batcher.admitted
+        )
         self.active = 0  # requests that are being answered
         self.draining = False
         # what is neither searching nor the event loop's: looking up docids and texts, the cache, writing JSON
@@ -87,17 +89,25 @@ class Service:
                 raise HTTPException(404, f"there is no index {name!r} here: this server has {', '.join(self.indexes)}")
             if name in names[:number]:
                 raise HTTPException(422, f"index {name!r} is named twice: a fusion is of different indexes")
-        return self.indexes[names[0]] if len(names) == 1 else Fusion([self.indexes[name] for name in names], choice.rrf_k)
+        return (
+            self.indexes[names[0]] if len(names) == 1 else Fusion([self.indexes[name] for name in names], choice.rrf_k)
+        )
 
     def check(self, queries: Sequence[str], results_each: int = 1) -> None:
         if len(queries) > self.limits.items:
-            raise HTTPException(422, f"{len(queries)} queries in one request, the limit is {self.limits.items}: send them in several")
+            raise HTTPException(
+                422, f"{len(queries)} queries in one request, the limit is {self.limits.items}: send them in several"
+            )
         for number, query in enumerate(queries):
             if len(query) > self.limits.query_chars:
-                raise HTTPException(422, f"query {number} has {len(query)} characters, the limit is {self.limits.query_chars}: shorten it")
+                raise HTTPException(
+                    422,
+                    f"query {number} has {len(query)} characters, the limit is {self.limits.query_chars}: shorten it",
+                )
         if len(queries) * results_each > self.limits.results:
             raise HTTPException(
-                422, f"{len(queries)} queries x {results_each} results, the limit is {self.limits.results} a request: send them in several"
+                422,
+                f"{len(queries)} queries x {results_each} results, the limit is {self.limits.results} a request: send them in several",
             )
 
     def golds_of(self, qid: str) -> list[str]:
@@ -143,14 +153,20 @@ class Service:
         def call(batch: Sequence[Pair]) -> Sequence[int | None]:
             return searcher.gold_ranks([query for query, _ in batch], [golds for _, golds in batch], depth)
 
-        outcomes = await self.batcher.run(client, Key("rank", searcher.index_id, depth), call, [pairs[name] for name in asked])
+        outcomes = await self.batcher.run(
+            client, Key("rank", searcher.index_id, depth), call, [pairs[name] for name in asked]
+        )
         found = dict(zip(asked, outcomes, strict=True))
         errors |= {name: str(outcome) for name, outcome in found.items() if isinstance(outcome, ValueError)}
         found = {name: outcome for name, outcome in found.items() if name not in errors}
         if self.cache is not None and found:
             self._helpers.submit(self.cache.put, [(keys[name], rank) for name, rank in found.items()])
         known |= found
-        return {"index_id": searcher.index_id, "ranks": {name: known[name] for name in pairs if name in known}, "errors": errors}
+        return {
+            "index_id": searcher.index_id,
+            "ranks": {name: known[name] for name in pairs if name in known},
+            "errors": errors,
+        }
 
     def _look_up(
         self, cache: RankCache, index_id: str, pairs: Mapping[str, Pair], depth: int
@@ -171,22 +187,36 @@ class Service:
         self, searcher: Searcher, queries: Sequence[str], k: int, client: str
     ) -> tuple[list[list[tuple[str, float]]], dict[str, str]]:
         """A list a query, empty where it has an entry (by position) in the errors."""
-        outcomes = await self.batcher.run(client, Key("search", searcher.index_id, k), lambda batch: searcher.search(batch, k), queries)
-        errors = {str(number): str(outcome) for number, outcome in enumerate(outcomes) if isinstance(outcome, ValueError)}
+        outcomes = await self.batcher.run(
+            client, Key("search", searcher.index_id, k), lambda batch: searcher.search(batch, k), queries
+        )
+        errors = {
+            str(number): str(outcome) for number, outcome in enumerate(outcomes) if isinstance(outcome, ValueError)
+        }
         return [[] if isinstance(outcome, ValueError) else outcome for outcome in outcomes], errors
 
     async def gains(self, request: SimilarityRequest, client: str) -> Answer:
         """The similarity gain of each item, by its positives' texts or by passages of the index."""
         similarity = self.similarity
         if similarity is None:
-            raise HTTPException(404, "this server has no encoder for similarities: start it with --similarity_model MODEL")
+            raise HTTPException(
+                404, "this server has no encoder for similarities: start it with --similarity_model MODEL"
+            )
         items, errors = await self._aside(self._positives_of_all, self.searcher(request), request.items)
-        outcomes = await self.batcher.run(client, Key("similarity", similarity.name, 0), similarity.gains, list(items.values()))
+        outcomes = await self.batcher.run(
+            client, Key("similarity", similarity.name, 0), similarity.gains, list(items.values())
+        )
         found = dict(zip(items, outcomes, strict=True))
         errors |= {name: str(outcome) for name, outcome in found.items() if isinstance(outcome, ValueError)}
-        return {"model": similarity.name, "gains": {name: gain for name, gain in found.items() if name not in errors}, "errors": errors}
+        return {
+            "model": similarity.name,
+            "gains": {name: gain for name, gain in found.items() if name not in errors},
+            "errors": errors,
+        }
 
-    def _positives_of_all(self, searcher: Searcher, items: Sequence[SimilarityItem]) -> tuple[dict[str, Item], dict[str, str]]:
+    def _positives_of_all(
+        self, searcher: Searcher, items: Sequence[SimilarityItem]
+    ) -> tuple[dict[str, Item], dict[str, str]]:
         resolved: dict[str, Item] = {}
         errors: dict[str, str] = {}
         for item in items:
@@ -194,7 +224,9 @@ class Service:
                 if (item.positives is None) == (item.gold_docids is None):
                     raise ValueError("give exactly one of positives and gold_docids")
                 positives = (
-                    item.positives if item.positives is not None else searcher.contents(self.resolve(searcher, item.gold_docids, None))
+                    item.positives
+                    if item.positives is not None
+                    else searcher.contents(self.resolve(searcher, item.gold_docids, None))
                 )
                 resolved[item.id] = Item(item.output, item.question, tuple(positives))
             except ValueError as error:
@@ -205,7 +237,10 @@ class Service:
         """Ranks by position (-1: not found). An unknown query id gets -1 and an entry in "errors", and spoils no other answer."""
         depth = request.topk or 100
         queries = [" ".join(query.split(" ")[: request.max_length]) for query in request.queries]
-        items = [RankItem(id=str(i), query=query, qid=qid) for i, (query, qid) in enumerate(zip(queries, request.query_ids, strict=True))]
+        items = [
+            RankItem(id=str(i), query=query, qid=qid)
+            for i, (query, qid) in enumerate(zip(queries, request.query_ids, strict=True))
+        ]
         answer = await self._rank(self.default, items, depth, client)
         ranks = [-1 if (rank := answer["ranks"].get(item.id)) is None else rank for item in items]
         result: list[Any] = ranks

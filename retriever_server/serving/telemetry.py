@@ -32,17 +32,29 @@ class Telemetry:
         prometheus.PlatformCollector(registry=registry)
         self._requests = prometheus.Counter("retriever_requests", "Requests", ["endpoint", "status"], registry=registry)
         self._request_s = prometheus.Histogram(
-            "retriever_request_seconds", "From the whole body read to the answer sent", ["endpoint"], buckets=SECONDS, registry=registry
+            "retriever_request_seconds",
+            "From the whole body read to the answer sent",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self._items = prometheus.Counter("retriever_items", "Items searched", ["kind", "index"], registry=registry)
-        self._batch = prometheus.Histogram("retriever_batch_items", "Items a searcher call", ["kind"], buckets=SIZES, registry=registry)
+        self._batch = prometheus.Histogram(
+            "retriever_batch_items", "Items a searcher call", ["kind"], buckets=SIZES, registry=registry
+        )
         self._phase = prometheus.Histogram(
-            "retriever_phase_seconds", "Waiting in the queue, searching a batch", ["phase"], buckets=SECONDS, registry=registry
+            "retriever_phase_seconds",
+            "Waiting in the queue, searching a batch",
+            ["phase"],
+            buckets=SECONDS,
+            registry=registry,
         )
         self._cancelled = prometheus.Counter(
             "retriever_cancelled_items", "Items dropped from the queue because the client hung up", registry=registry
         )
-        self._cache = prometheus.Counter("retriever_cache", "Items looked up in the rank cache", ["result"], registry=registry)
+        self._cache = prometheus.Counter(
+            "retriever_cache", "Items looked up in the rank cache", ["result"], registry=registry
+        )
 
     def watch(self, name: str, about: str, read: Any) -> None:
         """A gauge whose value is what ``read()`` returns when the page is asked for."""
@@ -103,11 +115,15 @@ class Traffic:
                 gone = {"detail": "the server has stopped before it had an answer: ask again"}
                 await JSONResponse(gone, 503, {"retry-after": "1", "connection": "close"})(scope, receive, sending)
             raise
-        except Exception as error:  # a bug of ours or a broken disk: the trace goes to the log, where the same id stands
+        except (
+            Exception
+        ) as error:  # a bug of ours or a broken disk: the trace goes to the log, where the same id stands
             trace = error
             if begun:
                 raise
-            await JSONResponse({"detail": f"the server failed at request {request_id}: see its log"}, 500)(scope, receive, sending)
+            await JSONResponse({"detail": f"the server failed at request {request_id}: see its log"}, 500)(
+                scope, receive, sending
+            )
         finally:
             took_s = time.monotonic() - began
             endpoint = scope["path"] if scope["path"] in ENDPOINTS else "other"
@@ -121,7 +137,13 @@ class Traffic:
                 "ms": round(1000 * took_s, 2),
                 "client": (scope.get("client") or ["?"])[0],
             }
-            level = logging.ERROR if status == 500 else logging.DEBUG if endpoint in ("/health", "/metrics") else logging.INFO
+            level = (
+                logging.ERROR
+                if status == 500
+                else logging.DEBUG
+                if endpoint in ("/health", "/metrics")
+                else logging.INFO
+            )
             log.log(level, "request", exc_info=trace, extra={"fields": fields})
 
 

@@ -65,7 +65,10 @@ def maybe(part: Expression) -> Expression:
 
 def grammar() -> Expression:
     """What Lucene takes for one token."""
-    marks, unstyled = star(one("xtzkvVseM")), star(one("xtzkseM"))  # WB4: marks, format signs and joiners belong to what they follow
+    marks, unstyled = (
+        star(one("xtzkvVseM")),
+        star(one("xtzkseM")),
+    )  # WB4: marks, format signs and joiners belong to what they follow
 
     def each(letters: str) -> Expression:
         return cat(one(letters), marks)
@@ -141,7 +144,9 @@ class _Classes(dict[str, str]):
 
     def __missing__(self, character: str) -> str:
         code = ord(character)
-        last, letter = self._runs[bisect_right(self._firsts, code) - 1]  # the first run starts below every other character in a word
+        last, letter = self._runs[
+            bisect_right(self._firsts, code) - 1
+        ]  # the first run starts below every other character in a word
         self[character] = letter if self._firsts[0] <= code <= last else "-"
         return self[character]
 
