@@ -1,7 +1,7 @@
-"""The messages that pass between the parts. Frozen, free of torch, one worked example each.
+"""The messages that pass between the packages. Frozen, free of torch, one worked example each.
 
-Shape suffixes used all over the project: ``_P`` prompts, ``_G`` samples a prompt, ``_N`` = P x G sequences in group-major
-order (the samples of one prompt stand together), ``_B`` rows, ``_T`` tokens, ``_s`` seconds, ``_tokens`` tokens.
+Shape suffixes of the whole project: ``_P`` prompts, ``_G`` samples per prompt, ``_N`` = P x G sequences in group-major order (the
+samples of one prompt are neighbours), ``_B`` rows, ``_T`` tokens, ``_s`` seconds, ``_tokens`` tokens.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ class Conversation:
     qid: str
     history: tuple[Turn, ...]  # oldest first
     question: str
-    gold_docids: tuple[str, ...]  # empty where no gold passage is known
+    gold_docids: tuple[str, ...]  # empty if no gold passage is known
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Conversation":
@@ -71,8 +71,8 @@ def _gold_docids(qid: str, record: Mapping[str, Any]) -> tuple[str, ...]:
 class Completion:
     """What a sampler returns. ``Completion((5, 9, 2), (-0.1, -2.3, -0.01), "<think>...", "stop")``.
 
-    ``logprobs`` are those of the distribution that was sampled from (after temperature), one a token; a stop token that
-    ended the sample is part of ``token_ids``.
+    ``logprobs``: one per token, of the distribution that was sampled from (after temperature). A stop token that ended the sample is
+    part of ``token_ids``.
     """
 
     token_ids: tuple[int, ...]
@@ -98,29 +98,14 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training row: what the model reads and what the retriever has to find.
+    """One training row: what the model reads, and what the retriever has to find.
 
-    ``Example("demo-train_1_2", ({"role": "user", "content": "..."},), "and his wife?", ("d17",))``
+    ``Example("demo-train_1_2", ({"role": "user", "content": "..."},), "and his wife?", ("d17",), prompt_ids=(1, 52, 9))``
     """
 
     qid: str
     messages: tuple[Message, ...]
     question: str
     gold_docids: tuple[str, ...]
-    positives: tuple[
-        str, ...
-    ] = ()  # texts that an output should stand near; the gold passages' own where there are none
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One sample with all that is known of it; ``rank`` is 1-based, None beyond the retriever's depth; ``gain``: see rewarder.Score."""
-
-    qid: str
-    prompt_ids: tuple[int, ...]
-    completion: Completion
-    rewrite: Rewrite
-    rank: int | None
-    reward: float
-    advantage: float
-    gain: float | None = None
+    positives: tuple[str, ...] = ()  # texts that an output should be similar to; empty: the gold passages
+    prompt_ids: tuple[int, ...] = ()  # the encoded messages; empty until a tokenizer is known

@@ -1,7 +1,8 @@
-"""The way of the weights from the policy's ranks to vLLM on GPUs: vLLM's own transfer (docs.vllm.ai, training/weight_transfer, 0.32).
+"""Weights from the policy's processes to vLLM on GPUs, by vLLM's own transfer (docs.vllm.ai, training/weight_transfer, 0.32).
 
-IPC where sampler and policy share a GPU, NCCL where they do not. Each rank gathers one parameter after another with the others; rank 0 talks to
-the samplers. On a CPU weights go through Ray's object store instead (``convsearch.cluster.ray_sampler``), for vLLM's transfer needs CUDA.
+IPC if sampler and policy share a GPU, NCCL if they do not. Each process gathers one parameter after another with the others; process 0
+talks to the samplers. On a CPU weights travel through Ray's object store instead (``cluster.ray_sampler``), because vLLM's transfer
+needs CUDA.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convsearch.cluster.workers import answers
+from convsearch.cluster.workers import get_all
 from convsearch.model import lora
+from convsearch.policy.policy import LocalPolicy
 
 TRANSFER_TIMEOUT_S = 600.0
 
 
 class SamplerClient:
-    """What vLLM's sending end calls: each verb goes to every sampler, and ends when all have answered."""
+    """What vLLM's sending side calls: each verb goes to every sampler and returns when all have answered."""
 
-    def __init__(self, samplers: Sequence[Any], workers_a_sampler: int):
-        self.samplers, self.workers_a_sampler = list(samplers), workers_a_sampler
+    def __init__(self, samplers: Sequence[Any], workers_per_sampler: int):
+        self.samplers, self.workers_per_sampler = list(samplers), workers_per_sampler
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -28,10 +30,8 @@ class SamplerClient:
         requests = []
         for number in range(len(self.samplers)):
             own = dict(init_info)
-            if (
-                "rank_offset" in own
-            ):  # the samplers are engines of their own, each of which would count its workers from the same rank
-                own["rank_offset"] += number * self.workers_a_sampler
+            if "rank_offset" in own:  # otherwise every sampler would number its workers from the same rank
+                own["rank_offset"] += number * self.workers_per_sampler
             requests.append(WeightTransferInitRequest(init_info=own))
         self._all("init_weight_transfer_engine", [(request,) for request in requests])
 
@@ -48,32 +48,32 @@ class SamplerClient:
 
     def _all(self, verb: str, arguments: Sequence[Sequence[Any]]) -> None:
         refs = [getattr(sampler, verb).remote(*mine) for sampler, mine in zip(self.samplers, arguments, strict=True)]
-        answers(refs, f"sampler {verb}", TRANSFER_TIMEOUT_S)
+        get_all(refs, f"sampler {verb}", TRANSFER_TIMEOUT_S)
 
 
 def open_sender(
-    policy: Any,
+    policy: LocalPolicy,
     backend: str,
     bf16: bool,
     rank: int,
     samplers: Sequence[Any],
-    workers_a_sampler: int,
+    workers_per_sampler: int,
     master: tuple[str, int],
 ) -> Any:
-    """The sending end of this rank; all ranks call it, and later its ``send_weights()``.
+    """The sending side of this process; all processes call it, and later its ``send_weights()``.
 
     Args:
         backend: "ipc" or "nccl".
-        bf16: the samplers compute in bfloat16: half as much has to travel.
-        samplers: the actors; rank 0 talks to them.
-        workers_a_sampler: GPUs of one sampler (its tensor parallelism).
-        master: where the NCCL group of rank 0 and the samplers' workers meets.
+        bf16: the samplers compute in bfloat16, so half as many bytes travel.
+        samplers: the actors; process 0 talks to them.
+        workers_per_sampler: GPUs of one sampler (its tensor parallelism).
+        master: the address of the NCCL group of process 0 and the samplers' workers.
     """
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     class Source(WeightSource):  # type: ignore[misc]
-        """The parameters under their Hugging Face names, whole, on this rank's GPU, in the samplers' type."""
+        """The parameters by Hugging Face name, whole, on this process's GPU, in the samplers' type."""
 
         def metadata(self) -> list[Any]:
             tensors = policy.named_parameters()
@@ -99,8 +99,8 @@ def open_sender(
     else:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        world_size = 1 + len(samplers) * workers_a_sampler
+        world_size = 1 + len(samplers) * workers_per_sampler
         info = NCCLTrainerInitInfo(master_address=master[0], master_port=master[1], world_size=world_size, rank=rank)
     return WeightTransferTrainerFactory.trainer_init(
-        info, client=SamplerClient(samplers, workers_a_sampler), source=Source()
+        info, client=SamplerClient(samplers, workers_per_sampler), source=Source()
     )

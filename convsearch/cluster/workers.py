@@ -1,4 +1,4 @@
-"""Waiting for Ray's workers: never without a limit, and a dead one is noticed at once."""
+"""Waiting for Ray's workers: always with a time limit; a dead worker ends the wait at once."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -6,19 +6,19 @@ from typing import Any
 
 from convsearch.cli import Unavailable
 
-PATIENCE_S = 20.0  # how long the death of a rank may take to be known once another rank has complained of it
+PATIENCE_S = 20.0  # after one worker has failed: how long Ray may take to report that another one died
 
 
 class WorkerLost(Unavailable):
     """A worker process, or its node, is gone or does not answer."""
 
 
-def answers(refs: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
+def get_all(refs: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
     """The results of all calls, in their order.
 
     Raises:
-        WorkerLost: a worker died, or has not answered within ``timeout_s``.
-        Exception: what a call raised itself.
+        WorkerLost: a worker died, or did not answer within ``timeout_s``.
+        Exception: what the call itself raised.
     """
     import ray
 
@@ -27,12 +27,12 @@ def answers(refs: Sequence[Any], what: str, timeout_s: float) -> list[Any]:
         ready, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise WorkerLost(f"{what}: {len(pending)} of {len(refs)} workers have not answered within {timeout_s:g} s")
-        found[ready[0]] = one(ready[0], what, pending)
+        found[ready[0]] = get_one(ready[0], what, pending)
     return [found[ref] for ref in refs]
 
 
-def one(ref: Any, what: str, others: Sequence[Any] = ()) -> Any:
-    """The result of a call that is ready. Where it failed because another rank is gone, that is what is raised."""
+def get_one(ref: Any, what: str, others: Sequence[Any] = ()) -> Any:
+    """The result of a call that is ready. If it failed because another worker died, raises WorkerLost for that one."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -40,14 +40,12 @@ def one(ref: Any, what: str, others: Sequence[Any] = ()) -> Any:
         return ray.get(ref, timeout=60)
     except RayTaskError as error:
         cause = error.cause if isinstance(error.cause, Exception) else error
-        if isinstance(cause, RayError):  # the call itself asked a worker that is gone
+        if isinstance(cause, RayError):  # the call itself needed a worker that died
             raise WorkerLost(f"{what}: {_sentence(cause)}") from error
         if isinstance(cause, ValueError | OSError) and not isinstance(cause, ConnectionError):
             raise cause from error
         lost = _lost(others)
-        if lost is None and "by peer" in str(
-            cause
-        ):  # gloo's words for another rank's end, which has answered for itself before
+        if lost is None and "by peer" in str(cause):  # gloo's words for the end of another process
             lost = _sentence(cause)
         if lost is not None:
             raise WorkerLost(f"{what}: {lost}") from error
@@ -57,7 +55,7 @@ def one(ref: Any, what: str, others: Sequence[Any] = ()) -> Any:
 
 
 def streamed(generators: Sequence[Any], what: str, timeout_s: float) -> Iterator[tuple[int, Any]]:
-    """(number of the call, what it brings) of several streaming calls, as it comes; ``timeout_s`` is the longest silence."""
+    """(number of the call, item) of several streaming calls, as items arrive; ``timeout_s``: longest time between two items."""
     import ray
     from ray.exceptions import RayError
 
@@ -65,7 +63,7 @@ def streamed(generators: Sequence[Any], what: str, timeout_s: float) -> Iterator
     while live:
         ready, _ = ray.wait(list(live.values()), num_returns=1, timeout=timeout_s)
         if not ready:
-            raise WorkerLost(f"{what}: nothing has come within {timeout_s:g} s")
+            raise WorkerLost(f"{what}: nothing has arrived within {timeout_s:g} s")
         call = next(number for number, generator in live.items() if generator is ready[0])
         try:
             ref = next(ready[0])
@@ -74,11 +72,11 @@ def streamed(generators: Sequence[Any], what: str, timeout_s: float) -> Iterator
             continue
         except RayError as error:
             raise WorkerLost(f"{what}: {_sentence(error)}") from error
-        yield call, one(ref, what)
+        yield call, get_one(ref, what)
 
 
 def _lost(refs: Sequence[Any]) -> str | None:
-    """What is said of the first of these calls whose worker is dead; None where all that fail fail by themselves."""
+    """Ray's words about the first of these calls whose worker is dead; None if no worker is."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 

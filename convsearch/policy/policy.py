@@ -1,4 +1,4 @@
-"""The trained model behind four verbs: ``logprobs``, ``forward_backward``, ``optim_step``, ``save``/``restore``. Loss and step never see FSDP."""
+"""The model in this process, behind the verbs of ``policy.base.Policy``. Loss and step never see FSDP."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,35 +10,34 @@ from torch.utils.checkpoint import checkpoint
 
 from convsearch.model import distributed, lora
 from convsearch.model.attention import Kernel, packed_context
-from convsearch.model.batch import MicroBatch
-
-# A loss takes the micro-batch, its log-probs [R] and entropies [R], and gives the weighted sum to minimise and named sums to report.
-Loss = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, float]]]
-
+from convsearch.model.batch import Loss, MicroBatch
+from convsearch.policy.base import T
 
 GRPO_KNOBS = (
     "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu (or ppo_micro_batch_size_per_gpu) first; then "
-    "actor_rollout_ref.model.enable_gradient_checkpointing=true, actor_rollout_ref.actor.fsdp_config.optimizer_offload=true, "
-    "actor_rollout_ref.ref.fsdp_config.param_offload=true, or a lower actor_rollout_ref.rollout.gpu_memory_utilization"
+    "actor_rollout_ref.model.enable_gradient_checkpointing=true, "
+    "actor_rollout_ref.actor.fsdp_config.optimizer_offload=true, "
+    "actor_rollout_ref.ref.fsdp_config.param_offload=true, "
+    "or a lower actor_rollout_ref.rollout.gpu_memory_utilization"
 )
 SFT_KNOBS = "lower data.micro_batch_size_per_gpu first; then model.enable_gradient_checkpointing=true, or a lower data.max_length"
 
 
 @contextmanager
 def memory_advice(doing: str, knobs: str) -> Iterator[None]:
-    """Turns running out of memory, on a GPU or a CPU, into a ValueError that says in what and which keys to turn."""
+    """Turns an out-of-memory error, on a GPU or a CPU, into a ValueError that names the operation and the keys to change."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no type of its own
+    except RuntimeError as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise ValueError(f"out of memory in {doing}: {knobs} ({str(error).splitlines()[0]})") from error
 
 
 class ResponseLogprobs(nn.Module):
-    """Micro-batch -> log-probability [R] and entropy [R] of its response tokens, as one module so that FSDP2 can wrap all of it.
+    """Micro-batch -> log-probability [R] and entropy [R] of its response tokens; one module, so that FSDP2 can wrap all of it.
 
-    Logits exist for ``chunk`` response tokens at a time, never for prompts; with more than one chunk the backward pass makes them again.
+    Logits exist for ``chunk`` response tokens at a time, never for prompts. With several chunks the backward pass recomputes them.
     """
 
     def __init__(self, causal_lm: Any, temperature: float, chunk: int = 1024):
@@ -47,21 +46,19 @@ class ResponseLogprobs(nn.Module):
         self.kernel: Kernel = "auto"
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        half = (
-            torch.is_autocast_enabled(micro.branch_BT.device.type)
-            or self.causal_lm.lm_head.weight.dtype == torch.bfloat16
-        )
+        autocast = torch.is_autocast_enabled(micro.branch_BT.device.type)
+        half = autocast or self.causal_lm.lm_head.weight.dtype == torch.bfloat16
         context = packed_context(micro, self.kernel, half)
         hidden_BTX = self.causal_lm.model(
             input_ids=micro.token_ids_BT, position_ids=micro.position_ids_BT, use_cache=False, context=context
         ).last_hidden_state
         hidden_RX = hidden_BTX[micro.row_R, micro.source_R]
-        again = torch.is_grad_enabled() and len(hidden_RX) > self.chunk
-        parts = []
+        recompute = torch.is_grad_enabled() and len(hidden_RX) > self.chunk
+        scored = []
         for start in range(0, len(hidden_RX), self.chunk):
-            piece = hidden_RX[start : start + self.chunk], micro.target_ids_R[start : start + self.chunk]
-            parts.append(checkpoint(self._score, *piece, use_reentrant=False) if again else self._score(*piece))
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+            chunk = hidden_RX[start : start + self.chunk], micro.target_ids_R[start : start + self.chunk]
+            scored.append(checkpoint(self._score, *chunk, use_reentrant=False) if recompute else self._score(*chunk))
+        return torch.cat([logprobs_R for logprobs_R, _ in scored]), torch.cat([entropy_R for _, entropy_R in scored])
 
     def _score(self, hidden_RX: Tensor, target_ids_R: Tensor) -> tuple[Tensor, Tensor]:
         logprobs_RV = (self.causal_lm.lm_head(hidden_RX).float() / self.temperature).log_softmax(dim=-1)
@@ -69,15 +66,15 @@ class ResponseLogprobs(nn.Module):
         return chosen_R, -(logprobs_RV.exp() * logprobs_RV).sum(dim=-1)
 
 
-class Policy:
-    """A causal LM with its AdamW; plain on one process, sharded by FSDP2 when torch.distributed has more than one rank.
+class LocalPolicy:
+    """A causal LM with its AdamW: plain in one process, sharded by FSDP2 if torch.distributed has several.
 
     Args:
         temperature: log-probs are those of the distribution that the sampler draws from.
-        bf16: arithmetic in bfloat16, by autocast or, where sharded, by FSDP2's mixed precision; weights and Adam's moments stay in float32.
-        param_offload: weights, gradients and Adam's state live in CPU memory and come to the GPU a layer at a time.
-        optimizer_offload: Adam's state lives in CPU memory and comes to the GPU for each step.
-        memory_knobs: what to turn when memory runs out.
+        bf16: arithmetic in bfloat16, by autocast or, if sharded, by FSDP2; weights and Adam's moments stay in float32.
+        param_offload: weights, gradients and Adam's state are in CPU memory; each layer moves to the GPU when it is used.
+        optimizer_offload: Adam's state is in CPU memory and moves to the GPU for each step.
+        memory_knobs: advice for an out-of-memory error.
     """
 
     def __init__(
@@ -100,20 +97,20 @@ class Policy:
             causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.causal_lm, self.device, self.grad_clip = causal_lm, device, grad_clip
         self.optimizer_offload, self.memory_knobs = optimizer_offload and device.type == "cuda", memory_knobs
-        self.module = distributed.shard(
-            ResponseLogprobs(causal_lm, temperature), device, bf16=bf16, offload=param_offload
-        )
+        scorer = ResponseLogprobs(causal_lm, temperature)
+        self.module = distributed.shard(scorer, device, bf16=bf16, offload=param_offload)
         self.module.train()
-        self.autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=bf16 and not distributed.is_sharded(self.module)
-        )
-        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        # A frozen reference has nothing to optimise and is only asked for log-probs.
-        self.optimizer = (
-            torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
-            if parameters
-            else None
-        )
+        mixed = bf16 and not distributed.is_sharded(self.module)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
+        trained, options = self._trained(), {"lr": lr, "betas": betas, "weight_decay": weight_decay, "fused": True}
+        self.optimizer = torch.optim.AdamW(trained, **options) if trained else None  # a frozen reference has none
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """``function(self, *arguments)``: this is the policy's only process."""
+        return function(self, *arguments)
 
     @torch.no_grad()
     def logprobs(self, micro: MicroBatch) -> Tensor:
@@ -124,7 +121,7 @@ class Policy:
         return logprobs_R.float().cpu()  # type: ignore[no-any-return]
 
     def forward_backward(self, micro: MicroBatch, loss: Loss) -> dict[str, float]:
-        """Adds the micro-batch's gradient; FSDP2 averages over ranks, so the weighted sum is scaled up by their number."""
+        """Adds the micro-batch's gradient. FSDP2 averages over processes, so the weighted sum is multiplied by their number."""
         with memory_advice(f"a forward and backward pass over {micro.num_tokens} positions", self.memory_knobs):
             micro = micro.to(self.device)
             with self.autocast:
@@ -134,10 +131,9 @@ class Policy:
         return report
 
     def optim_step(self, lr: float) -> dict[str, float]:
-        """One clipped AdamW step; a non-finite gradient is not applied but counted in ``skipped``."""
+        """One clipped AdamW step. A gradient that is not finite is not applied: ``skipped`` is 1."""
         assert self.optimizer is not None, "a frozen model takes no step"
-        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.grad_clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         finite = bool(torch.isfinite(norm))
         if finite:
@@ -151,24 +147,23 @@ class Policy:
         return {"grad_norm": float(norm), "lr": lr, "skipped": float(not finite)}
 
     def _move_moments(self, device: torch.device) -> None:
-        """Adam's moments to where they are wanted, under ``optimizer_offload``."""
+        """Moves Adam's moments, under ``optimizer_offload``."""
         if self.optimizer_offload and self.optimizer is not None:
             for parameter, state in self.optimizer.state.items():
-                wanted = (
-                    parameter.device if device.type == "cuda" else device
-                )  # a parameter kept on the CPU is stepped there
-                state |= {name: value.to(wanted) for name, value in state.items() if name != "step"}
+                # A parameter in CPU memory takes its step there.
+                target = parameter.device if device.type == "cuda" else device
+                state |= {name: value.to(target) for name, value in state.items() if name != "step"}
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """By the names of the Hugging Face model (with adapters: peft's); tied weights once."""
+        """By Hugging Face name (with adapters: peft's names); tied weights once."""
         return {name.removeprefix("causal_lm."): parameter for name, parameter in self.module.named_parameters()}
 
     def weights(self) -> dict[str, Tensor]:
-        """Full tensors on the CPU, on every rank, by the names of the Hugging Face model; adapters are merged."""
+        """Full tensors on the CPU, in every process, by Hugging Face name; adapters are merged."""
         return dict(lora.merged(self.named_parameters(), lora.scaling_of(self.module), distributed.full))
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """``<moment>/<parameter>`` -> full tensor on the CPU; empty before the first step. Adapters themselves are ``adapter/<parameter>``."""
+        """``<moment>/<parameter>`` -> full tensor on the CPU; empty before the first step. Adapters: ``adapter/<parameter>``."""
         assert self.optimizer is not None
         moments = {
             f"{moment}/{name}": distributed.full(value)
@@ -180,7 +175,7 @@ class Policy:
 
     @torch.no_grad()
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``optimizer_state``, on any number of ranks."""
+        """The inverse of ``optimizer_state``, with any number of processes."""
         assert self.optimizer is not None
         adapters = {
             name.removeprefix("adapter/"): value for name, value in state.items() if name.startswith("adapter/")

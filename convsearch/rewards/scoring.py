@@ -1,109 +1,124 @@
-"""Completions -> parsed, ranked, compared, rewarded: what a GRPO step and its validation ask of a retriever and of ``rewards``."""
+"""Completions -> parsed, judged by the retriever, rewarded: what a GRPO step and its validation need."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from convsearch.config.grpo import RewardConfig
 from convsearch.parsing import PARSERS
-from convsearch.rewards.shapes import reward
+from convsearch.rewards.shapes import Feedback, reward
 from convsearch.types import Completion, Example, Rewrite
 
-SCORERS = 8  # requests to the judge that are under way at once
+REQUESTS_AT_ONCE = 8  # to the retriever
 
 
-class Judge(Protocol):
-    """Who knows how good a text is; ``convsearch.retriever.client.RetrieverClient`` asks a server, ``convsearch.runs.rollouts.Replay`` a dump."""
+class Retriever(Protocol):
+    """Judges texts. ``convsearch.retriever.client.RetrieverClient`` asks a server, ``convsearch.runs.rollouts.Replay`` reads a dump."""
 
-    def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:
-        """1-based rank of each query's best gold passage, None beyond the depth and where there is no query."""
+    def feedback(
+        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], *, with_gain: bool
+    ) -> list[Feedback]:
+        """What each text is worth for its example; nothing is found for a text that is None (nothing parsed).
 
-    def similarity_gains(
-        self,
-        outputs: Sequence[str | None],
-        questions: Sequence[str],
-        positives: Sequence[Sequence[str]],
-        golds: Sequence[Sequence[str]],
-    ) -> list[float | None]:
-        """Mean over the positives d of cos(output, d) - cos(question, d), None where there is no output; the gold passages stand in for
-        positives where there are none."""
+        Args:
+            with_gain: compute the similarity gain, too.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """All that is known of one sample. ``Score(Rewrite("who wrote Hamlet?", None), rank=1, gain=None, reward=2.0)``"""
+    """What one sample earned, and why. ``Score(Rewrite("who wrote Hamlet?", None), Feedback(rank=1), 2.0)``"""
 
     rewrite: Rewrite
-    rank: int | None
-    gain: float | None  # None where similarities have no weight
+    feedback: Feedback
     reward: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sample with its score. ``advantage`` is set when the whole group is known."""
+
+    example: Example
+    completion: Completion
+    score: Score
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The n samples of one example, in the order of their numbers."""
+
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether the rewards differ: only then does the group teach."""
+        return len({rollout.score.reward for rollout in self.rollouts}) > 1
 
 
 def score(
     cfg: RewardConfig,
-    judge: Judge,
+    retriever: Retriever,
     examples_N: Sequence[Example],
     completions_N: Sequence[Completion],
     progress: float = 0.0,
 ) -> list[Score]:
-    """One score a completion, in batches as large as the rollout; ``progress`` is the share of the training steps done."""
+    """One score per completion, in one batch. ``progress``: share of the training steps done, 0 to 1."""
     rewrites_N = [PARSERS[cfg.form](completion.text, completion.finish_reason) for completion in completions_N]
-    texts_N = [rewrite.text for rewrite in rewrites_N]
-    golds_N = [example.gold_docids for example in examples_N]
-    ranks_N = judge.gold_ranks(golds_N, texts_N)
-    gains_N: list[float | None] = [None] * len(texts_N)
-    if cfg.weights[1]:
-        questions_N = [example.question for example in examples_N]
-        gains_N = judge.similarity_gains(texts_N, questions_N, [example.positives for example in examples_N], golds_N)
+    with_gain = bool(cfg.weights[1])
+    feedback_N = retriever.feedback(examples_N, [rewrite.text for rewrite in rewrites_N], with_gain=with_gain)
     return [
-        Score(rewrite, rank, gain, rewarded(cfg, example, rewrite, rank, gain, progress))
-        for example, rewrite, rank, gain in zip(examples_N, rewrites_N, ranks_N, gains_N, strict=True)
+        Score(rewrite, feedback, configured_reward(cfg, example, rewrite, feedback, progress))
+        for example, rewrite, feedback in zip(examples_N, rewrites_N, feedback_N, strict=True)
     ]
 
 
 def score_stream(
     cfg: RewardConfig,
-    judge: Judge,
+    retriever: Retriever,
     examples_P: Sequence[Example],
-    parts: Iterable[tuple[list[int], list[Completion]]],
+    finished: Iterable[Mapping[int, Sequence[Completion]]],
     progress: float = 0.0,
-    sampled: Callable[[], None] = lambda: None,
-) -> list[tuple[Completion, Score]]:
-    """Every completion with its score, group-major; each part is scored as soon as it comes, while the others are still being generated.
+    on_sampled: Callable[[], None] = lambda: None,
+) -> list[Group]:
+    """The scored group of every example. A batch is scored as soon as it is finished, while the sampler generates the next one.
 
     Args:
-        parts: (places among the examples, their completions), each place once; see ``convsearch.sampling.hf.Sampler.stream``.
-        sampled: called when the last part has come.
+        finished: batches of {position of the example: its completions}, each position once; see ``Sampler.stream``.
+        on_sampled: called when the last batch has arrived.
     """
-    under_way: list[tuple[list[int], list[Completion], Future[list[Score]]]] = []
-    pool = ThreadPoolExecutor(SCORERS)
+    batches: list[tuple[Mapping[int, Sequence[Completion]], Future[list[Rollout]]]] = []
+
+    def judge(batch: Mapping[int, Sequence[Completion]]) -> list[Rollout]:
+        examples = [examples_P[p] for p, completions in batch.items() for _ in completions]
+        flat = [completion for completions in batch.values() for completion in completions]
+        return list(map(Rollout, examples, flat, score(cfg, retriever, examples, flat, progress)))
+
+    pool = ThreadPoolExecutor(REQUESTS_AT_ONCE)
     try:
-        for places, completions in parts:
-            n = len(completions) // len(places)
-            examples = [examples_P[p] for p in places for _ in range(n)]
-            under_way.append((places, completions, pool.submit(score, cfg, judge, examples, completions, progress)))
-        sampled()
-        groups: dict[int, list[tuple[Completion, Score]]] = {}
-        for places, completions, future in under_way:
-            pairs = list(zip(completions, future.result(), strict=True))
-            n = len(pairs) // len(places)
-            groups |= {p: pairs[i * n : (i + 1) * n] for i, p in enumerate(places)}
+        for batch in finished:
+            batches.append((batch, pool.submit(judge, batch)))
+        on_sampled()
+        groups: dict[int, Group] = {}
+        for batch, future in batches:
+            rollouts = iter(future.result())
+            groups |= {p: Group(tuple(islice(rollouts, len(completions)))) for p, completions in batch.items()}
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other answers
-    assert sorted(groups) == list(range(len(examples_P))), "a stream must bring every prompt once"
-    return [pair for p in range(len(examples_P)) for pair in groups[p]]
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other requests
+    assert sorted(groups) == list(range(len(examples_P))), "a stream must contain every prompt once"
+    return [groups[p] for p in range(len(examples_P))]
 
 
-def rewarded(
-    cfg: RewardConfig, example: Example, rewrite: Rewrite, rank: int | None, gain: float | None, progress: float
+def configured_reward(
+    cfg: RewardConfig, example: Example, rewrite: Rewrite, feedback: Feedback, progress: float
 ) -> float:
-    """One number, as configured."""
+    """``rewards.shapes.reward`` with the options of the configuration."""
     rank_weight, similarity_weight = cfg.weights
     return reward(
         rewrite,
-        rank,
-        gain,
+        feedback,
         shape=cfg.name,
         rank_weight=rank_weight,
         similarity_weight=similarity_weight,

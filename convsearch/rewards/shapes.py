@@ -1,26 +1,34 @@
-"""Gold rank and similarity -> reward. Pure functions; r is the 1-based rank of the best gold passage, None beyond the retriever's depth.
+"""The retriever's feedback -> reward. Pure functions.
 
-A rewrite that breaks the form gets the format penalty INSTEAD of a rank reward (arXiv 2505.15776, section 3.3). A dead server never
-gets here: it is an exception in the client.
+An output that does not parse gets the format penalty INSTEAD of a rank reward (arXiv 2505.15776, section 3.3). A dead server is an
+exception in the client, never a reward.
 """
 
 import math
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from convsearch.types import Rewrite
 
 DEPTH: Final = 100  # ranks beyond it earn nothing; the published shapes are defined for it
-
-SIMILARITY_SCALE: Final = 10  # arXiv 2506.11603, section 3: cosines of neighbours differ by little
-SIMILARITY = "similarity_gain"  # the shape that leaves ranks out
+SIMILARITY_SCALE: Final = 10  # arXiv 2506.11603, section 3: cosines of similar texts differ by little
+SIMILARITY = "similarity_gain"  # the shape that ignores ranks
 
 RankReward = Callable[[int | None], float]
 
 
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What a retriever says of one text: the signals that a reward can pay for. ``Feedback(rank=3)``"""
+
+    rank: int | None = None  # 1-based, of the best gold passage; None beyond the retriever's depth
+    gain: float | None = None  # mean over the positives d of cos(output, d) - cos(question, d); None if not asked for
+
+
 def rank_incentive(rank: int | None) -> float:
-    """The paper's piecewise-linear shape: ranks 1..10 -> 2 down to 1, ranks 11..100 -> just under 1 down to 0, beyond -> 0."""
+    """The paper's piecewise-linear shape: ranks 1..10 -> 2 down to 1, ranks 11..100 -> just under 1 down to 0, beyond: 0."""
     if rank is None or rank > DEPTH:
         return 0.0
     return 19 / 9 - rank / 9 if rank <= 10 else 10 / 9 - rank / 90
@@ -37,7 +45,7 @@ def exponential(rank: int | None) -> float:
 
 
 def mrr(rank: int | None) -> float:
-    """The metric itself as the reward: reciprocal rank over the depth. The same number as ``reciprocal``, under the metric's name."""
+    """The metric itself as the reward: the same number as ``reciprocal``, under the metric's name."""
     return reciprocal(rank)
 
 
@@ -47,7 +55,7 @@ def ndcg_at_3(rank: int | None) -> float:
 
 
 def curriculum(rank: int | None, progress: float) -> float:
-    """The curriculum variant of the reference code: easy in the first quarter of training, only the first ten ranks afterwards.
+    """The curriculum variant of the reference code: linear to rank 100 in the first quarter of training, then to rank 10.
 
     Args:
         progress: share of the training steps done, 0 to 1.
@@ -69,8 +77,8 @@ SHAPES: Final[dict[str, RankReward]] = {
 
 
 def non_latin_share(text: str) -> float:
-    """Share of the letters of ``text`` that are not Latin, 0 where it has no letters."""
-    if text.isascii():  # nearly every text is, and this is done for every sample of a step
+    """Share of the letters of ``text`` that are not Latin; 0 if it has no letters."""
+    if text.isascii():  # fast path: nearly every text is, and every sample of a step is checked
         return 0.0
     letters = [char for char in text if char.isalpha()]
     foreign = sum(not unicodedata.name(char, "").startswith("LATIN") for char in letters)
@@ -79,8 +87,7 @@ def non_latin_share(text: str) -> float:
 
 def reward(
     rewrite: Rewrite,
-    rank: int | None,
-    gain: float | None = None,
+    feedback: Feedback,
     *,
     shape: str = "rank_incentive",
     rank_weight: float = 1.0,
@@ -90,14 +97,13 @@ def reward(
     question: str = "",
     progress: float = 0.0,
 ) -> float:
-    """The reward of one sample: rank_weight x the rank's shape + similarity_weight x 10 x the gain.
+    """The reward of one sample: rank_weight x shape(rank) + similarity_weight x 10 x gain.
 
     Args:
-        gain: mean over the positives d of cos(output, d) - cos(question, d); None only where it has no weight.
-        format_penalty: the reward of an output that does not parse, whatever its rank would have been.
-        language_guard: where set, a rewrite whose share of non-Latin letters exceeds that of ``question`` by more than this is treated
-            as one that does not parse; it guards against the drift into other scripts that users of the published recipe report.
-        progress: share of the training steps done; only the curriculum shape looks at it.
+        format_penalty: the reward of an output that does not parse, instead of all else.
+        language_guard: if set, a rewrite whose share of non-Latin letters is above that of ``question`` by more than this counts as one
+            that does not parse. Users of the published recipe report a drift into other scripts.
+        progress: share of the training steps done, 0 to 1; only the curriculum shape uses it.
 
     Raises:
         ValueError: the shape is unknown.
@@ -110,8 +116,9 @@ def reward(
         raise ValueError(f"reward shape {shape!r} is not one of {', '.join([*SHAPES, 'curriculum', SIMILARITY])}")
     total = 0.0
     if shape != SIMILARITY:
+        rank = feedback.rank
         total += rank_weight * (curriculum(rank, progress) if shape == "curriculum" else SHAPES[shape](rank))
     if similarity_weight:
-        assert gain is not None
-        total += similarity_weight * SIMILARITY_SCALE * gain
+        assert feedback.gain is not None
+        total += similarity_weight * SIMILARITY_SCALE * feedback.gain
     return total

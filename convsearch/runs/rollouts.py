@@ -1,20 +1,24 @@
-"""Every step's rollouts on disk, and a sampler and retriever that play them back.
+"""Every step's rollouts on disk, and a sampler and retriever that replay them.
 
-``<run>/rollouts/000012.parquet`` holds one row a sample in group-major order. Replaying them trains without a sampler or a retriever, which
+``<run>/rollouts/000012.parquet`` has one row per sample in group-major order. A replay trains without a sampler or a retriever, which
 separates a fault of the trainer from one of the sampling.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from convsearch.files import atomic_write
-from convsearch.types import Completion, Rewrite, Rollout
+from convsearch.rewards.scoring import Group, Rollout, Score
+from convsearch.rewards.shapes import Feedback
+from convsearch.sampling.base import Finished, Prompt, WeightSource
+from convsearch.types import Completion, Example, Rewrite
 
+_TYPES = {int | None: pa.int32(), float | None: pa.float64()}  # of the retriever's signals
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
@@ -27,10 +31,9 @@ SCHEMA = pa.schema(
         ("weights_version", pa.int32()),
         ("rewrite", pa.string()),
         ("error", pa.string()),
-        ("rank", pa.int32()),
+        *((signal.name, _TYPES[signal.type]) for signal in fields(Feedback)),
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
-        ("gain", pa.float64()),
     ]
 )
 
@@ -39,33 +42,15 @@ def path_of(run_dir: Path, step: int) -> Path:
     return run_dir / "rollouts" / f"{step:06d}.parquet"
 
 
-def dump(run_dir: Path, step: int, rollouts_N: Sequence[Rollout]) -> None:
+def dump(run_dir: Path, step: int, groups_P: Sequence[Group]) -> None:
     """Writes the rollouts of a step, whole or not at all."""
-    rows = [
-        {
-            "step": step,
-            "qid": rollout.qid,
-            "prompt_ids": rollout.prompt_ids,
-            "token_ids": rollout.completion.token_ids,
-            "logprobs": rollout.completion.logprobs,
-            "text": rollout.completion.text,
-            "finish_reason": rollout.completion.finish_reason,
-            "weights_version": rollout.completion.weights_version,
-            "rewrite": rollout.rewrite.text,
-            "error": rollout.rewrite.error,
-            "rank": rollout.rank,
-            "reward": rollout.reward,
-            "advantage": rollout.advantage,
-            "gain": rollout.gain,
-        }
-        for rollout in rollouts_N
-    ]
+    rows = [_row(step, rollout) for group in groups_P for rollout in group.rollouts]
     with atomic_write(path_of(run_dir, step), "wb") as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, compression="zstd")
 
 
 def load(run_dir: Path, step: int) -> list[Rollout]:
-    """Reads the rollouts of a step back, equal to what was dumped (log-probs in float32).
+    """The rollouts of a step as they were dumped (log-probs in float32); of the examples only ``qid`` and ``prompt_ids``.
 
     Raises:
         ValueError: there is no dump of that step.
@@ -76,26 +61,20 @@ def load(run_dir: Path, step: int) -> list[Rollout]:
     return [_rollout(row) for row in pq.read_table(path).to_pylist()]
 
 
-def lengths(run_dir: Path, step: int) -> list[tuple[int, int]]:
-    """(prompt, response) tokens of every sample of a step, without reading more of the dump than that."""
-    columns = pq.read_table(path_of(run_dir, step), columns=["prompt_ids", "token_ids"])
-    sizes = [pc.list_value_length(columns[name]).to_pylist() for name in ("prompt_ids", "token_ids")]
-    return list(zip(*sizes, strict=True))
-
-
-def table(run_dir: Path, step: int, n: int, groups: int = 4) -> list[dict[str, Any]]:
-    """The best and the worst sample of the first ``groups`` groups of ``n``, for a person to read."""
-    loaded, rows = load(run_dir, step)[: groups * n], []
-    for start in range(0, len(loaded), n):
-        group = loaded[start : start + n]
-        for which, chosen in (("best", max(group, key=_reward)), ("worst", min(group, key=_reward))):
+def table(groups_P: Sequence[Group], most: int = 4) -> list[dict[str, Any]]:
+    """The best and the worst sample of the first ``most`` groups, for people to read."""
+    rows = []
+    for group in groups_P[:most]:
+        best, worst = max(group.rollouts, key=_reward), min(group.rollouts, key=_reward)
+        for which, chosen in (("best", best), ("worst", worst)):
+            rank, rewrite = chosen.score.feedback.rank, chosen.score.rewrite
             rows.append(
                 {
-                    "query": chosen.qid,
+                    "query": chosen.example.qid,
                     "sample": which,
-                    "reward": round(chosen.reward, 4),
-                    "rank": "-" if chosen.rank is None else str(chosen.rank),
-                    "rewrite": chosen.rewrite.text or f"({chosen.rewrite.error})",
+                    "reward": round(chosen.score.reward, 4),
+                    "rank": "-" if rank is None else str(rank),
+                    "rewrite": rewrite.text or f"({rewrite.error})",
                     "output": chosen.completion.text[:2000],
                 }
             )
@@ -103,69 +82,69 @@ def table(run_dir: Path, step: int, n: int, groups: int = 4) -> list[dict[str, A
 
 
 def _reward(rollout: Rollout) -> float:
-    return rollout.reward
+    return rollout.score.reward
+
+
+def _row(step: int, rollout: Rollout) -> dict[str, Any]:
+    completion, score = rollout.completion, rollout.score
+    return {
+        "step": step,
+        "qid": rollout.example.qid,
+        "prompt_ids": rollout.example.prompt_ids,
+        "token_ids": completion.token_ids,
+        "logprobs": completion.logprobs,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "weights_version": completion.weights_version,
+        "rewrite": score.rewrite.text,
+        "error": score.rewrite.error,
+        **asdict(score.feedback),
+        "reward": score.reward,
+        "advantage": rollout.advantage,
+    }
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
-    completion = Completion(
-        tuple(row["token_ids"]), tuple(row["logprobs"]), row["text"], row["finish_reason"], row["weights_version"]
-    )
-    rewrite = Rewrite(row["rewrite"], row["error"])  # below, dumps of older runs have no gain
-    return Rollout(
-        row["qid"],
-        tuple(row["prompt_ids"]),
-        completion,
-        rewrite,
-        row["rank"],
-        row["reward"],
-        row["advantage"],
-        row.get("gain"),
-    )
+    example = Example(row["qid"], (), "", (), prompt_ids=tuple(row["prompt_ids"]))
+    ids, logprobs = tuple(row["token_ids"]), tuple(row["logprobs"])
+    completion = Completion(ids, logprobs, row["text"], row["finish_reason"], row["weights_version"])
+    feedback = Feedback(**{signal.name: row.get(signal.name) for signal in fields(Feedback)})  # old dumps lack some
+    score = Score(Rewrite(row["rewrite"], row["error"]), feedback, row["reward"])
+    return Rollout(example, completion, score, row["advantage"])
 
 
 class Replay:
-    """A sampler and a retriever in one that give back what a run has dumped, step by step."""
+    """A sampler and a retriever in one that return what a run has dumped, step by step."""
 
     def __init__(self, run_dir: Path, first_step: int):
         self.run_dir, self.step = run_dir, first_step
         self.rollouts_N: list[Rollout] = []
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[list[Completion]]:
         self.rollouts_N = load(self.run_dir, self.step)
-        if [rollout.prompt_ids for rollout in self.rollouts_N] != [
-            tuple(prompt) for prompt in prompts for _ in range(n)
-        ]:
+        dumped = [rollout.example.prompt_ids for rollout in self.rollouts_N]
+        if dumped != [tuple(prompt) for prompt in prompts for _ in range(n)]:
+            path = path_of(self.run_dir, self.step)
             raise ValueError(
-                f"{path_of(self.run_dir, self.step)} holds other prompts than this run draws: same data, seed and batch sizes are needed"
+                f"{path} holds other prompts than this run draws: same data, seed and batch sizes are needed"
             )
         self.step += 1
-        return [rollout.completion for rollout in self.rollouts_N]
+        completions = [rollout.completion for rollout in self.rollouts_N]
+        return [completions[start : start + n] for start in range(0, len(completions), n)]
 
-    def stream(
-        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int
-    ) -> Iterator[tuple[list[int], list[Completion]]]:
-        """All at once: the ranks are those of the whole step."""
-        yield list(range(len(prompts))), self.generate(prompts, n, seed)
+    def stream(self, prompts: Sequence[Prompt], n: int, seed: int) -> Iterator[Finished]:
+        """All groups in one batch: the ranks are those of the whole step."""
+        yield dict(enumerate(self.generate(prompts, n, seed)))
 
-    def load_weights(self, source: Any, version: int) -> None:
-        """Nothing to load: the samples are fixed."""
+    def load_weights(self, source: WeightSource, version: int) -> None:
+        """Does nothing: the samples are fixed."""
 
-    def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:
-        assert len(queries) == len(self.rollouts_N)
-        return [rollout.rank for rollout in self.rollouts_N]
-
-    def similarity_gains(
-        self,
-        outputs: Sequence[str | None],
-        questions: Sequence[str],
-        positives: Sequence[Sequence[str]],
-        golds: Sequence[Sequence[str]],
-    ) -> list[float | None]:
-        assert len(outputs) == len(self.rollouts_N)
-        if any(
-            text is not None and rollout.gain is None for text, rollout in zip(outputs, self.rollouts_N, strict=True)
-        ):
-            raise ValueError(
-                f"{path_of(self.run_dir, self.step - 1)} holds no similarities to replay: that run paid for ranks alone"
-            )
-        return [rollout.gain for rollout in self.rollouts_N]
+    def feedback(
+        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], *, with_gain: bool
+    ) -> list[Feedback]:
+        assert len(texts_N) == len(self.rollouts_N)
+        found = [rollout.score.feedback for rollout in self.rollouts_N]
+        if with_gain and any(text is not None and one.gain is None for text, one in zip(texts_N, found, strict=True)):
+            path = path_of(self.run_dir, self.step - 1)
+            raise ValueError(f"{path} holds no similarities to replay: that run paid for ranks alone")
+        return found

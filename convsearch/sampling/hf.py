@@ -1,115 +1,27 @@
-"""Sampling with plain transformers modules: each prompt is read once, its n samples are decoded together behind it.
+"""Sampling with plain transformers modules: each prompt is read once, and its n samples are decoded together after it.
 
-Randomness is one stream of uniform numbers a sample, seeded by (seed, key of the prompt, number of the sample): a sample does not depend on
-what else stands in its batch, and a run that is resumed draws what it would have drawn.
+Each sample has its own stream of uniform random numbers, seeded by (seed, key of the prompt, number of the sample). So a sample does
+not depend on what else is in its batch, and a resumed run draws what the unbroken run would have drawn.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from convsearch.model.attention import DecodeContext, TreeContext
-from convsearch.parsing import REWRITE_CLOSE, REWRITE_OPEN, THINK_CLOSE, THINK_OPEN
-from convsearch.types import Completion
+from convsearch.sampling.base import Finished, Prompt, SamplingConfig, WeightSource, collect
+from convsearch.sampling.scaffold import Scaffold, Script
+from convsearch.types import Completion, FinishReason
 
-FIRST_CAPACITY = 256  # decoded tokens a sample for which memory is taken at first; doubled when they are used up
-
-
-Finished = tuple[list[int], list[Completion]]  # places of prompts, and all their samples, group-major
-
-
-class WeightSource(Protocol):
-    """Who has the newest weights: a policy."""
-
-    def weights(self) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Tensors:
-    """Weights that are at hand."""
-
-    named: dict[str, Tensor]
-
-    def weights(self) -> dict[str, Tensor]:
-        return self.named
-
-
-class Sampler(Protocol):
-    """What a trainer asks of an engine. Completions come group-major: those of prompt p at p * n ... p * n + n - 1."""
-
-    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]: ...
-
-    def stream(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> Iterator[Finished]:
-        """The same samples in parts, each as soon as it is finished, so that they can be judged while others are still in the making."""
-
-    def load_weights(self, source: WeightSource, version: int) -> None:
-        """Takes over the weights; completions carry ``version`` from now on."""
-
-
-def collect(parts: Iterator[Finished], prompts: int, n: int) -> list[Completion]:
-    """All parts of a stream, put in order."""
-    found: dict[int, list[Completion]] = {}
-    for places, completions in parts:
-        found |= {p: completions[i * n : (i + 1) * n] for i, p in enumerate(places)}
-    assert sorted(found) == list(range(prompts)), "a stream must bring every prompt once"
-    return [completion for p in range(prompts) for completion in found[p]]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingConfig:
-    """temperature 0 is greedy; top_p 1, top_k 0 and repetition_penalty 1 leave the distribution whole; lengths in tokens."""
-
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 1024
-    batch_size: int = 64  # sequences decoded at once
-    repetition_penalty: float = (
-        1.0  # logits of tokens of the prompt and the output so far: divided by it above 0, else multiplied
-    )
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("temperature", 0, 10),
-            ("top_p", 0, 1),
-            ("top_k", 0, 1 << 20),
-            ("max_tokens", 1, 1 << 20),
-            ("batch_size", 1, 1 << 16),
-            ("repetition_penalty", 0.01, 100),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"sampling: {name} = {getattr(self, name)} is not within {low} and {high}")
-
-
-@dataclass(frozen=True, slots=True)
-class Scaffold:
-    """We write the tags and the model fills them: ``literals[i]``, then up to ``budgets[i]`` sampled tokens, then the next literal.
-
-    A part ends before the first token that has "<" or a line break in it, or when its budget is spent; no part begins with such a token
-    or with white space, so that none is empty. For models too small to keep the form by themselves; the paper has nothing like it.
-    """
-
-    literals: tuple[str, ...]
-    budgets: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if min(self.budgets) < 1:
-            raise ValueError(
-                f"scaffold: the budgets of thinking and rewrite are {self.budgets} tokens; each must be at least 1"
-            )
-
-    @classmethod
-    def rewrite_form(cls, think_tokens: int, rewrite_tokens: int) -> "Scaffold":
-        return cls((THINK_OPEN, f"{THINK_CLOSE}\n{REWRITE_OPEN}", REWRITE_CLOSE), (think_tokens, rewrite_tokens))
+FIRST_CAPACITY = 256  # decoded tokens per sample that memory is reserved for at first; doubled when used up
 
 
 class HfSampler:
-    """Samples from a transformers causal LM that was loaded with the ``tree`` attention (``convsearch.model.loading.load_model``)."""
+    """Samples from a transformers causal LM with the ``tree`` attention (``convsearch.model.loading.load_model``)."""
 
     def __init__(
         self,
@@ -118,73 +30,55 @@ class HfSampler:
         config: SamplingConfig,
         stop_ids: tuple[int, ...],
         scaffold: Scaffold | None = None,
-        progress: bool = False,
         bf16: bool = False,
     ):
-        self.model, self.tokenizer, self.config, self.scaffold, self.progress = (
-            model,
-            tokenizer,
-            config,
-            scaffold,
-            progress,
-        )
-        self.stop_ids = frozenset(stop_ids)
-        self.version = 0
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.stop_ids, self.version = frozenset(stop_ids), 0
         self._autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
-        self._script = _Script(tokenizer, scaffold, model.config.vocab_size, self.stop_ids) if scaffold else None
+        self._script = Script(tokenizer, scaffold, model.config.vocab_size, self.stop_ids) if scaffold else None
         if self._script is not None and self._script.max_tokens > config.max_tokens:
-            raise ValueError(
-                f"sampling: max_tokens = {config.max_tokens} is below the {self._script.max_tokens} tokens that the scaffold may take; "
-                "raise it or lower the budgets of thinking and rewrite"
-            )
+            limits = f"max_tokens = {config.max_tokens} is below the {self._script.max_tokens} tokens of the scaffold"
+            raise ValueError(f"sampling: {limits}; raise it or lower the budgets of thinking and rewrite")
 
     def load_weights(self, source: WeightSource, version: int) -> None:
-        """Takes over the policy's weights; where sampler and policy are one module, only the version moves."""
-        if getattr(source, "causal_lm", None) is not self.model:
-            self._take(source.weights())
+        """Takes over the policy's weights. If sampler and policy share one module, only the version changes."""
+        if source.causal_lm is not self.model:
+            missing, unknown = self.model.load_state_dict(source.weights(), strict=False)
+            absent = set(missing) & {name for name, _ in self.model.named_parameters()}  # tied weights: only once
+            assert not absent, f"weights without {sorted(absent)[:3]}"
+            assert not unknown, f"weights with {unknown[:3]}, which the sampler's model lacks"
         self.version = version
 
-    def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        missing, unknown = self.model.load_state_dict(tensors, strict=False)
-        absent = set(missing) & {name for name, _ in self.model.named_parameters()}  # which names tied weights once
-        assert not absent, f"weights without {sorted(absent)[:3]}"
-        assert not unknown, f"weights with {unknown[:3]}, which the sampler's model lacks"
-
     def generate(
-        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None
-    ) -> list[Completion]:
-        """n samples of every prompt, group-major; prompts of like length are decoded together.
+        self, prompts: Sequence[Prompt], n: int, seed: int, keys: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """n samples of every prompt; prompts of similar length are decoded together.
 
         Args:
-            keys: a number a prompt that stands for it in the random seed; the prompt's position where left out.
+            keys: one number per prompt that identifies it in the random seed; by default its position.
         """
-        return collect(self.stream(prompts, n, seed, keys), len(prompts), n)
+        return collect(self.stream(prompts, n, seed, keys), len(prompts))
 
     @torch.inference_mode()
     def stream(
-        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None
+        self, prompts: Sequence[Prompt], n: int, seed: int, keys: Sequence[int] | None = None
     ) -> Iterator[Finished]:
-        """The same, a batch of prompts at a time."""
+        """The same, one batch of prompts at a time."""
         order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
         per_chunk = max(1, self.config.batch_size // n)
         was_training = self.model.training
         self.model.eval()
         try:
-            with tqdm(total=len(prompts) * n, desc="sampling", unit="sample", disable=not self.progress) as bar:
-                for start in range(0, len(order), per_chunk):
-                    chunk = order[start : start + per_chunk]
-                    with self._autocast:
-                        groups = self._generate_chunk(
-                            [prompts[p] for p in chunk], [keys[p] if keys else p for p in chunk], n, seed
-                        )
-                    bar.update(len(chunk) * n)
-                    yield chunk, [completion for group in groups for completion in group]
+            for start in range(0, len(order), per_chunk):
+                chunk = order[start : start + per_chunk]
+                batch, batch_keys = [prompts[p] for p in chunk], [keys[p] if keys else p for p in chunk]
+                with self._autocast:
+                    groups = self._generate_chunk(batch, batch_keys, n, seed)
+                yield dict(zip(chunk, groups, strict=True))
         finally:
             self.model.train(was_training)
 
-    def _generate_chunk(
-        self, prompts: list[tuple[int, ...]], keys: list[int], n: int, seed: int
-    ) -> list[list[Completion]]:
+    def _generate_chunk(self, prompts: list[Prompt], keys: list[int], n: int, seed: int) -> list[list[Completion]]:
         limit = self.config.max_tokens if self._script is None else self._script.max_tokens
         context, hidden_PX = self._read(prompts, n, min(limit, FIRST_CAPACITY))
         rows = [
@@ -192,7 +86,7 @@ class HfSampler:
             for prompt, key in zip(prompts, keys, strict=True)
             for g in range(n)
         ]
-        live_P = list(range(len(prompts)))  # prompts whose samples still stand in the context
+        live_P = list(range(len(prompts)))  # prompts whose samples are still in the context
         hidden_NX = hidden_PX.repeat_interleave(n, dim=0)
         while True:
             live = [rows[p * n + g] for p in live_P for g in range(n)]
@@ -209,39 +103,32 @@ class HfSampler:
             hidden_NX = self._step(context, token_ids_N, lengths + context.length)
         return [[self._completion(row) for row in rows[p * n : (p + 1) * n]] for p in range(len(prompts))]
 
-    def _read(self, prompts: list[tuple[int, ...]], n: int, capacity: int) -> tuple[DecodeContext, Tensor]:
-        """Reads the prompts, padded on the right; returns the decoding state and the hidden state behind each prompt [P, X].
+    def _read(self, prompts: list[Prompt], n: int, capacity: int) -> tuple[DecodeContext, Tensor]:
+        """Reads the prompts, padded on the right; returns the decoding state and the hidden state after each prompt [P, X].
 
-        What all prompts begin with (the system prompt, the worked example) is read once.
+        The common prefix of all prompts (the system prompt, the worked example) is read once.
         """
         device, shared = self.model.device, _common_prefix(prompts)
-        prefix = (
-            TreeContext(torch.ones(shared, shared, dtype=torch.bool, device=device).tril()[None, None], keep=True)
-            if shared
-            else None
-        )
-        if prefix is not None:
-            self._forward(
-                torch.tensor([prompts[0][:shared]], device=device), torch.arange(shared, device=device)[None], prefix
-            )
+        prefix = None
+        if shared:
+            causal = torch.ones(shared, shared, dtype=torch.bool, device=device).tril()
+            prefix = TreeContext(causal[None, None], keep=True)
+            token_ids_1T = torch.tensor([prompts[0][:shared]], device=device)
+            self._forward(token_ids_1T, torch.arange(shared, device=device)[None], prefix)
         lengths = torch.tensor([len(prompt) - shared for prompt in prompts], device=device)
         longest = int(lengths.max())
-        token_ids_PT = torch.tensor(
-            [[*prompt[shared:], *[0] * (longest + shared - len(prompt))] for prompt in prompts], device=device
-        )
-        visible = torch.ones(longest, shared + longest, dtype=torch.bool, device=device).tril(diagonal=shared)[
-            None, None
-        ]
-        tree = TreeContext(visible, keep=True, prefix=prefix)
+        padded = [[*prompt[shared:], *[0] * (longest + shared - len(prompt))] for prompt in prompts]
+        token_ids_PT = torch.tensor(padded, device=device)
+        visible = torch.ones(longest, shared + longest, dtype=torch.bool, device=device).tril(diagonal=shared)
+        tree = TreeContext(visible[None, None], keep=True, prefix=prefix)
         positions = shared + torch.arange(longest, device=device).expand(len(prompts), -1)
         hidden = self._forward(token_ids_PT, positions, tree)
         padding = torch.arange(shared + longest, device=device)[None] >= shared + lengths[:, None]
         mask = torch.zeros(padding.shape, dtype=hidden.dtype, device=device).masked_fill(padding, float("-inf"))
         samples = len(prompts) * n
-        empty = [key.new_zeros(samples, key.shape[1], capacity, key.shape[3]) for key in tree.keys]
-        context = DecodeContext(
-            tree.keys, tree.values, mask[:, None, None], empty, [torch.zeros_like(key) for key in empty]
-        )
+        keys = [key.new_zeros(samples, key.shape[1], capacity, key.shape[3]) for key in tree.keys]
+        values = [torch.zeros_like(key) for key in keys]
+        context = DecodeContext(tree.keys, tree.values, mask[:, None, None], keys, values)
         return context, hidden[torch.arange(len(prompts), device=device), lengths - 1]
 
     def _forward(self, token_ids: Tensor, positions: Tensor, context: TreeContext | DecodeContext) -> Tensor:
@@ -255,7 +142,7 @@ class HfSampler:
         return hidden[:, 0]
 
     def _choose(self, logits_NV: Tensor, rows: list["_Row"]) -> Tensor:
-        """Draws the next token of every row, lets the scaffold overrule it, and books it; returns the ids to feed [N]."""
+        """Draws the next token of every row, applies the scaffold, and appends it; returns the ids to feed [N]."""
         logprobs_NV = (self._penalised(logits_NV, rows) / (self.config.temperature or 1.0)).log_softmax(dim=-1)
         offered_NV = logprobs_NV if self._script is None else self._without_empty_parts(logprobs_NV, rows)
         if self.config.temperature == 0:
@@ -264,12 +151,11 @@ class HfSampler:
             uniform_N = torch.tensor([row.uniform() for row in rows], device=logits_NV.device, dtype=torch.float32)
             drawn_N = _inverse_cdf(self._truncate(offered_NV), uniform_N)
         if self._script is not None:
-            drawn_N = torch.tensor(
-                [row.follow(token) for row, token in zip(rows, drawn_N.tolist(), strict=True)], device=drawn_N.device
-            )
+            followed = [row.follow(token) for row, token in zip(rows, drawn_N.tolist(), strict=True)]
+            drawn_N = torch.tensor(followed, device=drawn_N.device)
         chosen_N = logprobs_NV.gather(1, drawn_N[:, None])[:, 0].tolist()
         for row, token, logprob in zip(rows, drawn_N.tolist(), chosen_N, strict=True):
-            row.book(token, logprob, self.stop_ids)
+            row.append(token, logprob, self.stop_ids)
         return drawn_N
 
     def _penalised(self, logits_NV: Tensor, rows: list["_Row"]) -> Tensor:
@@ -284,7 +170,7 @@ class HfSampler:
         return penalised_NV
 
     def _without_empty_parts(self, logprobs_NV: Tensor, rows: list["_Row"]) -> Tensor:
-        """Takes what would leave a part of the scaffold empty from the rows that stand at the beginning of one."""
+        """Forbids, at the beginning of a part of the scaffold, the tokens that would leave it empty."""
         assert self._script is not None
         starting = [[i] for i, row in enumerate(rows) if row.starts_part]
         if not starting:
@@ -308,20 +194,19 @@ class HfSampler:
     def _completion(self, row: "_Row") -> Completion:
         text_ids = row.token_ids[:-1] if row.token_ids and row.token_ids[-1] in self.stop_ids else row.token_ids
         text = self.tokenizer.decode(text_ids, skip_special_tokens=False)
-        return Completion(
-            tuple(row.token_ids), tuple(row.logprobs), text, "stop" if row.stopped else "length", self.version
-        )
+        reason: FinishReason = "stop" if row.stopped else "length"
+        return Completion(tuple(row.token_ids), tuple(row.logprobs), text, reason, self.version)
 
 
-def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all prompts begin with; at least one token of each prompt is left to be read by itself."""
+def _common_prefix(prompts: Sequence[Prompt]) -> int:
+    """Length of the common prefix; at least one token of each prompt stays outside it."""
     first, last = min(prompts), max(prompts)
     limit = min(map(len, prompts)) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit) if len(prompts) > 1 else 0
 
 
 def _inverse_cdf(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """The first token whose cumulated probability exceeds ``uniform`` x total; a token of probability 0 is never drawn."""
+    """The first token whose cumulative probability exceeds ``uniform`` x total; a token of probability 0 is never drawn."""
     cumulated_NV = probs_NV.cumsum(dim=-1)
     threshold_N1 = uniform_N[:, None] * cumulated_NV[:, -1:]
     drawn_N = torch.searchsorted(cumulated_NV, threshold_N1, right=True)[:, 0]
@@ -329,25 +214,12 @@ def _inverse_cdf(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
     return torch.minimum(drawn_N, last_N)
 
 
-class _Script:
-    """A scaffold in token ids: what is forced, which tokens end a part, and which cannot be its first."""
-
-    def __init__(self, tokenizer: Any, scaffold: Scaffold, vocabulary: int, stop_ids: frozenset[int]):
-        self.literals = [tokenizer.encode(text, add_special_tokens=False) for text in scaffold.literals]
-        self.budgets = scaffold.budgets
-        self.max_tokens = sum(map(len, self.literals)) + sum(self.budgets)
-        special = stop_ids | set(tokenizer.all_special_ids)
-        pieces = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
-        self.ends_part = frozenset(i for i, piece in enumerate(pieces) if "<" in piece or "\n" in piece or i in special)
-        self.cannot_start = sorted(self.ends_part | {i for i, piece in enumerate(pieces) if not piece.strip()})
-
-
 @dataclass(slots=True)
 class _Row:
-    """One sample in the making."""
+    """One unfinished sample."""
 
     uniforms: np.ndarray[Any, np.dtype[np.float64]]
-    script: _Script | None
+    script: Script | None
     seen: set[int] = field(default_factory=set)  # tokens of the prompt and of the sample
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -369,13 +241,12 @@ class _Row:
         return self.stopped or len(self.token_ids) >= len(self.uniforms)
 
     def follow(self, drawn: int) -> int:
-        """The scaffold's word on the drawn token: itself, or the next token of a literal."""
+        """The token that the scaffold allows: the drawn one, or the next token of a literal."""
         assert self.script is not None
         if self.done:
             return drawn
-        if self.part < 0 or (
-            not self.forced and (self.spent >= self.script.budgets[self.part] or drawn in self.script.ends_part)
-        ):
+        budgets, ends_part = self.script.budgets, self.script.ends_part
+        if not self.forced and (self.part < 0 or self.spent >= budgets[self.part] or drawn in ends_part):
             self.part, self.spent = self.part + 1, 0
             self.forced = list(self.script.literals[self.part])
         if self.forced:
@@ -383,7 +254,7 @@ class _Row:
         self.spent += 1
         return drawn
 
-    def book(self, token: int, logprob: float, stop_ids: frozenset[int]) -> None:
+    def append(self, token: int, logprob: float, stop_ids: frozenset[int]) -> None:
         if self.done:
             return
         self.token_ids.append(token)

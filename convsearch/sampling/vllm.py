@@ -1,7 +1,8 @@
-"""Sampling with vLLM, in this process: token ids in, token ids with their log-probs out. The CPU build and the GPU build run the same page.
+"""Sampling with vLLM, in this process: token ids in, token ids with their log-probs out. The same file runs its CPU and GPU builds.
 
-Ours are the chat template (prompts come as ids), the seeds (one a sample, from (seed, prompt, sample), so that a sample does not depend on which
-sampler draws it) and the stop tokens. vLLM's are batching, the shared prefix of the n samples of a prompt, and the transfer of weights on GPUs.
+Ours are the chat template (prompts arrive as ids), the seeds (one per sample, from (seed, prompt, sample), so that a sample does not
+depend on which sampler draws it) and the stop tokens. vLLM does batching, shares the prefix of a prompt's n samples, and transfers
+weights on GPUs.
 """
 
 import os
@@ -12,22 +13,25 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from convsearch.sampling.hf import Finished, SamplingConfig, WeightSource, collect
+from convsearch.sampling.base import Finished, Prompt, SamplingConfig, WeightSource, collect
 from convsearch.types import Completion
 
-CPU_CACHE_BYTES = 1 << 31  # at most so much memory for keys and values on a CPU; sequences that do not fit wait
-INSTALL = "vLLM is not installed: pip install -e .[gpu] on a GPU machine; on a CPU the packages of tests/requirements-vllm.txt, see docs/cluster.md"
+CPU_CACHE_BYTES = 1 << 31  # limit of the memory for keys and values on a CPU; sequences that do not fit wait
+INSTALL = (
+    "vLLM is not installed: pip install -e .[gpu] on a GPU machine; on a CPU the packages of tests/requirements-vllm.txt, "
+    "see docs/cluster.md"
+)
 
 
 class VllmSampler:
-    """Implements ``convsearch.sampling.hf.Sampler``.
+    """Implements ``convsearch.sampling.base.Sampler``.
 
     Args:
-        path: model folder or hub name the engine starts with; ``load_weights`` replaces its weights.
-        stop_ids: tokens that end a sample, and stay in it.
+        path: model folder or hub name that the engine starts with; ``load_weights`` replaces its weights.
+        stop_ids: tokens that end a sample and stay in it.
         model_len: tokens of the longest prompt and response together.
-        stop: strings that end a sample, and stay in it.
-        transfer: how weights arrive in the engine on GPUs, see ``convsearch.cluster.weight_transfer``; None: through ``load_weights``.
+        stop: strings that end a sample and stay in it.
+        transfer: how weights reach the engine on GPUs, see ``convsearch.cluster.weight_transfer``; None: by ``load_weights``.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class VllmSampler:
         transfer: Literal["ipc", "nccl"] | None = None,
         trust_remote_code: bool = False,
     ):
-        # One process holds the engine and nothing else (a Ray actor, or a test); a second one for its core would only copy the samples.
+        # This process holds the engine and nothing else (a Ray actor, or a test): a second one would only copy the samples.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if device == "cpu":
@@ -63,30 +67,25 @@ class VllmSampler:
             "tensor_parallel_size": tensor_parallel,
             "skip_tokenizer_init": not stop,
             "trust_remote_code": trust_remote_code,
-            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from, not that of temperature 1
+            "logprobs_mode": "processed_logprobs",  # of the sampled distribution, not of temperature 1
             "enable_prefix_caching": True,
             "disable_log_stats": True,
         }
         options |= _cpu_options(path, config, model_len) if device == "cpu" else _gpu_options(memory_share, transfer)
         self.llm: Any = LLM(**options)
-        self.tokenizer, self.config, self.stop_ids, self.stop, self.device = (
-            tokenizer,
-            config,
-            frozenset(stop_ids),
-            stop,
-            device,
-        )
+        self.tokenizer, self.config, self.device = tokenizer, config, device
+        self.stop_ids, self.stop = frozenset(stop_ids), stop
         self.version, self._requests = 0, 0
-        self._asleep: set[str] = set()  # parts of the engine that have given their memory away
+        self._asleep: set[str] = set()  # what the engine has moved out of GPU memory
 
     def generate(
-        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None
-    ) -> list[Completion]:
-        """n samples of every prompt, group-major; ``keys`` as for HfSampler."""
-        return collect(self.stream(prompts, n, seed, keys), len(prompts), n)
+        self, prompts: Sequence[Prompt], n: int, seed: int, keys: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """n samples of every prompt; ``keys`` as for HfSampler."""
+        return collect(self.stream(prompts, n, seed, keys), len(prompts))
 
     def stream(
-        self, prompts: Sequence[tuple[int, ...]], n: int, seed: int, keys: Sequence[int] | None = None
+        self, prompts: Sequence[Prompt], n: int, seed: int, keys: Sequence[int] | None = None
     ) -> Iterator[Finished]:
         """The samples of a prompt as soon as all n are finished, in the order in which they finish."""
         self.wake_up()
@@ -107,30 +106,30 @@ class VllmSampler:
                         p, g = places.pop(output.request_id)
                         groups[p][g] = self._completion(output.outputs[0])
                         if len(groups[p]) == n:
-                            yield [p], [groups[p][g] for g in range(n)]
+                            yield {p: [groups[p][g] for g in range(n)]}
         finally:
-            if places:  # whoever asked has stopped listening
+            if places:  # the caller has stopped reading
                 engine.abort_request(list(places))
 
     def load_weights(self, source: WeightSource, version: int) -> None:
-        """Takes over the policy's weights by vLLM's in-place reload; keys and values of the old ones are forgotten."""
+        """Takes over the policy's weights by vLLM's in-place reload, and drops the keys and values of the old ones."""
         self.wake_up()
         self.llm.collective_rpc(partial(_reload, tensors=source.weights()))
         self.stamp(version)
 
     def stamp(self, version: int) -> None:
-        """The weights in the engine are now those of ``version``."""
+        """Notes that the engine now has the weights of ``version``."""
         self.llm.reset_prefix_cache()
         self.version = version
 
     def sleep(self) -> None:
-        """Gives the GPU's memory to whoever trains; the weights wait in CPU memory. Nothing to give on a CPU (vLLM's sleep hangs there)."""
+        """Frees the GPU's memory for training; the weights move to CPU memory. On a CPU: nothing (vLLM's sleep hangs there)."""
         if self.device == "cuda" and not self._asleep:
             self.llm.sleep(level=1)
             self._asleep = {"weights", "kv_cache", "scheduling"}
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Takes the memory back; with ``tags=["weights"]`` only as much as a transfer of weights needs."""
+        """Takes the memory back; ``tags=["weights"]``: only what a transfer of weights needs."""
         wanted = self._asleep if tags is None else self._asleep & set(tags)
         if wanted:
             self.llm.wake_up(sorted(wanted))
@@ -167,7 +166,7 @@ class VllmSampler:
 
 
 def sample_seed(seed: int, key: int, number: int) -> int:
-    """A seed of 63 bits for sample ``number`` of the prompt that ``key`` stands for."""
+    """A seed of 63 bits for sample ``number`` of the prompt that ``key`` identifies."""
     return int(np.random.SeedSequence([seed, key, number]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -190,14 +189,14 @@ def _cpu_options(path: str, config: SamplingConfig, model_len: int) -> dict[str,
     return {
         "enforce_eager": True,
         "kv_cache_memory_bytes": min(CPU_CACHE_BYTES, max(1, config.batch_size) * blocks * 128 * position),
-        # A prompt that is read in pieces needs a generator's offset, which CPU generators lack (vLLM 0.32).
+        # A prompt that is read in chunks needs a generator's offset, which CPU generators lack (vLLM 0.32).
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(model_len, 4096),
     }
 
 
 def _reload(worker: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Runs inside vLLM's worker. Its CPU build keeps a packed copy of a tied output layer, which the reload does not renew (vLLM 0.32)."""
+    """Runs inside vLLM's worker. Its CPU build keeps a packed copy of a tied output layer, which the reload leaves stale (0.32)."""
     runner = worker.model_runner
     runner.reload_weights(weights_iterator=iter(tensors.items()))
     model = runner.get_model()

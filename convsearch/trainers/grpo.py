@@ -1,221 +1,152 @@
-"""Around the GRPO step: assemble the parts, resume, validate, save, export."""
+"""The GRPO run around ``grpo_step``: builds the parts, resumes, validates, saves, exports."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from convsearch.cluster.launch import Parts, open_cluster, with_restarts
+from convsearch.cluster.launch import open_cluster, with_restarts
 from convsearch.config import GrpoConfig
-from convsearch.model import distributed, lora
-from convsearch.model.loading import encode_chat, load_model, load_tokenizer, pick_device
-from convsearch.policy.policy import Policy
-from convsearch.retriever.client import open_retriever
-from convsearch.rewards.scoring import score
-from convsearch.runs import checkpoint, rollouts
-from convsearch.runs import folder as runs
-from convsearch.runs.stopping import Lifeline
-from convsearch.runs.throughput import meter_of
+from convsearch.model import distributed
+from convsearch.model.loading import load_tokenizer, pick_device
+from convsearch.policy.policy import LocalPolicy
+from convsearch.retriever.client import RetrieverClient
+from convsearch.retriever.embedded import open_retriever
+from convsearch.rewards.scoring import Group, score
+from convsearch.runs import checkpoint, folder, rollouts
+from convsearch.runs.stopping import Stopping
+from convsearch.runs.throughput import Throughput, throughput_of
 from convsearch.runs.tracking import Metrics, Tracker
 from convsearch.sampling.overlap import OneStepAhead, Request
 from convsearch.trainers import data
 from convsearch.trainers.grpo_step import Trainer, grpo_step
 from convsearch.types import Example
 
+Draw = Callable[[int], list[Example]]  # step -> its examples
+
 
 def train(cfg: GrpoConfig) -> None:
-    """Runs or resumes the whole training; leaves checkpoints, ``metrics.jsonl``, ``rollouts/`` and the exported ``model/`` in the run folder."""
-    run_dir, replay_from = Path(cfg.trainer.default_local_dir), cfg.actor_rollout_ref.rollout.replay_from
+    """Runs or resumes the whole training; the run folder then has checkpoints, ``metrics.jsonl``, ``rollouts/`` and ``model/``."""
+    run_dir, model = Path(cfg.trainer.default_local_dir), cfg.actor_rollout_ref.model
+    replay_from = cfg.actor_rollout_ref.rollout.replay_from
     url = "" if replay_from else cfg.retriever.resolved_url()
     pick_device(cfg.trainer.device)  # an error now rather than in a worker
-    examples = data.read_examples(cfg.data.train_files, cfg.data.prompt_key)
-    held_out = (
-        data.read_examples(cfg.data.val_files, cfg.data.prompt_key) if cfg.data.val_files and not replay_from else []
-    )
-    tokenizer = load_tokenizer(
-        cfg.actor_rollout_ref.model.path, trust_remote_code=cfg.actor_rollout_ref.model.trust_remote_code
-    )
-    examples, prompt_ids = encode(cfg, tokenizer, examples)
-    held_out, held_out_ids = encode(cfg, tokenizer, held_out) if held_out else ([], {})
-    if clashes := [qid for qid, ids in held_out_ids.items() if prompt_ids.get(qid, ids) != ids]:
-        raise ValueError(
-            f"query id {clashes[0]!r} names one prompt in data.train_files and another in data.val_files; rename one of them"
-        )
-    data.batch_indices(
-        len(examples), cfg.data.train_batch_size, 0, cfg.data.seed
-    )  # an error now rather than after loading a model
-    total_steps = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * (
-        len(examples) // cfg.data.train_batch_size
-    )
-    runs.claim(run_dir, cfg)
-    if runs.trained(run_dir, total_steps):
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    examples = read(cfg, tokenizer, cfg.data.train_files)
+    held_out = read(cfg, tokenizer, cfg.data.val_files) if cfg.data.val_files and not replay_from else []
+
+    def draw(step: int) -> list[Example]:
+        return data.batch_of(examples, cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
+
+    draw(0)  # an error now rather than after loading a model
+    steps_per_epoch = len(examples) // cfg.data.train_batch_size
+    total_steps = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * steps_per_epoch
+    folder.claim(run_dir, cfg)
+    if folder.trained(run_dir, total_steps):
         return
-    r = cfg.retriever
-    wait = {"timeout_s": r.timeout_s, "max_wait_s": r.max_wait_s}
-    replay = nullcontext(rollouts.Replay(Path(replay_from), 0)) if replay_from else None
-    encoder = r.similarity_model if cfg.reward_model.reward.weights[1] else None
-    with replay or open_retriever(url, depth=r.topk, index=r.index, similarity_model=encoder, **wait) as retriever:
+    with nullcontext() if replay_from else open_judge(cfg, url) as client:
 
-        def work() -> None:
+        def run_once() -> None:
             with open_cluster(cfg, run_dir, tokenizer) as parts:
-                sampler = parts.sampler
-                if isinstance(retriever, rollouts.Replay):
-                    sampler, retriever.step = retriever, parts.first_step
+                replay = rollouts.Replay(Path(replay_from), parts.first_step) if replay_from else None
+                sampler, retriever = replay or parts.sampler, replay or client
                 assert sampler is not None
-                trainer = Trainer(
-                    cfg, run_dir, prompt_ids | held_out_ids, sampler, retriever, parts.policy, parts.ref, total_steps
-                )
+                assert retriever is not None
+                trainer = Trainer(cfg, run_dir, total_steps, sampler, retriever, parts.policy, parts.ref)
                 sampler.load_weights(parts.policy, version=parts.first_step)
-                learn(trainer, parts, tokenizer, examples, held_out)
-                parts.on_ranks(export, run_dir / "model", tokenizer)
+                learn(trainer, parts.first_step, tokenizer, draw, held_out)
+                parts.policy.run(export, run_dir / "model", tokenizer)
 
-        with_restarts(cfg, work)
+        with_restarts(cfg.trainer.max_restarts, run_once)
     print(f"trained {total_steps} steps; the model is in {run_dir / 'model'}")
 
 
-def export(policy: Policy, folder: Path, tokenizer: Any) -> None:
-    """Every rank helps to gather the weights, the first one writes."""
+def read(cfg: GrpoConfig, tokenizer: Any, paths: Sequence[str]) -> list[Example]:
+    """The rows of the files, with encoded prompts, under the configured length rule."""
+    d = cfg.data
+    examples = data.read_examples(paths, d.prompt_key)
+    return data.encode(
+        tokenizer, examples, d.max_prompt_length, filter_overlong=d.filter_overlong_prompts, truncation=d.truncation
+    )
+
+
+def open_judge(cfg: GrpoConfig, url: str) -> RetrieverClient:
+    """The retriever that gives the rewards, with an encoder if similarities are paid for."""
+    r = cfg.retriever
+    encoder = r.similarity_model if cfg.reward_model.reward.weights[1] else None
+    return open_retriever(url, r.topk, r.timeout_s, r.max_wait_s, r.index, encoder)
+
+
+def export(policy: LocalPolicy, target: Path, tokenizer: Any) -> None:
+    """Every process helps to gather the weights; the first one writes."""
     weights = policy.weights()
     if distributed.rank() == 0:
-        checkpoint.export(folder, policy.causal_lm, tokenizer, weights)
+        checkpoint.export(target, policy.causal_lm, tokenizer, weights)
 
 
-def learn(t: Trainer, parts: Parts, tokenizer: Any, examples: list[Example], held_out: list[Example]) -> None:
-    """The steps that are left, with validation, metrics and checkpoints."""
-    cfg, total, first_step = t.cfg, t.total_steps, parts.first_step
-    ahead = (
-        OneStepAhead(t.sampler, partial(request, t, examples), first_step)
-        if cfg.actor_rollout_ref.rollout.overlap
-        else None
-    )
+def learn(t: Trainer, first_step: int, tokenizer: Any, draw: Draw, held_out: Sequence[Example]) -> None:
+    """The remaining steps, with validation, metrics and checkpoints."""
+    trainer, total = t.cfg.trainer, t.total_steps
+    overlap = t.cfg.actor_rollout_ref.rollout.overlap
+    ahead = OneStepAhead(t.sampler, partial(request, t, draw), first_step) if overlap else None
     t.sampler = ahead or t.sampler
-    tracker = Tracker(
-        t.run_dir,
-        cfg.trainer.logger,
-        cfg.trainer.project_name,
-        cfg.trainer.experiment_name,
-        first_step,
-        cfg.model_dump(),
-    )
-    if cfg.trainer.val_before_train and first_step == 0 and held_out:
+    names = trainer.logger, trainer.project_name, trainer.experiment_name
+    tracker = Tracker(t.run_dir, *names, first_step, t.cfg.model_dump())
+    if trainer.val_before_train and first_step == 0 and held_out:
         tracker.log(-1, validate(t, held_out))
-    meter = meter_of(
-        cfg.actor_rollout_ref.model.path, cfg.trainer.peak_tflops, cfg.trainer.device, cfg.trainer.world_size
-    )
-    steps, save = (
-        range(first_step, total),
-        partial(parts.on_ranks, checkpoint.save_by, t.run_dir, tokenizer, cfg.trainer),
-    )
-    with (
-        closing(ahead) if ahead else nullcontext(),
-        closing(tracker),
-        Lifeline(t.run_dir, cfg.trainer, steps, cfg.trainer.save_freq, save, cfg.guard) as lifeline,
-    ):
+    rates = throughput_of(t.cfg.actor_rollout_ref.model.path, trainer.peak_tflops, trainer.device, trainer.world_size)
+    steps, save = range(first_step, total), partial(t.policy.run, checkpoint.save_by, t.run_dir, tokenizer, trainer)
+    stopping = Stopping(t.run_dir, trainer, steps, trainer.save_freq, save, t.cfg.guard)
+    with closing(ahead) if ahead else nullcontext(), closing(tracker), stopping:
         for step in tqdm(steps, desc="GRPO", unit="step", initial=first_step, total=total):
-            indices = data.batch_indices(
-                len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle
-            )
-            metrics = grpo_step(t, step, [examples[i] for i in indices])
-            metrics |= meter.of_grpo(cfg, rollouts.lengths(t.run_dir, step), metrics)
+            groups_P, metrics = grpo_step(t, step, draw(step))
+            metrics |= rates_of(t, rates, groups_P, metrics)
             done = step + 1
-            if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
+            if held_out and trainer.test_freq > 0 and (done % trainer.test_freq == 0 or done == total):
                 metrics |= validate(t, held_out)
             tracker.log(step, metrics)
-            if tracker.shows_tables and cfg.trainer.sample_table_freq > 0 and step % cfg.trainer.sample_table_freq == 0:
-                tracker.samples(step, rollouts.table(t.run_dir, step, cfg.actor_rollout_ref.rollout.n))
-            lifeline.after_step(step, metrics)
+            if tracker.shows_tables and trainer.sample_table_freq > 0 and step % trainer.sample_table_freq == 0:
+                tracker.samples(step, rollouts.table(groups_P))
+            stopping.after_step(step, metrics)
 
 
-def encode(
-    cfg: GrpoConfig, tokenizer: Any, examples: list[Example]
-) -> tuple[list[Example], dict[str, tuple[int, ...]]]:
-    """Encodes the prompts once and applies the length rule; returns the rows that stay and their ids by query id."""
-    ids = [
-        encode_chat(tokenizer, example.messages)
-        for example in tqdm(examples, desc="encoding prompts", unit="prompt", leave=False)
+def rates_of(t: Trainer, rates: Throughput, groups_P: Sequence[Group], metrics: Metrics) -> Metrics:
+    """Tokens per second, and MFU, of a step."""
+    actor = t.cfg.actor_rollout_ref.actor
+    lengths = [
+        (len(group.rollouts[0].example.prompt_ids), [len(r.completion.token_ids) for r in group.rollouts])
+        for group in groups_P
     ]
-    limit = cfg.data.max_prompt_length
-    kept = data.fit_length([len(i) for i in ids], limit, cfg.data.filter_overlong_prompts, cfg.data.truncation)
-    if len(kept) < len(examples):
-        print(f"{len(examples) - len(kept)} of {len(examples)} prompts are longer than {limit} tokens and are left out")
-    encoded = {examples[i].qid: data.truncate(ids[i], limit, cfg.data.truncation) for i in kept}
-    if len(encoded) < len(kept):
-        raise ValueError(
-            f"{len(kept) - len(encoded)} query ids of the training rows occur twice; every row needs its own extra_info.query_id"
-        )
-    return [examples[i] for i in kept], encoded
+    passes = int(actor.use_kl_loss) + int(t.several_updates)
+    return rates.of_grpo(lengths, metrics, share_prompts=actor.share_prompts, passes=passes, epochs=actor.ppo_epochs)
 
 
-def build_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[int, Policy, Policy | None]:
-    """The policy (from the newest checkpoint where there is one), the step it stands at, and the frozen reference."""
-    model, actor = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.actor
-    found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
-    step, source = (
-        found[0] if found else 0,
-        model.path if model.lora_rank else checkpoint.model_folder(found, model.path),
-    )
-    options: dict[str, Any] = {"temperature": cfg.actor_rollout_ref.rollout.temperature, "bf16": model.dtype == "bf16"}
-    causal_lm = load_model(source, trust_remote_code=model.trust_remote_code)
-    if model.lora_rank:  # the base stays as it was; a checkpoint's adapters come with the optimizer's state
-        lora.add_adapters(causal_lm, model.lora_rank, model.lora_alpha, model.target_modules, cfg.trainer.seed)
-    policy = Policy(
-        causal_lm,
-        device,
-        lr=actor.optim.lr,
-        betas=actor.optim.betas,
-        weight_decay=actor.optim.weight_decay,
-        grad_clip=actor.grad_clip,
-        gradient_checkpointing=model.enable_gradient_checkpointing,
-        param_offload=actor.fsdp_config.param_offload,
-        optimizer_offload=actor.fsdp_config.optimizer_offload,
-        **options,
-    )
-    if found:
-        checkpoint.restore(found[1], policy)
-        print(f"resumed from {found[1]}")
-    cfg.check_context(policy.causal_lm.config.max_position_embeddings)
-    if not actor.use_kl_loss:
-        return step, policy, None
-    if model.lora_rank:
-        return step, policy, cast(Policy, lora.Reference(policy))  # only asked for log-probs
-    reference = load_model(model.path, trust_remote_code=model.trust_remote_code).requires_grad_(False)
-    return (
-        step,
-        policy,
-        Policy(reference, device, param_offload=cfg.actor_rollout_ref.ref.fsdp_config.param_offload, **options),
-    )
-
-
-def request(t: Trainer, examples: list[Example], step: int) -> Request | None:
+def request(t: Trainer, draw: Draw, step: int) -> Request | None:
     """What step ``step`` asks the sampler for first."""
     if step >= t.total_steps:
         return None
     rollout = t.cfg.actor_rollout_ref.rollout
-    indices = data.batch_indices(len(examples), t.cfg.data.train_batch_size, step, t.cfg.data.seed, t.cfg.data.shuffle)
-    return tuple(t.prompt_ids[examples[i].qid] for i in indices), rollout.n, rollout.seed * 1_000_003 + step
+    return tuple(example.prompt_ids for example in draw(step)), rollout.n, rollout.seed * 1_000_003 + step
 
 
 def validate(t: Trainer, held_out: Sequence[Example]) -> Metrics:
-    """Mean reward and reciprocal rank of one sample a held-out question; the seed is the same each time, so that curves compare."""
-    start = time.monotonic()
-    limit = t.cfg.data.val_max_samples
+    """Mean reward and reciprocal rank of one sample per held-out question. The seed is always the same, so that curves compare."""
+    start, limit = time.monotonic(), t.cfg.data.val_max_samples
     rows = held_out[:limit] if limit > 0 else held_out
-    completions = t.sampler.generate(
-        [t.prompt_ids[row.qid] for row in rows], 1, seed=t.cfg.actor_rollout_ref.rollout.seed
-    )
+    seed = t.cfg.actor_rollout_ref.rollout.seed
+    completions = [sample for (sample,) in t.sampler.generate([row.prompt_ids for row in rows], 1, seed=seed)]
     cfg = t.cfg.reward_model.reward
-    cfg = cfg.model_copy(
-        update={"language_guard": False, "name": "rank_incentive" if cfg.name == "curriculum" else cfg.name}
-    )
+    shape = "rank_incentive" if cfg.name == "curriculum" else cfg.name  # a reward that changes would not compare
+    cfg = cfg.model_copy(update={"language_guard": False, "name": shape})
     scores = score(cfg, t.retriever, rows, completions)
+    ranks = [scored.feedback.rank for scored in scores]
     return {
         "val_reward": sum(scored.reward for scored in scores) / len(rows),
-        "val_mrr": sum(1 / scored.rank if scored.rank else 0.0 for scored in scores) / len(rows),
+        "val_mrr": sum(1 / rank if rank else 0.0 for rank in ranks) / len(rows),
         "val_format_rate": sum(scored.rewrite.error is None for scored in scores) / len(rows),
         "val_s": time.monotonic() - start,
     }

@@ -1,193 +1,154 @@
-"""GRPO with a retriever as the teacher: ``python -m convsearch.grpo experiment=...``.
+"""One step of GRPO with a retriever as the teacher, on one screen: ``grpo_step``.
 
-Differs from the textbook (arXiv 2402.03300) as ConvSearch-R1 does: the reward comes from a retriever (the gold passage's rank, the nearness to it, or a
-mix: ``rewarder.py``), the reference is the SFT model, one on-policy update a step.
-
-Ours, exact and switchable: each prompt is computed once for its whole group (``batch.py``).
+Differs from the textbook (arXiv 2402.03300) as ConvSearch-R1 does: a retriever gives the reward (the gold passage's rank, the similarity
+to it, or a mix: ``rewards/``), the reference is the SFT model, and a step makes one on-policy update. Ours, exact and switchable: each
+prompt is computed once for its whole group (``model/batch.py``).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from convsearch.algorithms import group_advantages, token_weights
+from convsearch.algorithms.dynamic_sampling import draw_until_spread
+from convsearch.algorithms.loss import grpo_loss
 from convsearch.config import GrpoConfig
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from convsearch.model.batch import MicroBatch, Tree
-    from convsearch.policy.policy import Policy
-    from convsearch.rewards.scoring import Judge, Score
-    from convsearch.runs.tracking import Metrics
-    from convsearch.sampling.hf import Sampler
-    from convsearch.types import Completion, Example, Rollout
+from convsearch.config.grpo import ActorConfig, AlgorithmConfig
+from convsearch.model.batch import Branch, MicroBatch, Tree, pack, unshared
+from convsearch.policy.base import Policy, Reference
+from convsearch.rewards.scoring import Group, Retriever, score_stream
+from convsearch.rewards.shapes import non_latin_share
+from convsearch.runs import rollouts
+from convsearch.runs.tracking import Metrics
+from convsearch.sampling.base import Sampler
+from convsearch.trainers.schedule import lr_at
+from convsearch.types import Example
 
 
 @dataclass(slots=True)
 class Trainer:
-    """The parts of a step. ``prompt_ids`` maps a query id to its encoded prompt."""
+    """The parts of a step, and the configuration that they were built from."""
 
     cfg: GrpoConfig
-    run_dir: "Path"
-    prompt_ids: dict[str, tuple[int, ...]]
-    sampler: "Sampler"
-    retriever: "Judge"
-    policy: "Policy"
-    ref: "Policy | None"
+    run_dir: Path
     total_steps: int
+    sampler: Sampler
+    retriever: Retriever
+    policy: Policy
+    ref: Reference | None
+
+    @property
+    def several_updates(self) -> bool:
+        """Whether a step makes several updates, so that the ratio needs the log-probs of before the first one."""
+        actor = self.cfg.actor_rollout_ref.actor
+        return self.cfg.data.train_batch_size > actor.ppo_mini_batch_size or actor.ppo_epochs > 1
 
 
-def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metrics":
-    """Samples, ranks, rewards and learns once; returns what is worth a curve. ``step`` counts from 0."""
-    from convsearch.algorithms import group_advantages
-    from convsearch.algorithms.loss import grpo_loss
-    from convsearch.model.batch import pack
-    from convsearch.runs import rollouts
-    from convsearch.trainers.schedule import lr_at
+def grpo_step(t: Trainer, step: int, examples_P: Sequence[Example]) -> tuple[list[Group], Metrics]:
+    """Samples, ranks, rewards and learns once; returns the groups and the metrics. ``step`` counts from 0."""
+    actor, algorithm, clock = t.cfg.actor_rollout_ref.actor, t.cfg.algorithm, Clock()
+    groups_P = sample_and_score(t, step, examples_P, clock)
+    check_versions(groups_P, step, allowed=1 if t.cfg.actor_rollout_ref.rollout.overlap else 0)
+    groups_P = with_advantages(groups_P, by_std=algorithm.norm_adv_by_std)
+    rollouts.dump(t.run_dir, step, groups_P)  # every step can be replayed
 
-    actor, n = t.cfg.actor_rollout_ref.actor, t.cfg.actor_rollout_ref.rollout.n
-    examples_N = [example for example in examples_P for _ in range(n)]
-    clock = Clock()
-    completions_N, scores_N = sample_and_score(t, step, examples_P, clock)
-    advantages_N = group_advantages([scored.reward for scored in scores_N], n, by_std=t.cfg.algorithm.norm_adv_by_std)
-    rollouts_N = assemble(t, step, examples_N, completions_N, scores_N, advantages_N)
-    rollouts.dump(t.run_dir, step, rollouts_N)  # every step can be replayed
-
-    lr = lr_at(
-        step,
-        t.total_steps,
-        actor.optim.lr,
-        actor.optim.lr_warmup_steps,
-        actor.optim.lr_scheduler,
-        actor.optim.min_lr_ratio,
-    )
-    ranks, limit, tight = (
-        t.cfg.trainer.world_size,
-        max_tokens_of(t.cfg),
-        t.cfg.actor_rollout_ref.model.use_remove_padding,
-    )
-    packed = [
-        [with_references(t, micro) for micro in pack(trees, limit, ranks=ranks, remove_padding=tight)]
-        for trees in minibatches(t.cfg, rollouts_N)
-    ]
+    minis = minibatches(groups_P, actor, algorithm, t.cfg.data.max_response_length)
+    batches = [[with_logprobs(t, micro) for micro in packed(t.cfg, trees)] for trees in minis]
     clock.lap("reference_s")
-    updates = []
-    for micros in packed:
-        reports = [t.policy.forward_backward(micro, grpo_loss(t.cfg)) for micro in micros]
+    optim, loss, updates = actor.optim, grpo_loss(actor, algorithm), []
+    lr = lr_at(step, t.total_steps, optim.lr, optim.lr_warmup_steps, optim.lr_scheduler, optim.min_lr_ratio)
+    for micros in batches:
+        reports = [t.policy.forward_backward(micro, loss) for micro in micros]
         updates.append({**summed(reports), **t.policy.optim_step(lr)})
     clock.lap("update_s")
     t.sampler.load_weights(t.policy, version=step + 1)
-    return {**rollout_metrics(rollouts_N, n), **mean_of(updates), **clock.laps}
+    return groups_P, {**rollout_metrics(groups_P), **mean_of(updates), **clock.laps}
 
 
-def sample_and_score(
-    t: Trainer, step: int, examples_P: Sequence["Example"], clock: "Clock"
-) -> tuple[list["Completion"], list["Score"]]:
-    """n samples a prompt with what they earn, group-major; under ``algorithm.filter_groups`` equal groups are drawn again.
+def sample_and_score(t: Trainer, step: int, examples_P: Sequence[Example], clock: "Clock") -> list[Group]:
+    """The scored group of each prompt. Finished samples are scored while others are generated.
 
-    What is finished is scored while the rest is still being generated.
+    With ``algorithm.filter_groups``, groups without spread are drawn again.
     """
-    from convsearch.algorithms.dynamic_sampling import draw_with_spread
-    from convsearch.rewards.scoring import score_stream
-
     rollout, filters = t.cfg.actor_rollout_ref.rollout, t.cfg.algorithm.filter_groups
 
-    def draw(chosen_P: list[int], number: int) -> list[tuple["Completion", "Score"]]:
+    def draw(chosen_P: list[int], number: int) -> list[Group]:
         examples = [examples_P[p] for p in chosen_P]
-        prompts = [t.prompt_ids[example.qid] for example in examples]
-        parts = t.sampler.stream(prompts, rollout.n, seed=(rollout.seed + 7919 * number) * 1_000_003 + step)
-        scored = score_stream(
-            t.cfg.reward_model.reward, t.retriever, examples, parts, step / t.total_steps, lambda: clock.lap("sample_s")
-        )
+        prompts = [example.prompt_ids for example in examples]
+        finished = t.sampler.stream(prompts, rollout.n, seed=(rollout.seed + 7919 * number) * 1_000_003 + step)
+        progress, reward = step / t.total_steps, t.cfg.reward_model.reward
+        groups = score_stream(reward, t.retriever, examples, finished, progress, lambda: clock.lap("sample_s"))
         clock.lap("rank_s")
-        return scored
+        return groups
 
     rounds = filters.max_num_gen_batches if filters.enable and not rollout.replay_from else 1
-    pairs_N = draw_with_spread(draw, lambda pair: pair[1].reward, len(examples_P), rollout.n, rounds)
-    return [completion for completion, _ in pairs_N], [scored for _, scored in pairs_N]
+    return draw_until_spread(draw, lambda group: group.has_spread, len(examples_P), rounds)
 
 
-def assemble(
-    t: Trainer,
-    step: int,
-    examples_N: Sequence["Example"],
-    completions_N: Sequence["Completion"],
-    scores_N: Sequence["Score"],
-    advantages_N: Sequence[float],
-) -> list["Rollout"]:
-    """The columns of a step as rollouts. A sample of other weights than the step's would spoil the ratio unnoticed: it ends the run."""
-    from convsearch.types import Rollout
+def check_versions(groups_P: Sequence[Group], step: int, allowed: int) -> None:
+    """Samples of unexpected weights would spoil the ratio unnoticed: they end the run.
 
-    allowed = 1 if t.cfg.actor_rollout_ref.rollout.overlap else 0
-    versions = {completion.weights_version for completion in completions_N}
+    Args:
+        allowed: how many steps old the sampler's weights may be.
+    """
+    versions = {rollout.completion.weights_version for group in groups_P for rollout in group.rollouts}
     if not all(step - allowed <= version <= step for version in versions):
-        raise RuntimeError(
-            f"step {step} got samples of the weights of step {sorted(versions)}, {allowed} behind at most are allowed: a sampler has missed an update"
-        )
-    return [
-        Rollout(
-            example.qid,
-            t.prompt_ids[example.qid],
-            completion,
-            scored.rewrite,
-            scored.rank,
-            scored.reward,
-            advantage,
-            scored.gain,
-        )
-        for example, completion, scored, advantage in zip(
-            examples_N, completions_N, scores_N, advantages_N, strict=True
-        )
-    ]
+        drawn = f"step {step} got samples of the weights of step {sorted(versions)}"
+        raise RuntimeError(f"{drawn}, at most {allowed} behind are allowed: a sampler has missed an update")
 
 
-def minibatches(cfg: GrpoConfig, rollouts_N: Sequence["Rollout"]) -> list[list["Tree"]]:
-    """Rollouts -> one list of trees an optimiser step, with the weight that the loss aggregation gives to each sample's tokens."""
-    from convsearch.algorithms import token_weights
-    from convsearch.algorithms.dynamic_sampling import groups_without_spread
-    from convsearch.model.batch import Branch, Tree, unshared
+def with_advantages(groups_P: Sequence[Group], *, by_std: bool) -> list[Group]:
+    """The groups with the advantage of each sample."""
+    rewards_N = [rollout.score.reward for group in groups_P for rollout in group.rollouts]
+    advantages_N = iter(group_advantages(rewards_N, len(groups_P[0].rollouts), by_std=by_std))
+    return [Group(tuple(replace(r, advantage=next(advantages_N)) for r in group.rollouts)) for group in groups_P]
 
-    actor, n = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.rollout.n
-    size = actor.ppo_mini_batch_size * n
+
+def minibatches(
+    groups_P: Sequence[Group], actor: ActorConfig, algorithm: AlgorithmConfig, max_response_length: int
+) -> list[list[Tree]]:
+    """One list of trees per optimizer step; each sample's tokens have the weight that the loss aggregation gives them."""
+    scale, size = algorithm.loss_scale_factor or max_response_length, actor.ppo_mini_batch_size
     result = []
-    for start in list(range(0, len(rollouts_N), size)) * actor.ppo_epochs:
-        mini = rollouts_N[start : start + size]
-        if cfg.algorithm.filter_groups.enable:
-            equal = set(groups_without_spread([rollout.reward for rollout in mini], n))
-            mini = [rollout for i, rollout in enumerate(mini) if i // n not in equal] or mini[:n]
-        lengths = [len(rollout.completion.token_ids) for rollout in mini]
-        scale = cfg.algorithm.loss_scale_factor or cfg.data.max_response_length
-        weights = token_weights(lengths, cfg.algorithm.loss_agg, actor.ppo_micro_batch_size_per_gpu, scale)
-        branches = [
-            Branch(rollout.completion.token_ids, rollout.advantage, weight, rollout.completion.logprobs)
-            for rollout, weight in zip(mini, weights, strict=True)
-        ]
-        trees = [Tree(mini[g].prompt_ids, tuple(branches[g : g + n])) for g in range(0, len(mini), n)]
+    for start in list(range(0, len(groups_P), size)) * actor.ppo_epochs:
+        mini = groups_P[start : start + size]
+        if algorithm.filter_groups.enable:
+            mini = [group for group in mini if group.has_spread] or mini[:1]
+        lengths = [len(rollout.completion.token_ids) for group in mini for rollout in group.rollouts]
+        weights = iter(token_weights(lengths, algorithm.loss_agg, actor.ppo_micro_batch_size_per_gpu, scale))
+        trees = [tree_of(group, weights) for group in mini]
         if actor.skip_zero_advantage:
             trees = [tree for tree in trees if any(branch.advantage for branch in tree.branches)] or trees[:1]
         result.append(trees if actor.share_prompts else unshared(trees))
     return result
 
 
-def max_tokens_of(cfg: GrpoConfig) -> int:
-    """Positions a forward pass: the configured limit, or that of ``ppo_micro_batch_size_per_gpu`` sequences of full length."""
-    actor = cfg.actor_rollout_ref.actor
-    return actor.ppo_max_token_len_per_gpu or actor.ppo_micro_batch_size_per_gpu * cfg.max_tokens
+def tree_of(group: Group, weights: Iterator[float]) -> Tree:
+    """The group as a prompt with one branch per sample; takes one weight per sample."""
+    branches = tuple(
+        Branch(r.completion.token_ids, r.advantage, next(weights), r.completion.logprobs) for r in group.rollouts
+    )
+    return Tree(group.rollouts[0].example.prompt_ids, branches)
 
 
-def with_references(t: Trainer, micro: "MicroBatch") -> "MicroBatch":
-    """Adds the reference's log-probs, and the policy's own of before the first update when a step makes several."""
-    actor = t.cfg.actor_rollout_ref.actor
+def packed(cfg: GrpoConfig, trees: Sequence[Tree]) -> Iterator[MicroBatch]:
+    """Micro-batches of the configured size for all processes of the policy."""
+    remove_padding = cfg.actor_rollout_ref.model.use_remove_padding
+    return pack(trees, cfg.max_tokens_per_pass, world_size=cfg.trainer.world_size, remove_padding=remove_padding)
+
+
+def with_logprobs(t: Trainer, micro: MicroBatch) -> MicroBatch:
+    """Adds the reference's log-probs and, if a step makes several updates, the policy's own from before the first one."""
     if t.ref is not None:
         micro = replace(micro, ref_logprobs_R=t.ref.logprobs(micro))
-    if t.cfg.data.train_batch_size > actor.ppo_mini_batch_size or actor.ppo_epochs > 1:
+    if t.several_updates:
         micro = replace(micro, old_logprobs_R=t.policy.logprobs(micro))
     return micro
 
 
 class Clock:
-    """Seconds by phase; a phase that comes twice adds up."""
+    """Seconds per phase; a phase that occurs twice adds up."""
 
     def __init__(self) -> None:
         self.start = self.last = time.monotonic()
@@ -208,22 +169,21 @@ def mean_of(reports: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: value / len(reports) for name, value in summed(reports).items()}
 
 
-def rollout_metrics(rollouts_N: Sequence["Rollout"], n: int) -> "Metrics":
-    """Means over the samples, and the share of groups whose rewards differ (those that teach)."""
-    from convsearch.rewards.shapes import non_latin_share
-
-    total = len(rollouts_N)
-    groups = [rollouts_N[i : i + n] for i in range(0, total, n)]
-    lengths = [len(rollout.completion.token_ids) for rollout in rollouts_N]
-    gains = [rollout.gain for rollout in rollouts_N if rollout.gain is not None]
+def rollout_metrics(groups_P: Sequence[Group]) -> Metrics:
+    """Means over the samples, and the share of groups whose rewards differ (only those teach)."""
+    scores = [rollout.score for group in groups_P for rollout in group.rollouts]
+    completions = [rollout.completion for group in groups_P for rollout in group.rollouts]
+    ranks = [score.feedback.rank for score in scores]
+    gains = [score.feedback.gain for score in scores if score.feedback.gain is not None]
+    total = len(scores)
     return ({"similarity_gain": sum(gains) / len(gains)} if gains else {}) | {
-        "reward": sum(rollout.reward for rollout in rollouts_N) / total,
-        "format_rate": sum(rollout.rewrite.error is None for rollout in rollouts_N) / total,
-        "rank1_rate": sum(rollout.rank == 1 for rollout in rollouts_N) / total,
-        "found_rate": sum(rollout.rank is not None for rollout in rollouts_N) / total,
-        "mrr": sum(1 / rollout.rank if rollout.rank else 0.0 for rollout in rollouts_N) / total,
-        "spread_rate": sum(len({rollout.reward for rollout in group}) > 1 for group in groups) / len(groups),
-        "response_tokens": sum(lengths) / total,
-        "non_latin_share": sum(non_latin_share(rollout.completion.text) for rollout in rollouts_N) / total,
-        "truncated_rate": sum(rollout.completion.finish_reason == "length" for rollout in rollouts_N) / total,
+        "reward": sum(score.reward for score in scores) / total,
+        "format_rate": sum(score.rewrite.error is None for score in scores) / total,
+        "rank1_rate": sum(rank == 1 for rank in ranks) / total,
+        "found_rate": sum(rank is not None for rank in ranks) / total,
+        "mrr": sum(1 / rank if rank else 0.0 for rank in ranks) / total,
+        "spread_rate": sum(group.has_spread for group in groups_P) / len(groups_P),
+        "response_tokens": sum(len(completion.token_ids) for completion in completions) / total,
+        "non_latin_share": sum(non_latin_share(completion.text) for completion in completions) / total,
+        "truncated_rate": sum(completion.finish_reason == "length" for completion in completions) / total,
     }

@@ -1,0 +1,79 @@
+"""What a trainer needs of an engine: prompts in, completions out, new weights after each step."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from convsearch.types import Completion
+
+Prompt = tuple[int, ...]  # token ids
+Finished = dict[int, list[Completion]]  # position of a prompt -> its n samples
+
+
+class WeightSource(Protocol):
+    """Where a sampler gets new weights: a policy."""
+
+    causal_lm: Any  # the trained module, or only its configuration when the module is in other processes
+
+    def weights(self) -> dict[str, Tensor]:
+        """Full tensors on the CPU, by Hugging Face name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensors:
+    """Weights that are in this process's memory."""
+
+    named: dict[str, Tensor]
+    causal_lm: None = None
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.named
+
+
+class Sampler(Protocol):
+    """An engine. A sample depends on the prompt, its position, its number and the seed, never on what else is in the batch."""
+
+    def generate(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[list[Completion]]:
+        """The n samples of each prompt."""
+
+    def stream(self, prompts: Sequence[Prompt], n: int, seed: int) -> Iterator[Finished]:
+        """The same samples in batches, each as soon as it is finished, so that they can be scored while others are generated."""
+
+    def load_weights(self, source: WeightSource, version: int) -> None:
+        """Takes over the weights; completions carry ``version`` from now on."""
+
+
+def collect(batches: Iterator[Finished], prompts: int) -> list[list[Completion]]:
+    """All batches of a stream, in the order of the prompts."""
+    found: Finished = {}
+    for batch in batches:
+        found |= batch
+    assert sorted(found) == list(range(prompts)), "a stream must contain every prompt once"
+    return [found[p] for p in range(prompts)]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """temperature 0 is greedy; top_p 1, top_k 0 and repetition_penalty 1 change nothing; lengths in tokens."""
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 1024
+    batch_size: int = 64  # sequences decoded at once
+    repetition_penalty: float = 1.0  # the logits of tokens seen in prompt and output: / this if above 0, else x this
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": (0, 10),
+            "top_p": (0, 1),
+            "top_k": (0, 1 << 20),
+            "max_tokens": (1, 1 << 20),
+            "batch_size": (1, 1 << 16),
+            "repetition_penalty": (0.01, 100),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"sampling: {name} = {getattr(self, name)} is not within {low} and {high}")
