@@ -1,6 +1,6 @@
 """The trained model behind four verbs: ``logprobs``, ``forward_backward``, ``optim_step``, ``save``/``restore``. Loss and step never see FSDP."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convsearch.model import distributed, lora
 from convsearch.model.attention import Kernel, packed_context
-from convsearch.model.batch import MicroBatch
-
-# A loss takes the micro-batch, its log-probs [R] and entropies [R], and gives the weighted sum to minimise and named sums to report.
-Loss = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, float]]]
-
+from convsearch.model.batch import Loss, MicroBatch
 
 GRPO_KNOBS = (
     "lower actor_rollout_ref.actor.ppo_max_token_len_per_gpu (or ppo_micro_batch_size_per_gpu) first; then "

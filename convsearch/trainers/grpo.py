@@ -19,8 +19,8 @@ from convsearch.retriever.client import open_retriever
 from convsearch.rewards.scoring import score
 from convsearch.runs import checkpoint, rollouts
 from convsearch.runs import folder as runs
-from convsearch.runs.stopping import Lifeline
-from convsearch.runs.throughput import meter_of
+from convsearch.runs.stopping import Stopping
+from convsearch.runs.throughput import throughput_of
 from convsearch.runs.tracking import Metrics, Tracker
 from convsearch.sampling.overlap import OneStepAhead, Request
 from convsearch.trainers import data
@@ -104,7 +104,7 @@ def learn(t: Trainer, parts: Parts, tokenizer: Any, examples: list[Example], hel
     )
     if cfg.trainer.val_before_train and first_step == 0 and held_out:
         tracker.log(-1, validate(t, held_out))
-    meter = meter_of(
+    throughput = throughput_of(
         cfg.actor_rollout_ref.model.path, cfg.trainer.peak_tflops, cfg.trainer.device, cfg.trainer.world_size
     )
     steps, save = (
@@ -114,21 +114,27 @@ def learn(t: Trainer, parts: Parts, tokenizer: Any, examples: list[Example], hel
     with (
         closing(ahead) if ahead else nullcontext(),
         closing(tracker),
-        Lifeline(t.run_dir, cfg.trainer, steps, cfg.trainer.save_freq, save, cfg.guard) as lifeline,
+        Stopping(t.run_dir, cfg.trainer, steps, cfg.trainer.save_freq, save, cfg.guard) as stopping,
     ):
         for step in tqdm(steps, desc="GRPO", unit="step", initial=first_step, total=total):
             indices = data.batch_indices(
                 len(examples), cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle
             )
             metrics = grpo_step(t, step, [examples[i] for i in indices])
-            metrics |= meter.of_grpo(cfg, rollouts.lengths(t.run_dir, step), metrics)
+            lengths, n = rollouts.lengths(t.run_dir, step), cfg.actor_rollout_ref.rollout.n
+            groups = [(lengths[i][0], [pair[1] for pair in lengths[i : i + n]]) for i in range(0, len(lengths), n)]
+            actor = cfg.actor_rollout_ref.actor
+            passes = actor.use_kl_loss + (actor.ppo_epochs > 1 or cfg.data.train_batch_size > actor.ppo_mini_batch_size)
+            metrics |= throughput.of_grpo(
+                groups, metrics, share_prompts=actor.share_prompts, passes=passes, epochs=actor.ppo_epochs
+            )
             done = step + 1
             if held_out and cfg.trainer.test_freq > 0 and (done % cfg.trainer.test_freq == 0 or done == total):
                 metrics |= validate(t, held_out)
             tracker.log(step, metrics)
             if tracker.shows_tables and cfg.trainer.sample_table_freq > 0 and step % cfg.trainer.sample_table_freq == 0:
                 tracker.samples(step, rollouts.table(t.run_dir, step, cfg.actor_rollout_ref.rollout.n))
-            lifeline.after_step(step, metrics)
+            stopping.after_step(step, metrics)
 
 
 def encode(

@@ -62,19 +62,16 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence["Example"]) -> "Metric
         actor.optim.lr_scheduler,
         actor.optim.min_lr_ratio,
     )
-    ranks, limit, tight = (
-        t.cfg.trainer.world_size,
-        max_tokens_of(t.cfg),
-        t.cfg.actor_rollout_ref.model.use_remove_padding,
-    )
+    world_size, limit = t.cfg.trainer.world_size, t.cfg.max_tokens_per_pass
+    tight = t.cfg.actor_rollout_ref.model.use_remove_padding
     packed = [
-        [with_references(t, micro) for micro in pack(trees, limit, ranks=ranks, remove_padding=tight)]
+        [with_references(t, micro) for micro in pack(trees, limit, world_size=world_size, remove_padding=tight)]
         for trees in minibatches(t.cfg, rollouts_N)
     ]
     clock.lap("reference_s")
     updates = []
     for micros in packed:
-        reports = [t.policy.forward_backward(micro, grpo_loss(t.cfg)) for micro in micros]
+        reports = [t.policy.forward_backward(micro, grpo_loss(actor, t.cfg.algorithm)) for micro in micros]
         updates.append({**summed(reports), **t.policy.optim_step(lr)})
     clock.lap("update_s")
     t.sampler.load_weights(t.policy, version=step + 1)
@@ -88,12 +85,12 @@ def sample_and_score(
 
     What is finished is scored while the rest is still being generated.
     """
-    from convsearch.algorithms.dynamic_sampling import draw_with_spread
+    from convsearch.algorithms.dynamic_sampling import draw_until_spread
     from convsearch.rewards.scoring import score_stream
 
     rollout, filters = t.cfg.actor_rollout_ref.rollout, t.cfg.algorithm.filter_groups
 
-    def draw(chosen_P: list[int], number: int) -> list[tuple["Completion", "Score"]]:
+    def draw(chosen_P: list[int], number: int) -> list[list[tuple["Completion", "Score"]]]:
         examples = [examples_P[p] for p in chosen_P]
         prompts = [t.prompt_ids[example.qid] for example in examples]
         parts = t.sampler.stream(prompts, rollout.n, seed=(rollout.seed + 7919 * number) * 1_000_003 + step)
@@ -101,10 +98,14 @@ def sample_and_score(
             t.cfg.reward_model.reward, t.retriever, examples, parts, step / t.total_steps, lambda: clock.lap("sample_s")
         )
         clock.lap("rank_s")
-        return scored
+        return [scored[start : start + rollout.n] for start in range(0, len(scored), rollout.n)]
+
+    def has_spread(group: list[tuple["Completion", "Score"]]) -> bool:
+        return len({scored.reward for _, scored in group}) > 1
 
     rounds = filters.max_num_gen_batches if filters.enable and not rollout.replay_from else 1
-    pairs_N = draw_with_spread(draw, lambda pair: pair[1].reward, len(examples_P), rollout.n, rounds)
+    groups_P = draw_until_spread(draw, has_spread, len(examples_P), rounds)
+    pairs_N = [pair for group in groups_P for pair in group]
     return [completion for completion, _ in pairs_N], [scored for _, scored in pairs_N]
 
 
@@ -145,7 +146,6 @@ def assemble(
 def minibatches(cfg: GrpoConfig, rollouts_N: Sequence["Rollout"]) -> list[list["Tree"]]:
     """Rollouts -> one list of trees an optimiser step, with the weight that the loss aggregation gives to each sample's tokens."""
     from convsearch.algorithms import token_weights
-    from convsearch.algorithms.dynamic_sampling import groups_without_spread
     from convsearch.model.batch import Branch, Tree, unshared
 
     actor, n = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.rollout.n
@@ -154,8 +154,9 @@ def minibatches(cfg: GrpoConfig, rollouts_N: Sequence["Rollout"]) -> list[list["
     for start in list(range(0, len(rollouts_N), size)) * actor.ppo_epochs:
         mini = rollouts_N[start : start + size]
         if cfg.algorithm.filter_groups.enable:
-            equal = set(groups_without_spread([rollout.reward for rollout in mini], n))
-            mini = [rollout for i, rollout in enumerate(mini) if i // n not in equal] or mini[:n]
+            groups = [mini[g : g + n] for g in range(0, len(mini), n)]
+            spread = [group for group in groups if len({rollout.reward for rollout in group}) > 1]
+            mini = [rollout for group in spread or groups[:1] for rollout in group]
         lengths = [len(rollout.completion.token_ids) for rollout in mini]
         scale = cfg.algorithm.loss_scale_factor or cfg.data.max_response_length
         weights = token_weights(lengths, cfg.algorithm.loss_agg, actor.ppo_micro_batch_size_per_gpu, scale)
@@ -168,12 +169,6 @@ def minibatches(cfg: GrpoConfig, rollouts_N: Sequence["Rollout"]) -> list[list["
             trees = [tree for tree in trees if any(branch.advantage for branch in tree.branches)] or trees[:1]
         result.append(trees if actor.share_prompts else unshared(trees))
     return result
-
-
-def max_tokens_of(cfg: GrpoConfig) -> int:
-    """Positions a forward pass: the configured limit, or that of ``ppo_micro_batch_size_per_gpu`` sequences of full length."""
-    actor = cfg.actor_rollout_ref.actor
-    return actor.ppo_max_token_len_per_gpu or actor.ppo_micro_batch_size_per_gpu * cfg.max_tokens
 
 
 def with_references(t: Trainer, micro: "MicroBatch") -> "MicroBatch":
