@@ -145,11 +145,9 @@ def grpo_memory(cfg: GrpoConfig, shape: Shape, gpu_bytes: float) -> Memory:
     """Of the RL stage with a colocated sampler, which frees its share while the policy trains."""
     from dataclasses import replace
 
-    from convsearch.trainers.grpo_step import max_tokens_of
-
     actor, ranks = cfg.actor_rollout_ref.actor, cfg.trainer.world_size
     memory = memory_of(
-        shape, ranks, max_tokens_of(cfg), recompute=cfg.actor_rollout_ref.model.enable_gradient_checkpointing
+        shape, ranks, cfg.max_tokens_per_pass, recompute=cfg.actor_rollout_ref.model.enable_gradient_checkpointing
     )
     weights, moments = 4.0 * shape.parameters / ranks, 8.0 * shape.parameters / ranks
     resident = (0.0 if actor.fsdp_config.param_offload else weights) + (

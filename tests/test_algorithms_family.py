@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convsearch.algorithms import gspo_loss, importance_weights, token_weights
-from convsearch.algorithms.dynamic_sampling import draw_with_spread, groups_without_spread
+from convsearch.algorithms.dynamic_sampling import draw_until_spread
 from convsearch.algorithms.loss import grpo_loss
 from convsearch.config import load_grpo_config
 from convsearch.model.batch import Branch, Tree, collate, unshared
@@ -33,7 +33,7 @@ def test_gspo_worked_by_hand() -> None:
     # Sequence 0: ratios 4 and 1, geometric mean 2, clipped at 1.5: loss -1.5 x 1. Sequence 1: ratios 2, 1/2, 1: mean 1, advantage -3.
     logprobs_R = tensor(math.log(0.4), math.log(0.1), math.log(0.2), math.log(0.1), math.log(0.3), grad=True)
     old_R = tensor(math.log(0.1), math.log(0.1), math.log(0.1), math.log(0.2), math.log(0.3))
-    losses_R, clipped_R = gspo_loss(logprobs_R, old_R, tensor(1, 1, -3, -3, -3), SEQUENCES, 0.2, 0.5)
+    losses_R, clipped_R = gspo_loss(logprobs_R, old_R, tensor(1, 1, -3, -3, -3), 0.2, 0.5, SEQUENCES)
     assert losses_R.tolist() == near([-1.5, -1.5, 3, 3, 3])
     assert clipped_R.tolist() == [True, True, False, False, False]
     torch.autograd.backward(losses_R.sum() / 3)
@@ -69,24 +69,22 @@ def test_sequences_are_found_in_trees(lengths: list[list[int]]) -> None:
     assert collate(trees).sequence_R.tolist() == collate(unshared(trees)).sequence_R.tolist() == expected
 
 
-def test_groups_without_spread_are_found() -> None:
-    assert groups_without_spread([1, 1, 0, 1, 2, 2], 2) == [0, 2]
-    assert groups_without_spread([1, 0], 2) == []
-
-
 def test_equal_groups_are_drawn_again_in_place() -> None:
     # Round by round what each prompt draws: prompt 1 differs at once, prompt 0 in round 2, prompt 2 never.
     draws = {0: [(1, 1), (0, 0), (1, 0)], 1: [(0, 2)], 2: [(5, 5), (6, 6), (7, 7), (8, 8)]}
     asked = []
 
-    def draw(chosen_P: list[int], number: int) -> list[int]:
+    def draw(chosen_P: list[int], number: int) -> list[tuple[int, int]]:
         asked.append((number, chosen_P))
-        return [reward for p in chosen_P for reward in draws[p][number]]
+        return [draws[p][number] for p in chosen_P]
 
-    assert draw_with_spread(draw, float, 3, 2, max_rounds=4) == [1, 0, 0, 2, 8, 8]
+    def has_spread(group: tuple[int, int]) -> bool:
+        return group[0] != group[1]
+
+    assert draw_until_spread(draw, has_spread, 3, max_rounds=4) == [(1, 0), (0, 2), (8, 8)]
     assert asked == [(0, [0, 1, 2]), (1, [0, 2]), (2, [0, 2]), (3, [2])]
     asked.clear()
-    assert draw_with_spread(draw, float, 3, 2, max_rounds=1) == [1, 1, 0, 2, 5, 5]
+    assert draw_until_spread(draw, has_spread, 3, max_rounds=1) == [(1, 1), (0, 2), (5, 5)]
     assert asked == [(0, [0, 1, 2])]
 
 
@@ -121,7 +119,7 @@ def test_without_a_weight_the_entropy_has_no_gradient() -> None:
     for coefficient in (0.0, 0.5):
         cfg = load_grpo_config([*SMALL, f"actor_rollout_ref.actor.entropy_coeff={coefficient}"])
         logprobs_R, entropy_R = tensor(-1, -1, grad=True), tensor(2, 3, grad=True)
-        loss, report = grpo_loss(cfg)(micro, logprobs_R, entropy_R)
+        loss, report = grpo_loss(cfg.actor_rollout_ref.actor, cfg.algorithm)(micro, logprobs_R, entropy_R)
         torch.autograd.backward(loss)
         assert (None if entropy_R.grad is None else entropy_R.grad.tolist()) == (
             [-coefficient] * 2 if coefficient else None

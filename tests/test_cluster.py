@@ -116,7 +116,7 @@ def test_shares_add_up_to_the_whole(ranks: int, tiny_llama: Path) -> None:
 def test_packing_fills_all_ranks(ranks: int) -> None:
     trees = [Tree((1,) * size, (Branch((2, 3)),)) for size in (3, 4, 4, 5, 9, 9, 30)]
     for limit in (8, 14, 40):
-        micros = list(pack(trees, limit, ranks=ranks))
+        micros = list(pack(trees, limit, world_size=ranks))
         assert sum(len(micro.token_ids_BT) for micro in micros) == len(trees)
         for part, _ in (share for micro in micros for share in shares(micro, ranks)):
             assert part.num_tokens <= limit or len(part.token_ids_BT) == 1

@@ -7,9 +7,12 @@ import helpers_trainers as helpers
 import pytest
 import torch
 
+from convsearch import export
 from convsearch.model.loading import load_model, load_tokenizer
 from convsearch.policy.policy import Policy
-from convsearch.runs import checkpoint, export
+from convsearch.runs import checkpoint
+from convsearch.runs.export import export as export_folder
+from convsearch.runs.export import size_of
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +46,7 @@ def logits(folder: Path, dtype: str = "auto") -> torch.Tensor:
 def test_the_logits_are_the_checkpoints(run_dir: Path, step: int, limit: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    files = export.export(run_dir / f"global_step_{step}", tmp_path / "model", limit=export.size_of(limit))
+    files = export_folder(run_dir / f"global_step_{step}", tmp_path / "model", limit=size_of(limit))
     assert len(files) == 1 if limit == "5GB" else len(files) > 2
     assert all(file.stat().st_size < 210_000 for file in files) or limit == "5GB"
     assert torch.equal(logits(tmp_path / "model"), logits(run_dir / "global_step_1"))
@@ -60,61 +63,25 @@ def test_bf16_is_the_rounded_model(run_dir: Path, tmp_path: Path) -> None:
     loaded = logits(tmp_path / "model")
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(loaded, logits(run_dir / "global_step_1", "bfloat16"))
-    again = export.export(tmp_path / "model", tmp_path / "wide", "fp32")  # a folder that is no checkpoint of ours
+    again = export_folder(tmp_path / "model", tmp_path / "wide", "fp32")  # a folder that is no checkpoint of ours
     assert again[0].stat().st_size > 1.9 * (tmp_path / "model" / "model.safetensors").stat().st_size
 
 
-def write_dcp(folder: Path, model: Path) -> None:
-    """As other trainers do: torch's default storage, the model under a prefix, beside an optimizer."""
-    from torch.distributed.checkpoint import FileSystemWriter, save
-    from transformers import AutoModelForCausalLM
-
-    weights = {
-        name: parameter.detach() for name, parameter in AutoModelForCausalLM.from_pretrained(model).named_parameters()
-    }
-    moments = {name: {"exp_avg": torch.zeros_like(tensor)} for name, tensor in weights.items()}
-    save(
-        {"app": {"model": weights, "optimizer": {"state": moments}}, "step": 3}, storage_writer=FileSystemWriter(folder)
-    )
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("limit", ["5GB", "0.1MB"])
-def test_another_trainers_dcp_folder(run_dir: Path, limit: str, tmp_path: Path) -> None:
-    write_dcp(tmp_path / "dcp", run_dir / "global_step_1")
-    error = helpers.one_sentence(*helpers.call(export.main, [tmp_path / "dcp", "--output", tmp_path / "out"]))
-    assert "name the model that was trained by --base" in error
-    base = ["--base", run_dir / "global_step_1", "--max_shard_size", limit]
-    status, _ = helpers.call(export.main, [tmp_path / "dcp", "--output", tmp_path / "out", *base])
-    assert status == 0
-    assert torch.equal(logits(tmp_path / "out"), logits(run_dir / "global_step_1"))
-
-
-class Evil:
-    """What a pickle can do to its reader."""
-
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        import os
-
-        return os.mkdir, (str(self.trace),)
-
-
-def test_an_index_that_carries_code_is_refused_before_it_runs(run_dir: Path, tmp_path: Path) -> None:
-    import pickle
-
+def test_a_dcp_folder_of_another_trainer_is_refused_with_the_converter(tmp_path: Path) -> None:
     (tmp_path / "dcp").mkdir()
-    for content, said in (
-        (pickle.dumps(Evil(tmp_path / "trace")), "mkdir, which torch.distributed.checkpoint does not write"),
-        (pickle.dumps({"a": 1}), "it holds a dict"),
-        (b"nonsense", "is damaged or no index"),
-    ):
-        (tmp_path / "dcp" / ".metadata").write_bytes(content)
-        command = [tmp_path / "dcp", "--output", tmp_path / "out", "--base", run_dir / "global_step_1"]
-        assert said in helpers.one_sentence(*helpers.call(export.main, command))
-    assert not (tmp_path / "trace").exists()
+    (tmp_path / "dcp" / ".metadata").touch()
+    error = helpers.one_sentence(*helpers.call(export.main, [tmp_path / "dcp", "--output", tmp_path / "out"]))
+    assert f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {tmp_path / 'dcp'}" in error
+
+
+def test_base_gives_the_configuration_and_the_tokenizer(run_dir: Path, tmp_path: Path) -> None:
+    bare, source = tmp_path / "bare", run_dir / "global_step_1"
+    bare.mkdir()
+    (bare / "model.safetensors").symlink_to(source / "model.safetensors")
+    command = [bare, "--output", tmp_path / "out"]
+    assert "has no config.json" in helpers.one_sentence(*helpers.call(export.main, command))
+    assert helpers.call(export.main, [*command, "--base", source])[0] == 0
+    assert torch.equal(logits(tmp_path / "out"), logits(source))
 
 
 def test_mistakes_are_one_sentence(run_dir: Path, tmp_path: Path) -> None:
@@ -125,13 +92,13 @@ def test_mistakes_are_one_sentence(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "notes").touch()
     assert "is not empty" in error(run_dir, "--output", tmp_path / "full")
     assert "holds no checkpoint" in error(tmp_path, "--output", tmp_path / "out")
-    assert "--max_shard_size 5 is no size" in error(run_dir, "--output", tmp_path / "out", "--max_shard_size", "5")
+    assert "--max_shard_size 5 is not a size" in error(run_dir, "--output", tmp_path / "out", "--max_shard_size", "5")
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "config.json").write_text("{}")
     checkpoint.save_tensors(
         {"model.q_proj.lora_A.default.weight": torch.zeros(1)}, tmp_path / "adapters" / "model.safetensors"
     )
-    assert "holds adapters beside their base" in error(tmp_path / "adapters", "--output", tmp_path / "out")
+    assert "holds adapters that are not merged" in error(tmp_path / "adapters", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

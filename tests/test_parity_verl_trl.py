@@ -201,7 +201,8 @@ def test_each_algorithm_s_loss_and_gradient_are_theirs(given: Arrays, theirs: Ar
         "ref_logprobs_R": responses(given, "near_ref_NT") if case.beta else None,
     }
     logprobs_R = responses(given, "near_logprobs_NT", grad=True)
-    loss, report = grpo_loss(cfg)(replace(micro, **columns), logprobs_R, responses(given, "entropies_NT"))
+    loss_of = grpo_loss(cfg.actor_rollout_ref.actor, cfg.algorithm)
+    loss, report = loss_of(replace(micro, **columns), logprobs_R, responses(given, "entropies_NT"))
     torch.autograd.backward(loss)
     tolerance = {"rtol": 1e-7, "atol": 1e-9}  # verl divides by a length + 1e-8, TRL by a float32 normaliser
     np.testing.assert_allclose(report["loss"], theirs[f"{library}/{name}_loss"], **tolerance)

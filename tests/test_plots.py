@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from convsearch import plots as command
 from convsearch.runs import plots, rollouts
 from convsearch.types import Completion, Rewrite, Rollout
 
@@ -41,7 +42,7 @@ def test_a_rise_by_hand(tmp_path: Path) -> None:
 
 def test_noise_is_not_called_a_rise_and_five_steps_are_not_judged(tmp_path: Path) -> None:
     folder = write_run(tmp_path, [[[0.0], [4.0]], [[1.0], [4.0]]] * 3)
-    assert "is not told apart" in plots.verdict(folder, [{"step": 5}])
+    assert "no significant change" in plots.verdict(folder, [{"step": 5}])
     assert "5 steps are too few" in plots.verdict(folder, [{"step": 4}])
 
 
@@ -51,10 +52,10 @@ def test_runs_share_a_figure(
 ) -> None:
     runs = [write_run(tmp_path / name, [[[0.0], [1.0]]] * 3 + [[[5.0], [6.0]]] * 3) for name in ("a", "b")]
     monkeypatch.setattr(sys, "argv", ["plots", *map(str, runs), "--output", str(tmp_path / "curves.png")])
-    plots.main()
+    command.main()
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count(": rose; held-out -1.00 -> 0.50") == 2
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "empty"), "--output", str(tmp_path / "none.png")])
     with pytest.raises(ValueError, match="with a finished step"):
-        plots.main()
+        command.main()

@@ -141,9 +141,11 @@ def test_gradients_are_those_of_plain_transformers(folder: Path, trees: list[Tre
         pytest.param(lambda trees: list(pack(trees, 1)), id="packed, least"),
         pytest.param(lambda trees: list(pack(unshared(trees), 90)), id="packed, unshared"),
         pytest.param(lambda trees: list(pack(trees, 10_000, remove_padding=True)), id="one row"),
-        pytest.param(lambda trees: list(pack(trees, 10_000, ranks=2, remove_padding=True)), id="a row a rank"),
+        pytest.param(lambda trees: list(pack(trees, 10_000, world_size=2, remove_padding=True)), id="a row a rank"),
         pytest.param(lambda trees: list(pack(trees, 130, remove_padding=True)), id="short rows"),
-        pytest.param(lambda trees: list(pack(unshared(trees), 150, ranks=3, remove_padding=True)), id="unshared rows"),
+        pytest.param(
+            lambda trees: list(pack(unshared(trees), 150, world_size=3, remove_padding=True)), id="unshared rows"
+        ),
         pytest.param(lambda trees: [collate(trees, pad_id=5)], id="other padding"),
         pytest.param(lambda trees: [collate(trees[::-1])], id="other order"),
     ],
@@ -188,7 +190,7 @@ def test_flash_attention_is_given_the_sequences(
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
     plain, flash = make(folder), make(folder)
     flash.module.kernel = "flash"
-    micros = list(pack(unshared(trees), 150, ranks=3, remove_padding=True))
+    micros = list(pack(unshared(trees), 150, world_size=3, remove_padding=True))
     assert any(bool((micro.branch_BT < 0).any()) for micro in micros)
     assert_equal_gradients(gradients(flash, micros), gradients(plain, micros))
     types.clear()
@@ -206,7 +208,7 @@ def test_flex_attention_sees_what_the_masks_show(folder: Path, trees: list[Tree]
     for micro in [
         *pack(trees, 10_000, remove_padding=True),
         collate(trees),
-        *pack(unshared(trees), 150, ranks=2, remove_padding=True),
+        *pack(unshared(trees), 150, world_size=2, remove_padding=True),
     ]:
         torch.testing.assert_close(flex.logprobs(micro), plain.logprobs(micro), atol=1e-5, rtol=0)
 

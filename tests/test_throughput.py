@@ -1,15 +1,15 @@
-"""Rates: tokens a second and MFU are those of a calculation by hand; a device is known by its name."""
+"""Rates: tokens per second and MFU equal those calculated by hand; a device is known by its name."""
 
 import pytest
 
-from convsearch.config import load_grpo_config
 from convsearch.model.shapes import PUBLISHED, Shape
-from convsearch.runs.throughput import Meter, meter_of, peak_of
+from convsearch.runs.throughput import Throughput, peak_of, throughput_of
 
 SMALL = Shape(
     hidden=4, layers=2, heads=2, kv_heads=1, head_size=2, inner=8, vocabulary=10, tied=True
 )  # 152 parameters a layer
-LENGTHS = [(3, 2), (3, 1), (5, 1), (5, 4)]  # two groups of two
+GROUPS = [(3, [2, 1]), (5, [1, 4])]  # (prompt, responses)
+ALONE = [(3, [2]), (3, [1]), (5, [1]), (5, [4])]
 SECONDS = {"step_s": 4.0, "sample_s": 2.0, "update_s": 1.0}
 
 
@@ -17,57 +17,40 @@ def by_hand(tokens: int, scored: int, attended: int) -> float:
     return 2 * 2 * 152 * tokens + 2 * 40 * scored + 4 * 2 * 4 * attended
 
 
-def config(*changed: str, n: int = 2):
-    batch = [
-        "data.train_batch_size=2",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
-    ]
-    return load_grpo_config(
-        [
-            "experiment=demo_smollm2",
-            f"actor_rollout_ref.rollout.n={n}",
-            "algorithm.loss_agg=token-mean",
-            *batch,
-            *changed,
-        ]
-    )
-
-
 def test_a_forward_pass_with_shared_prompts_by_hand() -> None:
     # group 1: prompt 1+2+3, branches 4+5 and 4; group 2: prompt 1+..+5, branches 6 and 6+7+8+9
-    assert Meter(SMALL, None, 1).forward(LENGTHS, 2) == by_hand(3 + 3 + 5 + 5, 8, 6 + 13 + 15 + 36)
-    assert Meter(SMALL, None, 1).forward(LENGTHS, 1) == by_hand(
-        5 + 4 + 6 + 9, 8, (6 + 9) + (6 + 4) + (15 + 6) + (15 + 30)
-    )
+    meter = Throughput(SMALL, None, 1)
+    assert meter.forward(GROUPS) == by_hand(3 + 3 + 5 + 5, 8, 6 + 13 + 15 + 36)
+    assert meter.forward(ALONE) == by_hand(5 + 4 + 6 + 9, 8, (6 + 9) + (6 + 4) + (15 + 6) + (15 + 30))
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_the_rates_of_a_grpo_step_by_hand(share: bool) -> None:
-    meter = Meter(SMALL, 1e-6, devices=3)  # 3e6 operations a second
-    rates = meter.of_grpo(config(f"actor_rollout_ref.actor.share_prompts={str(share).lower()}"), LENGTHS, SECONDS)
-    sample, learn = meter.forward(LENGTHS, 2), meter.forward(LENGTHS, 2 if share else 1)
+    throughput = Throughput(SMALL, 1e-6, devices=3)  # 3e6 operations per second
+    sample, learn = throughput.forward(GROUPS), throughput.forward(GROUPS if share else ALONE)
+    rates = throughput.of_grpo(GROUPS, SECONDS, share_prompts=share, passes=1, epochs=1)
     assert rates["tokens_per_s"] == pytest.approx((3 + 5 + 8) / 4)
     assert rates["sampled_tokens_per_s"] == pytest.approx(8 / 2)
     assert rates["mfu_update"] == pytest.approx(3 * learn / 1.0 / 3e6)
     assert rates["mfu"] == pytest.approx((sample + learn + 3 * learn) / 4.0 / 3e6)  # sampling, reference, update
-    without = meter.of_grpo(
-        config("actor_rollout_ref.actor.use_kl_loss=false", "algorithm.kl_ctrl.kl_coef=0"), LENGTHS, SECONDS
-    )
-    assert without["mfu"] == pytest.approx((sample + 3 * sample) / 4.0 / 3e6)
+    other = throughput.of_grpo(GROUPS, SECONDS, share_prompts=share, passes=0, epochs=2)
+    assert other["mfu"] == pytest.approx((sample + 2 * 3 * learn) / 4.0 / 3e6)
 
 
 def test_the_rates_of_a_fine_tuning_step_by_hand() -> None:
-    rates = Meter(SMALL, 1e-6, devices=1).of_sft([(3, 2)], step_s=2.0)
+    rates = Throughput(SMALL, 1e-6, devices=1).of_sft([(3, 2)], step_s=2.0)
     assert rates == {"step_s": 2.0, "tokens_per_s": 2.5, "mfu": pytest.approx(3 * by_hand(5, 2, 6 + 9) / 2.0 / 1e6)}
 
 
-def test_what_is_unknown_is_left_out() -> None:
-    assert set(Meter(SMALL, None, 1).of_grpo(config(), LENGTHS, SECONDS)) == {"tokens_per_s", "sampled_tokens_per_s"}
-    assert set(Meter(None, 100.0, 1).of_grpo(config(), LENGTHS, {"step_s": 1.0, "sample_s": 0.0})) == {"tokens_per_s"}
-    assert meter_of("Qwen/Qwen2.5-3B-Instruct", None, "cpu", 1).peak is None
-    meter = meter_of("Qwen/Qwen2.5-3B-Instruct", 100.0, "cpu", 8)
-    assert (meter.shape, meter.peak) == (PUBLISHED["Qwen/Qwen2.5-3B-Instruct"], 8e14)
+def test_unknown_rates_are_left_out() -> None:
+    options = {"share_prompts": True, "passes": 1, "epochs": 1}
+    rates = Throughput(SMALL, None, 1).of_grpo(GROUPS, SECONDS, **options)
+    assert set(rates) == {"tokens_per_s", "sampled_tokens_per_s"}
+    rates = Throughput(None, 100.0, 1).of_grpo(GROUPS, {"step_s": 1.0, "sample_s": 0.0}, **options)
+    assert set(rates) == {"tokens_per_s"}
+    assert throughput_of("Qwen/Qwen2.5-3B-Instruct", None, "cpu", 1).peak is None
+    throughput = throughput_of("Qwen/Qwen2.5-3B-Instruct", 100.0, "cpu", 8)
+    assert (throughput.shape, throughput.peak) == (PUBLISHED["Qwen/Qwen2.5-3B-Instruct"], 8e14)
 
 
 @pytest.mark.parametrize(

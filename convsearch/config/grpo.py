@@ -458,6 +458,12 @@ class GrpoConfig(Section):
         """Tokens of the longest sequence: prompt and response."""
         return self.data.max_prompt_length + self.data.max_response_length
 
+    @property
+    def max_tokens_per_pass(self) -> int:
+        """Positions per forward pass: the configured limit, or ``ppo_micro_batch_size_per_gpu`` sequences of full length."""
+        actor = self.actor_rollout_ref.actor
+        return actor.ppo_max_token_len_per_gpu or actor.ppo_micro_batch_size_per_gpu * self.max_tokens
+
     def check_context(self, model_max: int) -> None:
         """Raises ValueError when prompt and response are longer than the model's ``model_max`` positions."""
         require_fit("data.max_prompt_length + data.max_response_length", self.max_tokens, model_max)

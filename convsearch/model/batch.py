@@ -16,7 +16,7 @@ Worked example: prompt [7, 8], branches [1, 2] and [3]::
     source_R         1 2 1          (the position whose logits predict the target)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -102,6 +102,10 @@ class MicroBatch:
         return replace(self, **moved)
 
 
+Loss = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, float]]]
+"""(micro-batch, log-probs [R], entropies [R]) -> (weighted sum to minimise, named sums to report)."""
+
+
 def unshared(trees: Sequence[Tree]) -> list[Tree]:
     """The same samples, each with its own copy of the prompt."""
     return [Tree(tree.prompt_ids, (branch,)) for tree in trees for branch in tree.branches]
@@ -113,20 +117,21 @@ def related(query: Tensor, key: Tensor) -> Tensor:
 
 
 def pack(
-    trees: Sequence[Tree], max_tokens: int, pad_id: int = 0, ranks: int = 1, remove_padding: bool = False
+    trees: Sequence[Tree], max_tokens: int, pad_id: int = 0, world_size: int = 1, remove_padding: bool = False
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of at most ``max_tokens`` positions a rank (a longer tree stands alone), in a fixed order.
+    """Micro-batches of at most ``max_tokens`` positions per rank (a longer tree gets a micro-batch to itself), in a fixed order.
 
-    With padding, rows of like length stand together, a tree each. Without, a rank gets one row of several trees, and the rows are of like length.
+    With padding, each row has one tree, and rows of similar length are packed together. With ``remove_padding``, each rank gets one
+    row of several trees, and the rows have similar lengths.
     """
     if remove_padding:
-        rows = balanced([len(tree) for tree in trees], max_tokens, ranks)
-        for start in range(0, len(rows), ranks):
-            yield collate_rows([[trees[i] for i in row] for row in rows[start : start + ranks]], pad_id)
+        rows = balanced([len(tree) for tree in trees], max_tokens, world_size)
+        for start in range(0, len(rows), world_size):
+            yield collate_rows([[trees[i] for i in row] for row in rows[start : start + world_size]], pad_id)
         return
     chunk: list[Tree] = []
     for tree in sorted(trees, key=len):
-        if chunk and len(chunk) >= ranks * max(1, max_tokens // len(tree)):
+        if chunk and len(chunk) >= world_size * max(1, max_tokens // len(tree)):
             yield collate(chunk, pad_id)
             chunk = []
         chunk.append(tree)
@@ -134,22 +139,30 @@ def pack(
         yield collate(chunk, pad_id)
 
 
-def balanced(lengths: Sequence[int], max_tokens: int, ranks: int = 1) -> list[list[int]]:
-    """Positions of ``lengths`` in as few bins as ``ranks`` x whole micro-batches allow, none above ``max_tokens`` but those of one item.
+def greedy_bins(lengths: Sequence[int], bins: int) -> list[list[int]]:
+    """Greedy bin packing, longest first: each position of ``lengths`` goes into the least loaded bin, the first of several.
 
-    The longest goes where least is, again and again; bins come in the order of their loads, so that neighbours are of like size.
+    Among equal lengths the lower position goes first. The positions of each bin are sorted.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    micros = max(1, -(-sum(lengths) // (ranks * max_tokens)))
+    positions: list[list[int]] = [[] for _ in range(bins)]
+    loads = [0] * bins
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        least = loads.index(min(loads))
+        positions[least].append(i)
+        loads[least] += lengths[i]
+    return [sorted(mine) for mine in positions]
+
+
+def balanced(lengths: Sequence[int], max_tokens: int, world_size: int = 1) -> list[list[int]]:
+    """Positions of ``lengths`` in as few bins as possible, a multiple of ``world_size``. A bin above ``max_tokens`` has one position.
+
+    The bins are sorted by load, the largest first, so that neighbours have similar loads.
+    """
+    micros = max(1, -(-sum(lengths) // (world_size * max_tokens)))
     while True:
-        bins: list[list[int]] = [[] for _ in range(micros * ranks)]
-        loads = [0] * len(bins)
-        for i in order:
-            least = loads.index(min(loads))
-            bins[least].append(i)
-            loads[least] += lengths[i]
-        if all(load <= max_tokens or len(mine) == 1 for load, mine in zip(loads, bins, strict=True)):
-            return [sorted(bins[k]) for k in sorted(range(len(bins)), key=lambda k: (-loads[k], k)) if bins[k]]
+        bins = [(sum(lengths[i] for i in mine), mine) for mine in greedy_bins(lengths, micros * world_size) if mine]
+        if all(load <= max_tokens or len(mine) == 1 for load, mine in bins):
+            return [mine for _, mine in sorted(bins, key=lambda pair: -pair[0])]
         micros += 1
 
 

@@ -77,9 +77,8 @@ def shard(module: Any, device: torch.device, *, bf16: bool = False, offload: boo
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            _backends(device), store=torch.distributed.HashStore(), rank=0, world_size=1
-        )  # type: ignore[attr-defined]
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(_backends(device), store=store, rank=0, world_size=1)
     if offload:
         for buffer in module.buffers():  # FSDP2 moves parameters alone
             buffer.data = buffer.data.to(device)

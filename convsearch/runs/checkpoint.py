@@ -1,11 +1,12 @@
-"""Checkpoints that are whole or absent: ``<run>/global_step_<N>/``, with weights and optimizer, without a pickle.
+"""Checkpoints that are complete or absent: ``<run>/global_step_<N>/``, with weights and optimizer, without a pickle.
 
-A folder is written under another name, its files' sizes are recorded in ``trainer.json``, and it is renamed last, so that a killed run leaves the
-checkpoint before it. All randomness of the trainers derives from (seed, step), so that the step number is all the state besides tensors.
+A folder is written under another name, the sizes of its files are recorded in ``trainer.json``, and it is renamed last. A killed run
+therefore leaves the previous checkpoint. All randomness of the trainers derives from (seed, step), so that the step number is the only
+state besides tensors.
 
-Two forms. ``safetensors``: a Hugging Face folder with ``optimizer.safetensors``, written by rank 0. ``dcp``: each rank its shards (``sharded.py``), in the
-background on demand; ``convsearch.export`` makes a Hugging Face folder of it. Either is read by any number of ranks. The files ``latest`` and ``best``
-hold a folder's name, for people and scripts: the trainers look at the folders themselves.
+Two forms. ``safetensors``: a Hugging Face folder with ``optimizer.safetensors``, written by rank 0. ``dcp``: each rank writes its shards
+(``sharded.py``), optionally in the background; ``convsearch.export`` makes a Hugging Face folder of it. Any number of ranks can read
+either form. The files ``latest`` and ``best`` hold the name of a folder, for people and scripts: the trainers do not read them.
 """
 
 import errno
@@ -14,24 +15,30 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from convsearch.config.base import TrainerSection
 from convsearch.files import atomic_write, named_errors
 from convsearch.model import distributed
+from convsearch.runs import sharded
+from convsearch.runs.sharded import Checkpointed
 
 _NAME = re.compile(r"global_step_(\d+)")
+_REMEDY = "delete the folder to go on from the one before it"
 Form = Literal["auto", "safetensors", "dcp"]
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """What a checkpoint is worth: ``Score("val_reward", "max", 1.2)``."""
+class CheckpointScore:
+    """The validation metric of a checkpoint: ``CheckpointScore("val_reward", "max", 1.2)``."""
 
     metric: str
     mode: Literal["max", "min"]
@@ -48,41 +55,37 @@ def latest(run_dir: Path) -> tuple[int, Path] | None:
     """The newest complete checkpoint, checked.
 
     Raises:
-        ValueError: one of its files has another size than it was written with.
+        ValueError: one of its files has another size than was written.
     """
     found = checkpoints(run_dir)
     if not found:
         return None
-    step, path = found[-1]
-    check(path)
-    return step, path
+    check(found[-1][1])
+    return found[-1]
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Reads ``trainer.json`` and compares every file's size with it."""
+    """Reads ``trainer.json`` and compares the size of every file with it. Raises ValueError like ``latest``."""
     try:
         state: dict[str, Any] = json.loads((path / "trainer.json").read_text())
         sizes: dict[str, int] = state["files"]
     except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"checkpoint {path} is damaged: trainer.json does not parse; delete the folder to go on from the one before it"
-        ) from error
+        raise ValueError(f"checkpoint {path} is damaged: trainer.json does not parse; {_REMEDY}") from error
     for name, size in sizes.items():
         actual = (path / name).stat().st_size if (path / name).is_file() else 0
         if actual != size:
-            raise ValueError(
-                f"checkpoint {path} is damaged: {name} has {actual} bytes where {size} were written; delete the folder to go on from the one before it"
-            )
+            fault = f"{name} has {actual} bytes where {size} were written"
+            raise ValueError(f"checkpoint {path} is damaged: {fault}; {_REMEDY}")
     return state
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether the checkpoint is of the form ``dcp``."""
+    """Whether the checkpoint has the form ``dcp``."""
     return (path / "shards").is_dir()
 
 
 def best_score(run_dir: Path, metric: str | None, mode: str) -> float | None:
-    """The best value of ``metric`` among the checkpoints on disk, None where none has it."""
+    """The best value of ``metric`` among the checkpoints on disk; None if no checkpoint has it."""
     values = [score.value for _, score in _scores(run_dir) if score.metric == metric]
     return (max(values) if mode == "max" else min(values)) if values else None
 
@@ -90,41 +93,35 @@ def best_score(run_dir: Path, metric: str | None, mode: str) -> float | None:
 def save(
     run_dir: Path,
     step: int,
-    policy: Any,
+    policy: Checkpointed,
     tokenizer: Any,
     *,
-    extra: dict[str, Any] | None = None,
     keep: int = 2,
     form: Form = "safetensors",
     background: bool = False,
-    score: Score | None = None,
+    score: CheckpointScore | None = None,
 ) -> Path:
     """Writes checkpoint ``step`` (all ranks call it) and removes all but the newest ``keep`` and the best one.
 
     Args:
         form: auto is dcp with several ranks.
-        background: dcp returns once the tensors are copied to the CPU's memory; ``wait`` ends with what is being written.
-        score: what the validation gave this checkpoint.
+        background: dcp returns once the tensors are copied to CPU memory; ``wait`` returns once the files are written.
+        score: the validation metric of this checkpoint.
     """
     target, temporary = run_dir / f"global_step_{step}", run_dir / f".tmp-global_step_{step}"
-    wait()
-    state = {"step": step, **({"score": asdict(score)} if score else {}), **(extra or {})}
+    sharded.wait()
+    state: dict[str, Any] = {"step": step} | ({"score": asdict(score)} if score else {})
 
     def finish() -> None:
-        files = {
-            path.relative_to(temporary).as_posix(): path.stat().st_size
-            for path in temporary.rglob("*")
-            if path.is_file()
-        }
+        files = [path for path in temporary.rglob("*") if path.is_file()]
+        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
         with atomic_write(temporary / "trainer.json") as file:
-            json.dump({**state, "files": files}, file, indent=1)
+            json.dump({**state, "files": sizes}, file, indent=1)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _retain(run_dir, max(1, keep), target)
 
     if form == "dcp" or (form == "auto" and distributed.world_size() > 1):
-        from convsearch.runs import sharded
-
         if distributed.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             _describe(temporary, policy.causal_lm, tokenizer)
@@ -144,61 +141,39 @@ def save(
 
 
 def save_by(
-    policy: Any, run_dir: Path, tokenizer: Any, cfg: TrainerSection, done: int, value: float | None, last: bool
+    policy: Checkpointed, run_dir: Path, tokenizer: Any, cfg: TrainerSection, done: int, value: float | None, last: bool
 ) -> None:
-    """``save`` as the configuration has it: ``value`` is the validation's figure, where there is one; ``last`` says that nothing follows."""
-    score = Score(cfg.best_metric, cfg.best_mode, value) if cfg.best_metric and value is not None else None
-    background = cfg.async_checkpoints and not last
-    save(
-        run_dir,
-        done,
-        policy,
-        tokenizer,
-        keep=cfg.keep_checkpoints,
-        form=cfg.checkpoint_format,
-        background=background,
-        score=score,
-    )
-
-
-def wait() -> None:
-    """Ends when no checkpoint is being written in the background any more; raises what went wrong with it."""
-    if "convsearch.runs.sharded" in sys.modules:  # else there is none, and importing DCP takes a second
-        from convsearch.runs import sharded
-
-        sharded.wait()
+    """``save`` with the configured options. ``value``: the validation metric, if there is one; ``last``: no step follows."""
+    score = CheckpointScore(cfg.best_metric, cfg.best_mode, value) if cfg.best_metric and value is not None else None
+    options = {"keep": cfg.keep_checkpoints, "form": cfg.checkpoint_format, "score": score}
+    save(run_dir, done, policy, tokenizer, background=cfg.async_checkpoints and not last, **options)  # type: ignore[arg-type]
 
 
 def model_folder(found: tuple[int, Path] | None, base: str) -> str:
-    """Where the model to go on with is built from: the checkpoint itself, or ``base`` where its weights are sharded and ``restore`` brings them."""
+    """The folder to build the model from: the checkpoint, or ``base`` if its weights are sharded and ``restore`` loads them."""
     return base if found is None or is_sharded(found[1]) else str(found[1])
 
 
-def restore(path: Path, policy: Any) -> None:
-    """Loads what ``model_folder`` has not: the optimizer's moments, and the weights of a sharded checkpoint.
+def restore(path: Path, policy: Checkpointed) -> None:
+    """Loads what ``model_folder`` does not have: the moments of the optimizer, and the weights of a sharded checkpoint.
 
     Raises:
-        ValueError: the checkpoint is one of another model.
+        ValueError: the checkpoint belongs to another model.
     """
     if is_sharded(path):
-        from convsearch.runs import sharded
-
-        sharded.read(path, policy, check(path).get("optimizer_steps"))
-        return
-    from safetensors.torch import load_file
-
-    if (path / "optimizer.safetensors").is_file():
+        sharded.read(path / "shards", policy, check(path).get("optimizer_steps"))
+    elif (path / "optimizer.safetensors").is_file():
         policy.load_optimizer_state(load_file(path / "optimizer.safetensors"))
 
 
-def export(folder: Path, causal_lm: Any, tokenizer: Any, weights: dict[str, Any]) -> None:
-    """A folder that ``AutoModelForCausalLM.from_pretrained`` and vLLM load; the weights come last, so that a folder with weights is whole."""
+def export(folder: Path, causal_lm: Any, tokenizer: Any, weights: dict[str, Tensor]) -> None:
+    """A folder that ``AutoModelForCausalLM.from_pretrained`` and vLLM load. The weights are written last, as the mark of completeness."""
     _describe(folder, causal_lm, tokenizer)
     save_tensors(weights, folder / "model.safetensors")
 
 
 def _describe(folder: Path, causal_lm: Any, tokenizer: Any) -> None:
-    """The files of a Hugging Face folder that stand beside the weights."""
+    """The files of a Hugging Face folder beside the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     with _writing(folder):
         causal_lm.config.save_pretrained(folder)
@@ -207,15 +182,15 @@ def _describe(folder: Path, causal_lm: Any, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _scores(run_dir: Path) -> list[tuple[Path, Score]]:
+def _scores(run_dir: Path) -> list[tuple[Path, CheckpointScore]]:
     states = [(path, _state(path)) for _, path in checkpoints(run_dir)]
-    return [(path, Score(**state["score"])) for path, state in states if "score" in state]
+    return [(path, CheckpointScore(**state["score"])) for path, state in states if "score" in state]
 
 
 def _state(path: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads((path / "trainer.json").read_text())
-    except ValueError:  # a damaged one is named where it is loaded
+    except ValueError:  # ``check`` names a damaged one when it is loaded
         return {}
     return state
 
@@ -235,16 +210,13 @@ def _retain(run_dir: Path, keep: int, newest: Path) -> None:
             shutil.rmtree(old)
 
 
-def save_tensors(tensors: dict[str, Any], path: Path) -> None:
-    """A safetensors file that is whole or not there."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f"{path.name}.tmp")  # a name that is there means a file that is whole
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file that is complete or absent."""
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         with _writing(path):
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"}
-            )
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, temporary, metadata={"format": "pt"})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -252,11 +224,11 @@ def save_tensors(tensors: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """A write that fails is an OSError that names ``path``: safetensors has an error of its own for it, tokenizers the bare Exception."""
+    """Turns a failed write into an OSError that names ``path``: safetensors has its own error type, tokenizers raise Exception."""
     try:
         with named_errors(path):
             yield
     except Exception as error:
-        if type(error) is not Exception and type(error).__name__ != "SafetensorError":
+        if type(error) is not Exception and not isinstance(error, SafetensorError):
             raise
         raise OSError(errno.ENOSPC, f"could not write the checkpoint ({error})", str(path)) from error

@@ -1,7 +1,7 @@
-"""The collapse guard: watches a run's metrics over a window of steps and says when there is nothing left to train.
+"""The collapse guard: compares the metrics of a run over a window of steps with limits, and reports a run that has collapsed.
 
-Users of the published recipe report a collapse into gibberish after 270 to 300 steps: the form breaks, the reward falls, answers grow or shrink, other
-scripts appear. All of that shows in the metrics long before a person looks at them.
+Users of the published recipe report a collapse into gibberish after 270 to 300 steps: the format breaks, the reward falls, responses get
+much longer or shorter, or other scripts appear. The metrics show all of this long before a person looks at them.
 """
 
 import math
@@ -42,43 +42,45 @@ class Watched:
         return f"over steps {self.values[0][0]} - {self.values[-1][0]}"
 
 
-class Guard:
-    """Reads the metrics of each step; ``check`` answers with what is wrong, or None.
+# Metric, key of its lower limit, key of its upper limit (section ``guard`` of the configuration).
+LIMITS = (
+    ("reward", "min_reward", None),
+    ("format_rate", "min_format_rate", None),
+    ("response_tokens", "min_response_tokens", "max_response_tokens"),
+    ("kl", None, "max_kl"),
+    ("non_latin_share", None, "max_non_latin_share"),
+)
+
+
+class CollapseGuard:
+    """Reads the metrics of each step; ``check`` returns what is wrong, or None.
 
     Args:
-        cfg: the limits; None for a trainer that has none of these metrics (SFT), which leaves the count of skipped steps.
-        max_skipped: steps in a row without a finite gradient that are too many.
-        history: the metrics of the steps before, so that a resumed run judges as the unbroken one would have.
+        cfg: the limits; None for a trainer without these metrics (SFT): only skipped steps are counted then.
+        max_skipped: steps in a row without a finite gradient that end the run.
+        history: the metrics of earlier steps, so that a resumed run is judged as an uninterrupted one.
     """
 
     def __init__(self, cfg: GuardConfig | None, max_skipped: int, history: Iterable[Mapping[str, Any]] = ()):
         self.cfg, self.max_skipped, self.skipped = cfg, max_skipped, 0
-        names = ("reward", "format_rate", "response_tokens", "kl", "non_latin_share") if cfg else ()
-        self.watched = {name: Watched(cfg.window) for name in names} if cfg else {}
+        self.watched = {name: Watched(cfg.window) for name, _, _ in LIMITS} if cfg else {}
         for record in history:
             self._add(record["step"], record)
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """Takes in the metrics of a step; one sentence with figures and the key of the limit where one is crossed."""
+        """Adds the metrics of a step. Returns one sentence with the values and the key of each limit that is crossed."""
         self._add(step, metrics)
         if self.skipped >= self.max_skipped:
             return (
                 f"the gradient was not finite in {self.skipped} steps in a row (trainer.max_skipped_steps={self.max_skipped}): "
-                "no weight has changed since; lower the learning rate, or look into the rollouts"
+                "no weight has changed since; lower the learning rate, or look at the rollouts"
             )
         if self.cfg is None:
             return None
         found = [self._fallen("reward", "max_reward_fall"), self._fallen("format_rate", "max_format_fall")]
-        for name, low, high in (
-            ("reward", "min_reward", None),
-            ("format_rate", "min_format_rate", None),
-            ("response_tokens", "min_response_tokens", "max_response_tokens"),
-            ("kl", None, "max_kl"),
-            ("non_latin_share", None, "max_non_latin_share"),
-        ):
+        for name, low, high in LIMITS:
             found += [self._beyond(name, low, -1), self._beyond(name, high, 1)]
-        sentences = [sentence for sentence in found if sentence]
-        return "; ".join(sentences) or None
+        return "; ".join(sentence for sentence in found if sentence) or None
 
     def _add(self, step: int, metrics: Mapping[str, Any]) -> None:
         if step < 0:  # the validation before the first step

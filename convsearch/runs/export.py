@@ -1,134 +1,77 @@
-"""A checkpoint -> a Hugging Face folder: ``python -m convsearch.export outputs/run/grpo --output MODEL [--dtype bf16]``.
+"""A checkpoint -> a Hugging Face folder, one output file at a time, so that a model larger than the memory can be exported."""
 
-The checkpoint is a run folder (its newest one), a ``global_step_N`` of either form (whole tensors, or the shards of several ranks), any Hugging Face folder
-of safetensors, or a folder of torch.distributed.checkpoint by another trainer (``--base``: whose configuration and tokenizer go with it). Tensors are read
-one output file at a time: a model larger than the memory can be exported.
-"""
-
-import argparse
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-MOMENTS = ("exp_avg/", "exp_avg_sq/")
-BESIDE = (".json", ".jinja", ".txt", ".model", ".py")  # what a model's folder has beside its weights
+from convsearch.runs import checkpoint, sharded
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BESIDE = (".json", ".jinja", ".txt", ".model", ".py")  # files of a model folder beside its weights
+INDEX = "model.safetensors.index.json"
 UNITS = {"MB": 10**6, "GB": 10**9}
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def size_of(text: str) -> int:
     """``5GB`` -> bytes. Raises ValueError for anything else."""
     number, unit = text[:-2], text[-2:].upper()
     if unit not in UNITS or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
-        raise ValueError(f"--max_shard_size {text} is no size such as 5GB or 500MB")
+        raise ValueError(f"--max_shard_size {text} is not a size like 5GB or 500MB")
     return int(float(number) * UNITS[unit])
 
 
-def find(checkpoint: Path) -> Path:
-    """The folder that holds the weights; a run folder stands for its newest checkpoint, which is checked.
+def find(folder: Path) -> Path:
+    """The checkpoint folder: of a run folder its newest checkpoint, which is checked.
 
     Raises:
-        ValueError: there are no weights, or they are damaged.
+        ValueError: there are no weights, or they are damaged, or another trainer wrote them with torch.distributed.checkpoint.
     """
-    from convsearch.runs import checkpoint as checkpoints
-
-    if (checkpoint / "trainer.json").is_file():
-        checkpoints.check(checkpoint)
-        return checkpoint
-    if found := checkpoints.latest(checkpoint):
+    if (folder / "trainer.json").is_file():
+        checkpoint.check(folder)
+        return folder
+    if found := checkpoint.latest(folder):
         return found[1]
-    if (checkpoint / "config.json").is_file() and any(checkpoint.glob("*.safetensors")):
-        return checkpoint
-    if (checkpoint / ".metadata").is_file():
-        return checkpoint
-    raise ValueError(
-        f"{checkpoint} holds no checkpoint: no global_step_N/trainer.json, and no config.json with *.safetensors, no .metadata of DCP"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of the source: its shape, its type, the file it stands in (None: in shards), and its name there where that is another."""
-
-    shape: tuple[int, ...]
-    dtype: "torch.dtype"
-    file: Path | None
-    alias: str | None = None
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-
-def entries(folder: Path) -> dict[str, Entry]:
-    """Every weight by name, in the order of the names; the optimizer's moments are left out. Raises ValueError where adapters are not merged."""
-    from convsearch.runs.checkpoint import is_sharded
-
+    if any(folder.glob("model*.safetensors")):
+        return folder
     if (folder / ".metadata").is_file():
-        from convsearch.runs.dcp_reader import weights_of
-
-        found = {name: Entry(shape, dtype, None, alias) for name, (alias, shape, dtype) in weights_of(folder).items()}
-    elif is_sharded(folder):
-        from convsearch.runs.sharded import shapes
-
-        found = {name: Entry(shape, dtype, None) for name, (shape, dtype) in shapes(folder / "shards").items()}
-    else:
-        from safetensors import safe_open
-        from safetensors.torch import _getdtype
-
-        found = {}
-        for path in sorted(folder.glob("model*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  # no mapping
-                    piece = file.get_slice(name)
-                    found[name] = Entry(tuple(piece.get_shape()), _getdtype(piece.get_dtype()), path)
-    if any(".lora_A." in name for name in found):
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
         raise ValueError(
-            f"{folder} holds adapters beside their base, which are not merged here: take the run's own model/, which is, or save with "
+            f"{folder} was written by another trainer with torch.distributed.checkpoint: convert it by `{command}`"
+        )
+    raise ValueError(f"{folder} holds no checkpoint: it has neither global_step_N/trainer.json nor model*.safetensors")
+
+
+def weights_of(folder: Path) -> tuple[Path, Shapes]:
+    """The folder of the weight files, and the (shape, type) of every weight in the order of the names, without Adam's moments.
+
+    Raises:
+        ValueError: there are no weights, or adapters that are not merged.
+    """
+    source = folder / "shards" if checkpoint.is_sharded(folder) else folder
+    shapes = sharded.shapes(source)
+    if any(".lora_A." in name for name in shapes):
+        raise ValueError(
+            f"{folder} holds adapters that are not merged into the weights: use the model/ of the run, which is merged, or save with "
             "trainer.checkpoint_format=safetensors"
         )
-    return {name: found[name] for name in sorted(found) if not name.startswith(MOMENTS)}
+    shapes = {name: shapes[name] for name in sorted(shapes) if "/" not in name}
+    if not shapes:
+        raise ValueError(f"{folder} holds no weights")
+    return source, shapes
 
 
-def read(folder: Path, names: Sequence[str], known: dict[str, Entry]) -> "dict[str, torch.Tensor]":
-    """The named tensors, as they were saved."""
-    if known[names[0]].file is None:
-        import torch
-
-        from convsearch.runs.sharded import load
-
-        state = {name: torch.empty(known[name].shape, dtype=known[name].dtype) for name in names}
-        if known[names[0]].alias is None:
-            load(folder / "shards", state)
-        else:
-            from convsearch.runs.dcp_reader import TorchDcpReader
-
-            load(folder, {known[name].alias or name: state[name] for name in names}, reader=TorchDcpReader(folder))
-        return state
-    from safetensors import safe_open
-
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted({known[name].file for name in names}, key=str):
-        assert path is not None
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in names if known[name].file == path}
-    return tensors
-
-
-def partition(known: dict[str, Entry], itemsize: int | None, limit: int) -> list[list[str]]:
-    """Names in files of at most ``limit`` bytes (a larger tensor has its own); ``itemsize``: bytes a number, None: as saved."""
+def partition(shapes: Shapes, itemsize: int | None, limit: int) -> list[list[str]]:
+    """Names in files of at most ``limit`` bytes (a larger tensor gets its own file); ``itemsize``: bytes per number, None: as saved."""
     parts: list[list[str]] = [[]]
     used = 0
-    for name, entry in known.items():
-        size = entry.elements * (itemsize or entry.dtype.itemsize)
+    for name, (shape, dtype) in shapes.items():
+        size = prod(shape) * (itemsize or dtype.itemsize)
         if parts[-1] and used + size > limit:
             parts.append([])
             used = 0
@@ -137,72 +80,56 @@ def partition(known: dict[str, Entry], itemsize: int | None, limit: int) -> list
     return parts
 
 
-def write_weights(
-    folder: Path, target: Path, known: dict[str, Entry], wanted: "torch.dtype | None", limit: int
-) -> list[str]:
-    """The tensors of ``folder`` into ``target``, in the type ``wanted``; returns the names of the files, and writes their index where there are several."""
-    from convsearch.runs.checkpoint import save_tensors
-
-    parts = partition(known, wanted.itemsize if wanted else None, limit)
-    files: list[str] = []
+def write_weights(folder: Path, target: Path, dtype: torch.dtype | None, limit: int) -> tuple[list[str], torch.dtype]:
+    """Writes the weights of ``folder`` into ``target``, and the index of several files; returns the file names and the type."""
+    source, shapes = weights_of(folder)
+    parts = partition(shapes, dtype.itemsize if dtype else None, limit)
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(parts, start=1):
         file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        tensors = read(folder, names, known)
-        if wanted:
-            tensors = {
-                name: tensor.to(wanted) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
-            }
-        save_tensors(tensors, target / file)
-        files.append(file)
+        tensors = {name: torch.empty(shapes[name][0], dtype=shapes[name][1]) for name in names}
+        sharded.load(source, tensors)
+        if dtype:
+            tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+        checkpoint.save_tensors(tensors, target / file)
         weight_map |= dict.fromkeys(names, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(parts) > 1:
-        _write_json(
-            target / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-    return files
+        _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return list(dict.fromkeys(weight_map.values())), dtype or next(iter(shapes.values()))[1]
 
 
 def export(
     source: Path, output: Path, dtype: str | None = None, limit: int = 5 * 10**9, base: Path | None = None
 ) -> list[Path]:
-    """Writes the folder and returns its weight files; it appears when it is whole. ``base``: where configuration and tokenizer come from.
+    """Writes the folder, which appears when it is complete; returns its weight files.
+
+    Args:
+        dtype: a key of ``DTYPES``; None: as saved.
+        limit: bytes per weight file.
+        base: the folder of config.json and the tokenizer; None: the checkpoint.
 
     Raises:
-        ValueError: there is nothing to export, or ``output`` holds something already.
+        ValueError: there is nothing to export, or ``output`` is not empty.
     """
-    import torch
-
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {output} is not empty: name another folder, or remove it")
     folder = find(source)
-    wanted = getattr(torch, DTYPES[dtype]) if dtype else None
-    known = entries(folder)
-    if not known:
-        raise ValueError(f"{folder} holds no weights")
     beside = base or folder
     if not (beside / "config.json").is_file():
-        raise ValueError(f"{beside} has no config.json: name the model that was trained by --base")
+        raise ValueError(f"{beside} has no config.json: give the folder of the model that was trained as --base")
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         for path in beside.iterdir():
-            if (
-                path.is_file()
-                and path.suffix in BESIDE
-                and path.name not in ("trainer.json", "model.safetensors.index.json")
-            ):
+            if path.is_file() and path.suffix in BESIDE and path.name not in ("trainer.json", INDEX):
                 shutil.copy(path, temporary / path.name)
-        files = write_weights(folder, temporary, known, wanted, limit)
-        stored = wanted or next(iter(known.values())).dtype
+        files, stored = write_weights(folder, temporary, DTYPES[dtype] if dtype else None, limit)
         config: dict[str, Any] = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
-        _write_json(
-            temporary / "config.json",
-            {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": str(stored)[6:]},
-        )
+        config.pop("torch_dtype", None)
+        _write_json(temporary / "config.json", config | {"dtype": str(stored).removeprefix("torch.")})
         if output.exists():
             output.rmdir()
         os.replace(temporary, output)
@@ -213,21 +140,3 @@ def export(
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convsearch.export", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("checkpoint", type=Path, help="run folder, global_step_N, or Hugging Face folder")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write, which must not exist or be empty")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default=None, help="type of the weights; as saved by default")
-    parser.add_argument(
-        "--base", type=Path, default=None, help="folder of config.json and the tokenizer; the checkpoint by default"
-    )
-    parser.add_argument("--max_shard_size", default="5GB", help="size of a weight file at most")
-    args = parser.parse_args()
-    files = export(args.checkpoint, args.output, args.dtype, size_of(args.max_shard_size), args.base)
-    print(
-        f"{args.output}: {len(files)} weight file{'s' if len(files) > 1 else ''}, {sum(file.stat().st_size for file in files) / 10**9:.2f} GB"
-    )

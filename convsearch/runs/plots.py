@@ -1,34 +1,32 @@
-"""Curves of GRPO runs: ``python -m convsearch.plots RUN_FOLDER [RUN_FOLDER ...] --output curves.png``.
+"""Curves of GRPO runs, and the rule by which a reward is said to have risen."""
 
-Says of each run, too, whether its reward rose: the prompts of its last third of steps against those of its first third.
-"""
-
-import argparse
 import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib import pyplot as plt
+
+from convsearch.runs.rollouts import load
+
+matplotlib.use("Agg")
+
 PANELS = (
-    ("reward", "reward a sample", ("reward", "val_reward")),
-    ("KL to the reference", "nats a token", ("kl",)),
+    ("reward", "reward per sample", ("reward", "val_reward")),
+    ("KL to the reference", "nats per token", ("kl",)),
     ("response length", "tokens", ("response_tokens",)),
     ("format rate", "share of samples", ("format_rate", "val_format_rate")),
     ("reciprocal rank", "mean", ("mrr", "val_mrr")),
-    ("groups that teach", "share with differing rewards", ("spread_rate",)),
+    ("groups with spread", "share with differing rewards", ("spread_rate",)),
 )
 COLOURS = ("#1f5f99", "#2e8b57", "#8a4fa3", "#a8761c")
 WINDOW = 5  # steps of the running mean
 
 
 def draw(runs: Sequence[list[dict[str, Any]]], output: Path) -> None:
-    """Six panels over the steps, a colour a run: the raw values thin, a running mean of five steps thick, validation as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Six panels over the steps, one colour per run: thin raw values, a thick running mean of five steps, dots for validation."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.2), constrained_layout=True)
     for axis, (title, unit, names) in zip(axes.flat, PANELS, strict=True):
         for number, records in enumerate(runs):
@@ -55,15 +53,13 @@ def draw(runs: Sequence[list[dict[str, Any]]], output: Path) -> None:
 
 
 def rise(first: Sequence[float], last: Sequence[float]) -> tuple[float, float]:
-    """Difference of the means, and twice its standard error (Welch); it rose if the first exceeds the second. At least two values each."""
+    """(difference of the means, twice its standard error (Welch)); it rose if the first exceeds the second. Needs two values each."""
     error = math.sqrt(statistics.variance(first) / len(first) + statistics.variance(last) / len(last))
     return statistics.fmean(last) - statistics.fmean(first), 2 * error
 
 
 def prompt_rewards(run_dir: Path, steps: range) -> list[float]:
-    """Mean reward of each prompt of these steps, from the rollouts on disk; a prompt that comes again counts again."""
-    from convsearch.runs.rollouts import load
-
+    """Mean reward of each prompt of these steps, from the rollouts on disk; a repeated prompt counts again."""
     means: list[float] = []
     for step in steps:
         groups: dict[str, list[float]] = {}
@@ -74,38 +70,17 @@ def prompt_rewards(run_dir: Path, steps: range) -> list[float]:
 
 
 def verdict(run_dir: Path, records: Sequence[dict[str, Any]]) -> str:
-    """One line; a run of less than six steps is too short to be judged."""
+    """One line about a run; less than six steps are too few to judge."""
     total = 1 + max(record["step"] for record in records)
     third = total // 3
     if third < 2:
         return f"{run_dir}: {total} steps are too few to say whether the reward rose"
     first, last = prompt_rewards(run_dir, range(third)), prompt_rewards(run_dir, range(total - third, total))
     difference, twice = rise(first, last)
-    word = "rose" if difference > twice else "fell" if -difference > twice else "is not told apart"
+    word = "rose" if difference > twice else "fell" if -difference > twice else "no significant change"
     held_out = [record["val_reward"] for record in records if "val_reward" in record]
     return (
         f"{run_dir}: reward of the first and last {third} steps {statistics.fmean(first):.2f} and {statistics.fmean(last):.2f} "
         f"({len(first)} and {len(last)} prompts), difference {difference:+.2f} ± {twice:.2f} (two standard errors): {word}"
         + (f"; held-out {' -> '.join(f'{value:.2f}' for value in held_out)}" if held_out else "")
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convsearch.plots", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "run", nargs="+", type=Path, help="run folder of convsearch.grpo; several are drawn into the same panels"
-    )
-    parser.add_argument("--output", required=True, type=Path, help="PNG or PDF to write")
-    args = parser.parse_args()
-    from convsearch.runs.tracking import read_metrics
-
-    runs = [read_metrics(folder) for folder in args.run]
-    for folder, records in zip(args.run, runs, strict=True):
-        if not any(record["step"] >= 0 for record in records):
-            raise ValueError(f"{folder}: no metrics.jsonl with a finished step")
-    draw(runs, args.output)
-    print(f"curves of {' + '.join(str(len(records)) for records in runs)} records: {args.output}")
-    for folder, records in zip(args.run, runs, strict=True):
-        print(verdict(folder, records))

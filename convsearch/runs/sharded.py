@@ -1,7 +1,8 @@
-"""The sharded form of a checkpoint: torch.distributed.checkpoint (DCP) with its safetensors storage, one file a rank, no pickle.
+"""The sharded form of a checkpoint: torch.distributed.checkpoint (DCP) with its safetensors storage, one file per rank, no pickle.
 
-``shards/`` holds every parameter under its Hugging Face name and Adam's moments as ``exp_avg/<name>`` and ``exp_avg_sq/<name>``; a file carries the
-offsets of its pieces, so that any number of ranks reads what another number has written. The optimizer's step count stands in ``trainer.json``.
+``shards/`` holds every parameter under its Hugging Face name and Adam's moments as ``exp_avg/<name>`` and ``exp_avg_sq/<name>``. A file
+records the offsets of its pieces, so that any number of ranks reads what another number of ranks has written. The step count of the
+optimizer is in ``trainer.json``.
 """
 
 import errno
@@ -12,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -27,20 +28,37 @@ from convsearch.model import distributed
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class Checkpointed(Protocol):
+    """What a checkpoint needs of a policy; tensors by the names of the Hugging Face model."""
+
+    @property
+    def causal_lm(self) -> Any: ...
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None: ...
+    def named_parameters(self) -> dict[str, nn.Parameter]: ...
+    def weights(self) -> dict[str, Tensor]: ...
+    def optimizer_state(self) -> dict[str, Tensor]: ...
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None: ...
+
+
 @dataclass(slots=True)
 class _Pending:
-    """A checkpoint that is being written: ``finish`` (of rank 0) has run when ``finished`` is done."""
+    """A checkpoint in progress; rank 0 has called ``finish`` when ``finished`` is done."""
 
     folder: Path
     written: "Future[Any]"
     finished: "Future[None]"
 
 
-_pending: list[_Pending] = []  # at most one: the next save waits for it
+_pending: list[_Pending] = []  # at most one, because the next save waits for it
 
 
-def write(folder: Path, policy: Any, finish: Callable[[], None], *, background: bool) -> None:
-    """Every rank writes its shards into ``folder``; then rank 0 calls ``finish``. Collective; with ``background`` returns when the copies are made."""
+def write(folder: Path, policy: Checkpointed, finish: Callable[[], None], *, background: bool) -> None:
+    """Every rank writes its shards into ``folder``; then rank 0 calls ``finish``. A collective call.
+
+    Args:
+        background: return once the tensors are copied.
+    """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     state, group = _state_of(policy), _group()
     if not background or group is None:
@@ -61,7 +79,7 @@ def write(folder: Path, policy: Any, finish: Callable[[], None], *, background: 
         try:
             if done.exception() is None and distributed.rank() == 0:
                 finish()
-        except Exception as error:  # of another thread: ``wait`` raises it in this one
+        except Exception as error:  # in another thread: ``wait`` raises it in this one
             finished.set_exception(error)
         else:
             finished.set_result(None)
@@ -71,7 +89,7 @@ def write(folder: Path, policy: Any, finish: Callable[[], None], *, background: 
 
 
 def wait() -> None:
-    """Waits for the checkpoint that is being written, if there is one; on every rank.
+    """Waits on every rank for the checkpoint in progress, if there is one.
 
     Raises:
         OSError: it could not be written.
@@ -86,79 +104,80 @@ def wait() -> None:
         distributed.barrier()
 
 
-def read(path: Path, policy: Any, optimizer_steps: int | None) -> None:
-    """Fills the policy's weights, and its moments where ``optimizer_steps`` were taken; on any number of ranks.
+def read(shards: Path, policy: Checkpointed, optimizer_steps: int | None) -> None:
+    """Fills the weights of the policy, and Adam's moments if it has taken ``optimizer_steps``; on any number of ranks.
 
     Raises:
-        ValueError: names, shapes or bytes are not those of this model's checkpoint.
+        ValueError: names, shapes or bytes are not those of a checkpoint of this model.
     """
     if optimizer_steps is not None:
+        assert policy.optimizer is not None
         for parameter in policy.optimizer.param_groups[0]["params"]:
-            policy.optimizer.state[parameter] = {
-                "step": torch.tensor(
-                    float(optimizer_steps), device=parameter.device
-                ),  # fused AdamW wants it beside the weights
-                **{moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS},
-            }
-    load(path / "shards", _state_of(policy), process_group=_group())
+            # Fused AdamW needs the step count on the device of the weights.
+            state = {"step": torch.tensor(float(optimizer_steps), device=parameter.device)}
+            zeros = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS}
+            policy.optimizer.state[parameter] = state | zeros
+    load(shards, _state_of(policy), process_group=_group())
 
 
-def load(shards: Path, state: dict[str, Tensor], process_group: Any = None, reader: Any = None) -> None:
-    """Fills the tensors of ``state`` in place, by name; ``reader``: of another storage than ours.
+def load(folder: Path, state: dict[str, Tensor], process_group: Any = None) -> None:
+    """Fills the tensors of ``state`` in place, by name, from the safetensors files of ``folder``.
 
     Raises:
         ValueError: see ``read``.
     """
     try:
         with _quiet():
-            dcp_load(state, storage_reader=reader or HuggingFaceStorageReader(str(shards)), process_group=process_group)
+            dcp_load(state, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=process_group)
     except CheckpointException as error:
-        reasons = {str(failure[0]) for failure in error.failures.values()}
-        raise ValueError(
-            f"checkpoint {shards} is damaged or one of another model: {'; '.join(sorted(reasons))}"
-        ) from None
+        reasons = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
+        raise ValueError(f"checkpoint {folder} is damaged or belongs to another model: {reasons}") from None
 
 
-def shapes(shards: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """(shape, type) of every whole tensor in the files, by name."""
-    metadata = HuggingFaceStorageReader(str(shards)).read_metadata().state_dict_metadata
-    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in metadata.items()}  # type: ignore[union-attr]
+def shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, type) of every whole tensor in the weight files of ``folder``, by name."""
+    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+    files = {index.fqn: Path(info.relative_path).name for index, info in metadata.storage_data.items()}
+    return {
+        name: (tuple(entry.size), entry.properties.dtype)  # type: ignore[union-attr]
+        for name, entry in metadata.state_dict_metadata.items()
+        if files[name].startswith(("model", "shard-"))
+    }
 
 
-def optimizer_steps(policy: Any) -> int | None:
-    """Steps that Adam has taken; None before the first."""
+def optimizer_steps(policy: Checkpointed) -> int | None:
+    """How many steps Adam has taken; None before the first."""
+    assert policy.optimizer is not None
     steps = {int(state["step"]) for state in policy.optimizer.state.values()}
     assert len(steps) <= 1, f"parameters have taken different numbers of steps: {steps}"
     return steps.pop() if steps else None
 
 
-def _state_of(policy: Any) -> dict[str, Tensor]:
-    named = policy.named_parameters()
-    moments = {
-        f"{moment}/{name}": policy.optimizer.state[parameter][moment]
-        for name, parameter in named.items()
-        for moment in MOMENTS
-        if moment in policy.optimizer.state.get(parameter, {})
-    }
-    return {**{name: parameter.detach() for name, parameter in named.items()}, **moments}
+def _state_of(policy: Checkpointed) -> dict[str, Tensor]:
+    assert policy.optimizer is not None
+    state: dict[str, Tensor] = {}
+    for name, parameter in policy.named_parameters().items():
+        moments = policy.optimizer.state.get(parameter, {})
+        state |= {name: parameter.detach()} | {f"{key}/{name}": moments[key] for key in MOMENTS if key in moments}
+    return state
 
 
 @cache
 def _group() -> Any:
-    """A gloo group of all ranks for checkpoints alone, whose messages cannot get between those of the training; None on one process."""
+    """A gloo group of all ranks, only for checkpoints: their messages cannot mix with those of the training. None on one process."""
     return torch.distributed.new_group(backend="gloo") if distributed.world_size() > 1 else None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without DCP's remark that one process is alone."""
+    """Without DCP's warning that torch.distributed is disabled."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _os_error(folder: Path, error: CheckpointException) -> OSError:
-    """The first rank's reason as the error that a full disk would have been without DCP around it."""
+    """The error of the first rank that failed, as the OSError that DCP has wrapped."""
     rank, (reason, _) = min(error.failures.items(), key=lambda failure: failure[0])
     number = reason.errno if isinstance(reason, OSError) and reason.errno else errno.EIO
     return OSError(number, f"could not write the checkpoint (rank {rank}: {reason})", str(folder))

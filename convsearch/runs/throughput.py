@@ -1,17 +1,17 @@
-"""Tokens a second, and MFU: the share of the devices' arithmetic that a step's model operations have used.
+"""Tokens per second, and MFU: the share of the devices' peak arithmetic that the model operations of a step use.
 
-Model operations are those of the mathematics: 2 a parameter and token forward, twice that backward, and attention's two products; what is recomputed to save
-memory does not count, a prompt that is shared by its group counts once, and logits count for response tokens alone (``shapes.Shape.forward_flops``).
+Model operations are those of the mathematics: 2 per parameter and token forward, twice that backward, and the two products of attention.
+What is recomputed to save memory does not count, a prompt that a group shares counts once, and logits count for response tokens only
+(``shapes.Shape.forward_flops``).
 """
 
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
 
-from convsearch.config import GrpoConfig
 from convsearch.model.shapes import Shape, shape_of
 
-# 10^12 operations a second in dense bfloat16 (float16 where the device has no bfloat16), from the makers' data sheets; all words of the key stand in the name.
+# 10^12 operations per second in dense bfloat16 (float16 for a device without bfloat16), from the makers' data sheets.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.4,
@@ -37,13 +37,19 @@ PEAK_TFLOPS = {
 
 
 def peak_of(device_name: str) -> float | None:
-    """The peak of a device by the words of its name (``NVIDIA H100 80GB HBM3``), the most particular entry; None where it is unknown."""
+    """The peak of a device by the words of its name (``NVIDIA H100 80GB HBM3``); None if it is unknown.
+
+    An entry matches if all its words are in the name; of several, the one with the most words counts.
+    """
     words = set(re.split(r"[^A-Za-z0-9]+", device_name))
     known = [key for key in PEAK_TFLOPS if set(key.split()) <= words]
     return PEAK_TFLOPS[max(known, key=lambda key: len(key.split()))] if known else None
 
 
-class Meter:
+Group = tuple[int, Sequence[int]]  # prompt tokens, response tokens of each sample
+
+
+class Throughput:
     """Turns lengths and seconds into rates.
 
     Args:
@@ -55,63 +61,63 @@ class Meter:
         self.shape = shape
         self.peak = peak_tflops * 1e12 * devices if peak_tflops else None
 
-    def forward(self, lengths_N: Sequence[tuple[int, int]], group: int) -> float:
-        """Operations of one forward pass over (prompt, response) lengths in group-major order, each prompt once for its group of ``group``."""
+    def forward(self, groups: Sequence[Group]) -> float:
+        """Operations of one forward pass that computes the prompt of each group once."""
         assert self.shape is not None
         total = 0.0
-        for start in range(0, len(lengths_N), group):
-            prompt = lengths_N[start][0]
-            responses = [response for _, response in lengths_N[start : start + group]]
-            attended = prompt * (prompt + 1) / 2 + sum(
-                length * prompt + length * (length + 1) / 2 for length in responses
-            )
+        for prompt, responses in groups:
+            pairs = sum(length * prompt + length * (length + 1) / 2 for length in responses)
+            attended = prompt * (prompt + 1) / 2 + pairs
             total += self.shape.forward_flops(prompt + sum(responses), sum(responses), attended)
         return total
 
     def of_grpo(
-        self, cfg: GrpoConfig, lengths_N: Sequence[tuple[int, int]], seconds: Mapping[str, float]
+        self, groups: Sequence[Group], seconds: Mapping[str, float], *, share_prompts: bool, passes: int, epochs: int
     ) -> dict[str, float]:
-        """Rates of a GRPO step from its phases' ``*_s`` metrics: sampling, the reference and the update over the same sequences."""
-        actor, n = cfg.actor_rollout_ref.actor, cfg.actor_rollout_ref.rollout.n
-        tokens = sum(prompt for prompt, _ in lengths_N[::n]) + sum(response for _, response in lengths_N)
-        sampled = sum(response for _, response in lengths_N)
-        rates = {"tokens_per_s": tokens / seconds["step_s"]}
+        """Rates of a GRPO step from the ``*_s`` metrics of its phases: sampling, the reference and the update.
+
+        Args:
+            share_prompts: whether the update computes each prompt once for its group; sampling always does.
+            passes: forward-only passes beside sampling: 1 for the reference, 1 for the old log-probs.
+            epochs: passes of the update over the step's rollouts.
+        """
+        sampled = sum(sum(responses) for _, responses in groups)
+        rates = {"tokens_per_s": (sum(prompt for prompt, _ in groups) + sampled) / seconds["step_s"]}
         if seconds.get("sample_s"):
             rates["sampled_tokens_per_s"] = sampled / seconds["sample_s"]
         if self.shape and self.peak:
-            sample = self.forward(lengths_N, n)
-            learn = sample if actor.share_prompts else self.forward(lengths_N, 1)
-            updates, passes = 3 * learn * actor.ppo_epochs, int(actor.use_kl_loss)
-            passes += actor.ppo_epochs > 1 or cfg.data.train_batch_size > actor.ppo_mini_batch_size  # the old log-probs
+            alone = [(prompt, (length,)) for prompt, responses in groups for length in responses]
+            sample = self.forward(groups)
+            learn = sample if share_prompts else self.forward(alone)
+            updates = 3 * learn * epochs
             rates["mfu"] = (sample + passes * learn + updates) / seconds["step_s"] / self.peak
             if seconds.get("update_s"):
                 rates["mfu_update"] = updates / seconds["update_s"] / self.peak
         return rates
 
-    def of_sft(self, lengths: Sequence[tuple[int, int]], step_s: float) -> dict[str, float]:
-        """Rates of a fine-tuning step over the whole batch."""
-        rates = {"step_s": step_s, "tokens_per_s": sum(prompt + response for prompt, response in lengths) / step_s}
+    def of_sft(self, rows: Sequence[tuple[int, int]], step_s: float) -> dict[str, float]:
+        """Rates of a fine-tuning step over a batch of (prompt tokens, response tokens)."""
+        rates = {"step_s": step_s, "tokens_per_s": sum(prompt + response for prompt, response in rows) / step_s}
         if self.shape and self.peak:
-            rates["mfu"] = 3 * self.forward(lengths, 1) / step_s / self.peak
+            rates["mfu"] = 3 * self.forward([(prompt, (length,)) for prompt, length in rows]) / step_s / self.peak
         return rates
 
 
-def meter_of(model: str, peak_tflops: float | None, device: str, devices: int) -> Meter:
-    """For a model's folder or published name; models of a kind without a shape, and devices without a known peak, get no MFU."""
+def throughput_of(model: str, peak_tflops: float | None, device: str, devices: int) -> Throughput:
+    """For a model folder or a published model's name. No MFU for an architecture without a shape or a device of unknown peak."""
     if peak_tflops is None and device != "cpu":
         peak_tflops = peak_of(gpu_name())
     try:
-        return Meter(shape_of(model), peak_tflops, devices)
+        return Throughput(shape_of(model), peak_tflops, devices)
     except ValueError:
-        return Meter(None, None, devices)
+        return Throughput(None, None, devices)
 
 
 def gpu_name() -> str:
-    """Of the first GPU, asked of the driver's own tool: asking torch would open a context on it. Empty where there is none."""
+    """The name of the first GPU from nvidia-smi, because torch would open a context on the GPU; empty if there is none."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.partition("\n")[0].strip() if done.returncode == 0 else ""

@@ -204,8 +204,8 @@ def learn(
 
     from convsearch.model import distributed
     from convsearch.runs.checkpoint import save_by
-    from convsearch.runs.stopping import Lifeline
-    from convsearch.runs.throughput import meter_of
+    from convsearch.runs.stopping import Stopping
+    from convsearch.runs.throughput import throughput_of
     from convsearch.runs.tracking import Tracker
     from convsearch.trainers.data import batch_indices
     from convsearch.trainers.schedule import lr_at
@@ -225,19 +225,19 @@ def learn(
         cfg.model_dump(),
     )
     save = partial(save_by, policy, run_dir, tokenizer, cfg.trainer)
-    meter = meter_of(cfg.model.partial_pretrain, cfg.trainer.peak_tflops, cfg.trainer.device, world)
-    with closing(tracker), Lifeline(run_dir, cfg.trainer, steps, save_every, save) as lifeline:
+    throughput = throughput_of(cfg.model.partial_pretrain, cfg.trainer.peak_tflops, cfg.trainer.device, world)
+    with closing(tracker), Stopping(run_dir, cfg.trainer, steps, save_every, save) as stopping:
         for step in tqdm(steps, desc="SFT", unit="step", initial=steps.start, total=total, disable=rank > 0):
             batch = [rows[i] for i in batch_indices(len(rows), size, step, cfg.data.seed, cfg.data.shuffle)]
             lr = lr_at(step, total, cfg.optim.lr, warmup, cfg.optim.lr_scheduler, cfg.optim.min_lr_ratio)
             start = time.monotonic()
             metrics = sft_step(policy, batch, rank, world, micro_batch_size, lr)
             lengths = [(len(row.prompt_ids), len(row.branches[0].token_ids)) for row in batch]
-            metrics |= meter.of_sft(lengths, time.monotonic() - start)
+            metrics |= throughput.of_sft(lengths, time.monotonic() - start)
             if held_out and ((step + 1) % test_every == 0 or step + 1 == total):
                 metrics["val_loss"] = validation_loss(policy, held_out, rank, world, micro_batch_size)
             tracker.log(step, metrics)
-            lifeline.after_step(step, metrics)
+            stopping.after_step(step, metrics)
 
 
 def main() -> None:

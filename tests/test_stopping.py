@@ -1,4 +1,4 @@
-"""How runs end before their last step, and what is on disk then; the arithmetic of the guard is in test_guard.py.
+"""How runs end before their last step, and what is on disk then; the arithmetic of the guard is in test_collapse.py.
 
 1. A collapse is saved, named with its figures, and ends with status 3; with the limit raised the run goes on as if nothing had happened.
 2. SIGTERM is noted once; a second one ends the process.
@@ -19,8 +19,8 @@ import torch
 from convsearch import grpo
 from convsearch.config import load_sft_config
 from convsearch.runs import checkpoint
-from convsearch.runs.checkpoint import Score
-from convsearch.runs.stopping import Lifeline, Terminated, sweep
+from convsearch.runs.checkpoint import CheckpointScore
+from convsearch.runs.stopping import Stopping, Terminated, sweep
 from convsearch.runs.tracking import read_metrics
 from convsearch.trainers import sft
 
@@ -98,7 +98,7 @@ Terminated.SAME_S = 0.1
 with Terminated() as terminated:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.2)
-    print("noted", terminated.heard, flush=True)
+    print("noted", terminated.received, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     print("never here")
 """
@@ -107,7 +107,7 @@ with Terminated() as terminated:
     assert done.stdout == "noted True\n"
 
 
-def lifeline(run_dir: Path, saved: list[tuple[int, float | None, bool]], steps: range, **trainer: Any) -> Lifeline:
+def stopping(run_dir: Path, saved: list[tuple[int, float | None, bool]], steps: range, **trainer: Any) -> Stopping:
     cfg = load_sft_config(
         [
             "cluster=cpu",
@@ -116,12 +116,12 @@ def lifeline(run_dir: Path, saved: list[tuple[int, float | None, bool]], steps: 
             *(f"trainer.{k}={v}" for k, v in trainer.items()),
         ]
     )
-    return Lifeline(run_dir, cfg.trainer, steps, 3, lambda *arguments: saved.append(arguments))
+    return Stopping(run_dir, cfg.trainer, steps, 3, lambda *arguments: saved.append(arguments))
 
 
 def test_when_to_save(tmp_path: Path) -> None:
     saved: list[tuple[int, float | None, bool]] = []
-    with lifeline(tmp_path, saved, range(8), best_metric="val_loss", best_mode="min") as line:
+    with stopping(tmp_path, saved, range(8), best_metric="val_loss", best_mode="min") as line:
         for step, loss in enumerate([None, 3.0, 2.0, None, 2.5, 2.5, 1.0, 4.0]):
             line.after_step(step, {} if loss is None else {"val_loss": loss})
     assert saved == [(2, 3.0, False), (3, 2.0, False), (6, 2.5, False), (7, 1.0, False), (8, 4.0, True)]
@@ -157,7 +157,7 @@ class Describes:
 def test_the_best_checkpoint_stays_with_the_newest(mode: Any, kept: list[int], tmp_path: Path) -> None:
     values = [1.0, 3.0, 0.5, 2.0, None, 1.5]
     for step, value in enumerate(values, start=1):
-        score = Score("val_reward", mode, value) if mode and value is not None else None
+        score = CheckpointScore("val_reward", mode, value) if mode and value is not None else None
         checkpoint.save(tmp_path, step, Tiny(step), Describes(), keep=2, score=score)
         assert (tmp_path / "latest").read_text() == f"global_step_{step}\n"
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == kept

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from convsearch.config.guard import GuardConfig
-from convsearch.runs.collapse import Guard
+from convsearch.runs.collapse import CollapseGuard
 
 FINE = {"reward": 1.2, "format_rate": 1.0, "response_tokens": 40.0, "kl": 0.05, "non_latin_share": 0.0, "skipped": 0.0}
 
 
-def run(guard: Guard, *records: dict[str, Any], start: int = 0) -> list[str | None]:
+def run(guard: CollapseGuard, *records: dict[str, Any], start: int = 0) -> list[str | None]:
     return [guard.check(start + step, FINE | record) for step, record in enumerate(records)]
 
 
@@ -44,45 +44,45 @@ def test_each_limit_stops_what_it_is_for_and_says_the_figures(
     limits: dict[str, float], collapsed: dict[str, float], said: str
 ) -> None:
     off = dict.fromkeys(("max_reward_fall", "max_format_fall", "max_non_latin_share"))
-    guard = Guard(GuardConfig(window=3, **(off | limits)), max_skipped=10)
+    guard = CollapseGuard(GuardConfig(window=3, **(off | limits)), max_skipped=10)
     answers = run(guard, *[{}] * 3, *[collapsed] * 3)
     assert answers[:3] == [None] * 3
     assert answers[5] is not None
     assert said in answers[5]
-    silent = Guard(GuardConfig(window=3, **off), max_skipped=10)
+    silent = CollapseGuard(GuardConfig(window=3, **off), max_skipped=10)
     assert run(silent, *[{}] * 3, *[collapsed] * 3) == [None] * 6
 
 
 def test_one_bad_step_is_none_and_a_bad_start_is_no_fall() -> None:
-    guard = Guard(GuardConfig(window=4), max_skipped=10)
+    guard = CollapseGuard(GuardConfig(window=4), max_skipped=10)
     assert (
         run(guard, {"format_rate": 0.0, "reward": -0.1}, *[{}] * 5, {"format_rate": 0.0, "reward": -0.1}, *[{}] * 5)
         == [None] * 12
     )
-    low = Guard(GuardConfig(window=2), max_skipped=10)
+    low = CollapseGuard(GuardConfig(window=2), max_skipped=10)
     assert run(low, *[{"format_rate": 0.0, "reward": -0.1}] * 9) == [None] * 9
 
 
 def test_nothing_is_judged_before_a_window_is_full() -> None:
-    guard = Guard(GuardConfig(window=3, min_reward=5.0), max_skipped=10)
+    guard = CollapseGuard(GuardConfig(window=3, min_reward=5.0), max_skipped=10)
     assert [answer is None for answer in run(guard, {}, {}, {})] == [True, True, False]
 
 
 def test_a_resumed_run_judges_as_the_unbroken_one() -> None:
     cfg, records = GuardConfig(window=3), [*[{}] * 4, *[{"reward": -0.1}] * 4]
-    unbroken = run(Guard(cfg, max_skipped=10), *records)
+    unbroken = run(CollapseGuard(cfg, max_skipped=10), *records)
     assert unbroken[-3:] != [None] * 3
     for cut in range(1, 8):
         history = [
             {"step": -1, "val_reward": 0.0},
             *({"step": step, **FINE, **record} for step, record in enumerate(records[:cut])),
         ]
-        assert run(Guard(cfg, max_skipped=10, history=history), *records[cut:], start=cut) == unbroken[cut:]
+        assert run(CollapseGuard(cfg, max_skipped=10, history=history), *records[cut:], start=cut) == unbroken[cut:]
 
 
 def test_steps_without_a_finite_gradient_are_counted_in_a_row() -> None:
     bad = {"skipped": 1.0, "kl": math.nan, "reward": 1.2}
-    guard = Guard(None, max_skipped=3)
+    guard = CollapseGuard(None, max_skipped=3)
     answers = run(guard, bad, bad, {}, bad, bad, bad)
     assert answers[:5] == [None] * 5
     assert answers[5] is not None
@@ -91,13 +91,13 @@ def test_steps_without_a_finite_gradient_are_counted_in_a_row() -> None:
 
 
 def test_a_value_that_is_no_number_is_left_out_of_the_mean() -> None:
-    guard = Guard(GuardConfig(window=2, max_kl=1.0), max_skipped=10)
+    guard = CollapseGuard(GuardConfig(window=2, max_kl=1.0), max_skipped=10)
     assert run(guard, {"kl": 2.0}, {"kl": math.nan}) == [None, None]
     assert "kl is 2 over steps 0 - 2" in str(guard.check(2, FINE | {"kl": 2.0}))
 
 
 def test_several_things_are_said_at_once() -> None:
-    guard = Guard(GuardConfig(window=2), max_skipped=10)
+    guard = CollapseGuard(GuardConfig(window=2), max_skipped=10)
     said = run(guard, {}, {}, *[{"reward": -0.1, "format_rate": 0.0, "non_latin_share": 1.0}] * 2)[-1]
     assert said is not None
     assert said.count("; ") == 2
