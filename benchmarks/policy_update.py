@@ -155,14 +155,14 @@ def build(args: argparse.Namespace, device: "torch.device") -> Any:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from convsearch.model.attention import NAME
-    from convsearch.policy.policy import Policy
+    from convsearch.policy.policy import LocalPolicy
 
     torch.manual_seed(1)
     with torch.device("cpu" if args.param_offload else device):
         model = AutoModelForCausalLM.from_config(
             Qwen2Config(**SHAPES[args.shape]), attn_implementation=NAME, dtype=torch.float32
         )
-    policy = Policy(
+    policy = LocalPolicy(
         model,
         device,
         gradient_checkpointing=not args.no_checkpointing,

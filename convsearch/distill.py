@@ -1,15 +1,54 @@
-"""Self-driven warm-up data: the base model rewrites the training set, the retriever says which rewrites are good (arXiv 2505.15776, section 3.2).
+"""Warm-up data without human rewrites: the base model rewrites the training set, and the retriever says which rewrites are good.
 
 ``python -m convsearch.distill --model_name_or_path BASE --input_path train.json --output_dir DIR --retriever_url embedded:INDEX``
 
-k samples a conversation with the one-example prompt; a sample is kept when its form is right and its gold passage stands at rank 1. What is kept is
-written to ``sft.parquet`` with the ZERO-shot prompt. All samples stay in ``samples.jsonl``, with ranks; the command resumes there when it is run again.
+``samples.jsonl`` has all samples with their gold ranks, ``sft.parquet`` those that are kept. Run the same command again to go on.
 """
 
-from convsearch.cli import run
-from convsearch.generation.distill import main, parse_args
+import argparse
 
-__all__ = ["main", "parse_args"]
+from convsearch.cli import run
+from convsearch.generation.options import add_sampling_flags
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m convsearch.distill", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="the base model: folder or hub name")
+    add("--input_path", required=True, help="training conversations, one JSON object per line")
+    add("--output_dir", required=True, help="folder for samples.jsonl, sft.parquet and yield.json")
+    add("--retriever_url", default="", help="http://host:port or embedded:INDEX_FOLDER; default: $RETRIEVER_URL")
+    add("--retriever_index", default=None, help="name of the server's index; default: its first")
+    add("--k", type=int, default=1, help="samples per conversation (paper: 1)")
+    add("--rank_limit", type=int, default=1, help="worst gold rank that is kept (paper: 1)")
+    add("--max_kept", type=int, default=1, help="samples kept per conversation, best ranks first")
+    add("--drop_first_turns", action="store_true", help="leave out questions without a history: they need no rewrite")
+    copies = "leave out rewrites that only repeat the question although it has a history (not in the paper)"
+    add("--drop_copies", action="store_true", help=copies)
+    shuffled = "shuffle the questions with this seed before --limit; default: file order"
+    add("--shuffle_seed", type=int, default=None, help=shuffled)
+    add_sampling_flags(parser, max_tokens=1024)
+    parser.set_defaults(model_name="Get_SFT")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name in ("k", "rank_limit", "max_kept"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    from convsearch.generation.distill import distill
+
+    distill(args)
+
 
 if __name__ == "__main__":
     run(main)

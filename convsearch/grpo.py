@@ -1,10 +1,4 @@
-"""GRPO with a retriever as the teacher: ``python -m convsearch.grpo experiment=...``.
-
-Differs from the textbook (arXiv 2402.03300) as ConvSearch-R1 does: the reward comes from a retriever (the gold passage's rank, the nearness to it, or a
-mix: ``rewarder.py``), the reference is the SFT model, one on-policy update a step.
-
-Ours, exact and switchable: each prompt is computed once for its whole group (``batch.py``).
-"""
+"""GRPO with a retriever as the teacher: ``python -m convsearch.grpo experiment=...``. The step is ``trainers/grpo_step.py``."""
 
 import sys
 
@@ -13,7 +7,7 @@ from convsearch.config import load_grpo_config
 
 
 def main() -> None:
-    """Composes the configuration, then hands over to the training loop (torch is imported there)."""
+    """Reads the configuration, then trains."""
     cfg = load_grpo_config(sys.argv[1:])
     from convsearch.trainers.grpo import train
 

@@ -1,10 +1,11 @@
-"""This project's rewards for people with other trainers: TRL's ``reward_funcs`` and verl's ``custom_reward_function``. See docs/interop.md.
+"""This project's rewards for other trainers: TRL's ``reward_funcs`` and verl's ``custom_reward_function``. See docs/extend.md.
 
-    GRPOTrainer(..., reward_funcs=RetrievalReward("http://127.0.0.1:8000"))                                       # TRL
-    custom_reward_function.path=convsearch/interop.py custom_reward_function.name=compute_score                  # verl
+    GRPOTrainer(..., reward_funcs=RetrievalReward("http://127.0.0.1:8000"))                           # TRL
+    custom_reward_function.path=convsearch/interop.py custom_reward_function.name=compute_score      # verl
 
-Both read the rows that data_preprocess writes (``reward_model.ground_truth``, ``extra_info.question``), ask the same server and pay by the same code as
-``convsearch.grpo``. A server that does not answer is an error, never a reward of zero. Free of torch, so that any environment can import it.
+Both read the rows that data_preprocess writes (``reward_model.ground_truth``, ``extra_info.question``), ask the same server and compute
+the same rewards as ``convsearch.grpo``. A server that does not answer is an error, never a reward of zero. Free of torch, so that any
+environment can import it.
 """
 
 import os
@@ -37,14 +38,15 @@ class RetrievalReward:
             raise ValueError("no retrieval server is named: give url=http://HOST:PORT or set RETRIEVER_URL")
         self.config = RewardConfig(**options)
         self.client = RetrieverClient(url, depth, index=index)
-        self.__name__ = f"retrieval_{self.config.name}"  # how TRL calls it in its logs
+        self.__name__ = f"retrieval_{self.config.name}"  # its name in TRL's logs
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
-        """One reward a completion.
+        """One reward per completion.
 
         Args:
             completions: texts, or chats whose last message is the output.
-            columns: the data set's: ``reward_model`` with its ``ground_truth``, or ``gold_docids``; ``extra_info`` with its ``question``, or ``question``.
+            columns: of the data set: ``reward_model`` with ``ground_truth``, or ``gold_docids``; ``extra_info`` with ``question``, or
+                ``question``.
         """
         texts = [
             completion if isinstance(completion, str) else str(completion[-1]["content"]) for completion in completions
@@ -57,12 +59,12 @@ class RetrievalReward:
     def scores(
         self, texts: Sequence[str], truths: Sequence[Any], questions: Sequence[str], infos: Sequence[Mapping[str, Any]]
     ) -> list[Score]:
-        """Parsed, ranked, compared and paid, as in ``convsearch.grpo``."""
+        """Parsed, judged and rewarded as in ``convsearch.grpo``."""
         examples = [
             Example("", (), question, _golds(truth), tuple(map(str, info.get("positives") or ())))
             for truth, question, info in zip(truths, questions, infos, strict=True)
         ]
-        # Other trainers do not say why a text ended; one that was cut lacks its last tag and is refused for that.
+        # Other trainers do not say why a text ended. A text that was cut lacks its last tag, so it does not parse.
         return score(self.config, self.client, examples, [Completion((), (), text, "stop") for text in texts])
 
 
@@ -71,10 +73,11 @@ def compute_score(
 ) -> dict[str, Any]:
     """verl's custom reward function for one output (reward managers ``naive`` and ``dapo``).
 
-    ``custom_reward_function.reward_kwargs`` are the arguments of ``RetrievalReward``; the server's address can stand in $RETRIEVER_URL as well.
+    ``custom_reward_function.reward_kwargs`` are the arguments of ``RetrievalReward``; without ``url``, $RETRIEVER_URL is the
+    server's address.
 
     Returns:
-        ``score``, which verl optimises, and what it logs beside it: ``rank`` (0: not found), ``reciprocal_rank``, ``well_formed``.
+        ``score``, which verl optimises, and what it also logs: ``rank`` (0: not found), ``reciprocal_rank``, ``well_formed``.
     """
     return compute_scores([data_source], [solution_str], [ground_truth], [extra_info or {}], **options)[0]
 
@@ -87,18 +90,15 @@ def compute_scores(
     **options: Any,
 ) -> list[dict[str, Any]]:
     """The same for a batch in one request (reward manager ``batch``)."""
-    known = {
-        name: value
-        for name, value in options.items()
-        if name in ("url", "depth", "index") or name in RewardConfig.model_fields
-    }
+    names = {"url", "depth", "index", *RewardConfig.model_fields}
+    known = {name: value for name, value in options.items() if name in names}
     questions = [str(info.get("question") or "") for info in extra_infos]
     found = _shared(tuple(sorted(known.items()))).scores(solution_strs, ground_truths, questions, extra_infos)
     return [
         {
             "score": one.reward,
-            "rank": one.rank or 0,
-            "reciprocal_rank": 1 / one.rank if one.rank else 0.0,
+            "rank": one.feedback.rank or 0,
+            "reciprocal_rank": 1 / one.feedback.rank if one.feedback.rank else 0.0,
             "well_formed": float(one.rewrite.error is None),
         }
         for one in found
@@ -107,7 +107,7 @@ def compute_scores(
 
 @lru_cache(maxsize=8)
 def _shared(options: tuple[tuple[str, Any], ...]) -> RetrievalReward:
-    """One client a process and set of options: verl calls a function once an output, and each client has connections of its own."""
+    """One client per process and set of options: verl calls the function once per output, and a client opens connections."""
     return RetrievalReward(**dict(options))
 
 
@@ -117,7 +117,6 @@ def _golds(truth: Any) -> tuple[str, ...]:
 
 def _column(columns: Mapping[str, Any], name: str) -> Any:
     if name not in columns:
-        raise ValueError(
-            f"the data set has neither a column 'gold_docids' nor '{name}'; it has {', '.join(sorted(columns)) or 'none'}"
-        )
+        found = ", ".join(sorted(columns)) or "none"
+        raise ValueError(f"the data set has neither a column 'gold_docids' nor '{name}'; it has {found}")
     return columns[name]

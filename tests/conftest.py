@@ -68,7 +68,7 @@ def toy_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def toy_server(toy_index: Path) -> Iterator[str]:
     """The address of a real server of that index."""
-    from convsearch.retriever.client import open_retriever
+    from convsearch.retriever.embedded import open_retriever
 
     with open_retriever(f"embedded:{toy_index}") as retriever:
         retriever.health()

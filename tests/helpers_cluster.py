@@ -97,8 +97,8 @@ def vllm_report(folder: str) -> dict[str, Any]:
 
     from convsearch.model.batch import Branch, Tree, collate
     from convsearch.model.loading import encode_chat, load_model, load_tokenizer, stop_token_ids
-    from convsearch.policy.policy import Policy
-    from convsearch.sampling.hf import SamplingConfig
+    from convsearch.policy.policy import LocalPolicy
+    from convsearch.sampling.base import SamplingConfig
     from convsearch.sampling.vllm import VllmSampler
 
     tokenizer, model = load_tokenizer(folder), load_model(folder)
@@ -108,10 +108,10 @@ def vllm_report(folder: str) -> dict[str, Any]:
     )
     texts = ("rome", "where is oslo? " * 5, "lima, its food?")
     prompts = [encode_chat(tokenizer, ({"role": "user", "content": text},)) for text in texts]
-    policy = Policy(model, torch.device("cpu"), temperature=0.7, lr=1e-2)
+    policy = LocalPolicy(model, torch.device("cpu"), temperature=0.7, lr=1e-2)
 
     def gap() -> float:
-        samples = sampler.generate(prompts, 4, seed=3)
+        samples = helpers.flat(sampler.generate(prompts, 4, seed=3))
         branches = [Branch(sample.token_ids, 1.0, 0.1, sample.logprobs) for sample in samples]
         micro = collate([Tree(prompt, tuple(branches[4 * p : 4 * p + 4])) for p, prompt in enumerate(prompts)])
         assert micro.sampler_logprobs_R is not None
@@ -127,14 +127,14 @@ def vllm_report(folder: str) -> dict[str, Any]:
         report["stale"].append(gap())
         sampler.load_weights(policy, version)
         report["after"].append(gap())
-    samples = sampler.generate(prompts, 4, seed=3)
+    samples = helpers.flat(sampler.generate(prompts, 4, seed=3))
     report["versions"] = sorted({sample.weights_version for sample in samples})
-    report["again"] = sampler.generate(prompts, 4, seed=3) == samples
+    report["again"] = helpers.flat(sampler.generate(prompts, 4, seed=3)) == samples
     report["alone"] = [
-        sampler.generate([prompt], 4, seed=3, keys=[p]) == samples[4 * p : 4 * p + 4]
+        helpers.flat(sampler.generate([prompt], 4, seed=3, keys=[p])) == samples[4 * p : 4 * p + 4]
         for p, prompt in enumerate(prompts)
     ]
-    report["other_seed"] = sampler.generate(prompts, 4, seed=4) == samples
+    report["other_seed"] = helpers.flat(sampler.generate(prompts, 4, seed=4)) == samples
     report["different"] = len({sample.token_ids for sample in samples})
     report["ends"] = [
         (
@@ -152,7 +152,7 @@ def vllm_report(folder: str) -> dict[str, Any]:
     parts = sampler.stream(prompts, 4, seed=3)  # left after the first part: the rest must not come back later
     next(parts)
     parts.close()
-    report["left"] = sampler.generate(prompts, 4, seed=3) == samples
+    report["left"] = helpers.flat(sampler.generate(prompts, 4, seed=3)) == samples
     return report
 
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from convsearch.rewards.scoring import Group, Rollout, Score
+from convsearch.rewards.shapes import Feedback
 from convsearch.runs.rollouts import dump
-from convsearch.types import Completion, Rewrite, Rollout
+from convsearch.types import Completion, Example, Rewrite
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "<script>alert('x')</script> & <b>"
@@ -28,7 +30,9 @@ QUESTIONS: dict[str, tuple[str, list[str], str, int | None, int | None]] = {
 def rollout(qid: str, text: str, rank: int | None, reward: float, error: Any = None) -> Rollout:
     rewrite = Rewrite(None, error) if error else Rewrite(text, None)
     output = text if error else f"<think>about {qid}</think>\n<rewrite>{text}</rewrite>"
-    return Rollout(qid, (5, 6, 7), Completion((8, 9), (-0.5, -1.5), output, "stop"), rewrite, rank, reward, reward - 1)
+    example = Example(qid, (), "", (), prompt_ids=(5, 6, 7))
+    score = Score(rewrite, Feedback(rank), reward)
+    return Rollout(example, Completion((8, 9), (-0.5, -1.5), output, "stop"), score, reward - 1)
 
 
 def write_run(folder: Path, steps: int = 3) -> Path:
@@ -63,8 +67,9 @@ def _run_lines(qid: str, gold: str, rank: int | None) -> str:
 
 def add_step(run: Path, step: int) -> None:
     """One more finished step of a GRPO run: its rollouts, then its line of metrics."""
-    group = [rollout("a_1", f"tall towers {step}", 1, 2.0), rollout("a_1", "many cats", 40, 0.7)]
-    dump(run, step, [*group, rollout("b_1", SCRIPT, None, 0.0), rollout("b_1", "no tags at all", None, -0.1, "no_tag")])
+    first = rollout("a_1", f"tall towers {step}", 1, 2.0), rollout("a_1", "many cats", 40, 0.7)
+    second = rollout("b_1", SCRIPT, None, 0.0), rollout("b_1", "no tags at all", None, -0.1, "no_tag")
+    dump(run, step, [Group(first), Group(second)])
     values = {
         "reward": 1 + step / 10,
         "kl": step / 100,

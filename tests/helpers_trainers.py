@@ -291,14 +291,14 @@ def teach_form(source: Path, folder: Path, steps: int = 60) -> None:
 
     from convsearch.model.batch import Branch, Tree
     from convsearch.model.loading import encode_chat, load_model, load_tokenizer
-    from convsearch.policy.policy import Policy
+    from convsearch.policy.policy import LocalPolicy
     from convsearch.prompts import render
     from convsearch.runs import checkpoint
     from convsearch.trainers.sft import sft_step
     from convsearch.types import Conversation, Message
 
     tokenizer, draw = load_tokenizer(str(source)), random.Random(3)
-    policy = Policy(load_model(str(source)), torch.device("cpu"))
+    policy = LocalPolicy(load_model(str(source)), torch.device("cpu"))
 
     def toy() -> tuple[Message, ...]:
         return ({"role": "user", "content": question(draw.choice(TOWNS), draw.choice(ASPECTS))},)
@@ -312,5 +312,10 @@ def teach_form(source: Path, folder: Path, steps: int = 60) -> None:
 
     for step in range(steps):
         rows = [row(toy()) for _ in range(28)] + [row(real()) for _ in range(4)]
-        sft_step(policy, rows, 0, 1, 28, 1e-2 * min(1, (step + 1) / 10) * (1 - step / steps))
+        sft_step(policy, rows, 28, 1e-2 * min(1, (step + 1) / 10) * (1 - step / steps))
     checkpoint.export(folder, policy.causal_lm, tokenizer, policy.weights())
+
+
+def flat(groups: Sequence[Sequence[Any]]) -> list[Any]:
+    """The members of all groups, group-major."""
+    return [member for group in groups for member in group]

@@ -1,10 +1,10 @@
-"""What the parts of the multi-process trainer promise, without Ray (tests/test_cluster_ray.py has the processes).
+"""The multi-process trainer without Ray (tests/test_cluster_ray.py starts the processes).
 
-1. A micro-batch that is split over ranks loses nothing: log-probs, gradients and reports add up to those of the whole.
-2. Samples of old weights are never trained on unnoticed.
-3. What is finished is scored while the rest is being generated.
-4. One step ahead, samples are one step old and no older; whatever else is asked waits.
-5. A lost worker means a restart, a bounded number of times; other errors go through.
+1. A micro-batch that is split over processes loses nothing: log-probs, gradients and reports add up to those of the whole.
+2. Samples of unexpected weights end the run.
+3. Finished samples are scored while others are generated.
+4. One step ahead, samples are exactly one step old; any other request waits.
+5. A lost worker leads to a restart, a limited number of times; other errors are raised.
 """
 
 import sys
@@ -23,18 +23,18 @@ from torch import Tensor
 
 from convsearch.cluster.launch import needs_workers, open_cluster, with_restarts
 from convsearch.cluster.ray_policy import shares
-from convsearch.cluster.ray_sampler import split
 from convsearch.cluster.workers import WorkerLost
 from convsearch.config import load_grpo_config
 from convsearch.model.batch import Branch, MicroBatch, Tree, collate, pack
 from convsearch.model.loading import load_model
-from convsearch.policy.policy import Policy
-from convsearch.rewards import scoring as rewarder
-from convsearch.sampling.hf import Finished, Tensors, WeightSource, collect
+from convsearch.policy.policy import LocalPolicy
+from convsearch.rewards import scoring
+from convsearch.rewards.shapes import Feedback
+from convsearch.sampling.base import Finished, Tensors, WeightSource, collect
 from convsearch.sampling.overlap import OneStepAhead, Request
 from convsearch.sampling.vllm import VllmSampler, sample_seed
 from convsearch.trainers import grpo_step
-from convsearch.types import Completion, Example
+from convsearch.types import Completion, Example, Rewrite
 
 
 @st.composite
@@ -97,7 +97,7 @@ def test_shares_add_up_to_the_whole(ranks: int, tiny_llama: Path) -> None:
     micro = collate(trees)
 
     def gradients(parts: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], float, list[Tensor]]:
-        policy = Policy(load_model(str(tiny_llama)), torch.device("cpu"), temperature=0.7)
+        policy = LocalPolicy(load_model(str(tiny_llama)), torch.device("cpu"), temperature=0.7)
         logprobs = [policy.logprobs(part) for part in parts]
         loss = sum(policy.forward_backward(part, toy_loss)["loss"] for part in parts)
         return {name: p.grad for name, p in policy.named_parameters().items() if p.grad is not None}, loss, logprobs
@@ -122,12 +122,6 @@ def test_packing_fills_all_ranks(ranks: int) -> None:
             assert part.num_tokens <= limit or len(part.token_ids_BT) == 1
 
 
-def test_prompts_are_split_by_tokens() -> None:
-    prompts = [(1,) * size for size in (9, 1, 5, 5, 2, 2)]
-    assert split(prompts, 2) == [[0, 4, 5], [1, 2, 3]] or split(prompts, 2) == [[0, 1, 4], [2, 3, 5]]
-    assert split(prompts[:1], 3) == [[0], [], []]
-
-
 def example(number: int) -> Example:
     return Example(f"q{number}", (), "q", ("d",))
 
@@ -143,15 +137,14 @@ class Judge:
         self.asked: list[str | None] = []
         self.heard = threading.Event()
 
-    def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:
-        self.asked += queries
+    def feedback(
+        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], *, with_gain: bool
+    ) -> list[Feedback]:
+        self.asked += texts_N
         self.heard.set()
-        if "boom" in queries:
+        if "boom" in texts_N:
             raise WorkerLost("the judge")
-        return [1] * len(queries)
-
-    def similarity_gains(self, *_: Any) -> list[float | None]:
-        raise NotImplementedError
+        return [Feedback(1)] * len(texts_N)
 
 
 def rewrite(text: str) -> str:
@@ -167,42 +160,38 @@ def cfg(tmp_path: Path, **changed: Any) -> Any:
 def test_finished_samples_are_scored_while_others_are_generated(tmp_path: Path) -> None:
     judge, reward = Judge(), cfg(tmp_path).reward_model.reward
 
-    def parts() -> Iterator[Finished]:
-        yield [2], [completion(rewrite("c0")), completion(rewrite("c1"))]
-        assert judge.heard.wait(10), "the first part was not scored before the second one came"
-        yield [0, 1], [completion(rewrite(text)) for text in ("a0", "a1", "b0", "b1")]
+    def batches() -> Iterator[Finished]:
+        yield {2: [completion(rewrite("c0")), completion(rewrite("c1"))]}
+        assert judge.heard.wait(10), "the first batch was not scored before the second one came"
+        yield {p: [completion(rewrite(f"{name}{g}")) for g in range(2)] for p, name in enumerate("ab")}
 
-    pairs = rewarder.score_stream(reward, judge, [example(p) for p in range(3)], parts())
-    assert [scored.rewrite.text for _, scored in pairs] == ["a0", "a1", "b0", "b1", "c0", "c1"]
-    assert [made.text for made, _ in pairs] == [rewrite(text) for text in ("a0", "a1", "b0", "b1", "c0", "c1")]
+    examples = [example(p) for p in range(3)]
+    groups = scoring.score_stream(reward, judge, examples, batches())
+    made = [rollout for group in groups for rollout in group.rollouts]
+    assert [rollout.score.rewrite.text for rollout in made] == ["a0", "a1", "b0", "b1", "c0", "c1"]
+    assert [rollout.completion.text for rollout in made] == [
+        rewrite(text) for text in ("a0", "a1", "b0", "b1", "c0", "c1")
+    ]
+    assert [rollout.example for rollout in made] == [examples[p] for p in (0, 0, 1, 1, 2, 2)]
     assert sorted(filter(None, judge.asked)) == ["a0", "a1", "b0", "b1", "c0", "c1"]
     with pytest.raises(WorkerLost, match="the judge"):
-        rewarder.score_stream(reward, judge, [example(0)], iter([([0], [completion(rewrite("boom"))])]))
+        scoring.score_stream(reward, judge, examples[:1], iter([{0: [completion(rewrite("boom"))]}]))
     with pytest.raises(AssertionError, match="every prompt once"):
-        rewarder.score_stream(reward, judge, [example(0), example(1)], iter([([0], [completion(rewrite("a"))])]))
-
-
-def trainer(config: Any) -> grpo_step.Trainer:
-    nothing: Any = None
-    return grpo_step.Trainer(config, Path(), {"q0": (1, 2)}, nothing, nothing, nothing, nothing, 9)
+        scoring.score_stream(reward, judge, examples[:2], iter([{0: [completion(rewrite("a"))]}]))
 
 
 @pytest.mark.parametrize(
-    ("overlap", "version", "fine"), [(0, 5, 1), (0, 4, 0), (0, 6, 0), (1, 4, 1), (1, 5, 1), (1, 3, 0), (1, 6, 0)]
+    ("allowed", "version", "fine"), [(0, 5, 1), (0, 4, 0), (0, 6, 0), (1, 4, 1), (1, 5, 1), (1, 3, 0), (1, 6, 0)]
 )
-def test_samples_of_other_weights_end_the_run(overlap: int, version: int, fine: int, tmp_path: Path) -> None:
-    changed = (
-        {"actor_rollout_ref__rollout__overlap": True, "actor_rollout_ref__rollout__n_gpus_per_node": 1}
-        if overlap
-        else {}
-    )
-    t, scored = trainer(cfg(tmp_path, **changed)), rewarder.Score(*[None] * 3, 0.0)  # type: ignore[arg-type]
-    columns = ([example(0)] * 2, [completion(version=5), completion(version=version)], [scored] * 2, [0.0] * 2)
+def test_samples_of_other_weights_end_the_run(allowed: int, version: int, fine: int) -> None:
+    score = scoring.Score(Rewrite("x", None), Feedback(1), 2.0)
+    made = [scoring.Rollout(example(0), completion(version=each), score) for each in (5, version)]
+    groups = [scoring.Group(tuple(made))]
     if fine:
-        assert len(grpo_step.assemble(t, 5, *columns)) == 2
+        grpo_step.check_versions(groups, 5, allowed)
     else:
         with pytest.raises(RuntimeError, match="a sampler has missed an update"):
-            grpo_step.assemble(t, 5, *columns)
+            grpo_step.check_versions(groups, 5, allowed)
 
 
 class Engine:
@@ -216,10 +205,10 @@ class Engine:
         assert self.go.wait(10)
         self.events.append(("draw", seed, self.version))
         for p in reversed(range(len(prompts))):
-            yield [p], [completion(f"{seed}.{p}.{g}", self.version) for g in range(n)]
+            yield {p: [completion(f"{seed}.{p}.{g}", self.version) for g in range(n)]}
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[Completion]:
-        return collect(self.stream(prompts, n, seed), len(prompts), n)
+    def generate(self, prompts: Sequence[tuple[int, ...]], n: int, seed: int) -> list[list[Completion]]:
+        return collect(self.stream(prompts, n, seed), len(prompts))
 
     def load_weights(self, source: WeightSource, version: int) -> None:
         self.events.append(("load", version))
@@ -236,13 +225,14 @@ def test_one_step_ahead() -> None:
     for step in range(3, 7):
         prompts, n, seed = request(step) or ((), 0, 0)
         engine.go.set()
-        samples = ahead.generate(prompts, n, seed)
+        samples = [sample for group in ahead.generate(prompts, n, seed) for sample in group]
         assert [sample.text for sample in samples] == [f"{step}.{p}.{g}" for p in range(2) for g in range(2)]
         assert {sample.weights_version for sample in samples} == {max(3, step - 1)}
         engine.go.clear()
         if step == 4:  # a validation: it waits for what is under way, and that is still there afterwards
             threading.Timer(0.05, engine.go.set).start()
-            assert [sample.text for sample in ahead.generate([(9,)], 1, 99)] == ["99.0.0"]
+            ((validated,),) = ahead.generate([(9,)], 1, 99)
+            assert validated.text == "99.0.0"
         threading.Timer(0.02, engine.go.set).start()  # the weights wait for the samples that are under way
         ahead.load_weights(source, step + 1)
     ahead.close()
@@ -274,24 +264,24 @@ def test_a_failure_ahead_is_raised_by_the_step_that_asks() -> None:
         ahead.generate([(1,)], 1, 1)
 
 
-def test_a_lost_worker_means_a_restart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config, calls = cfg(tmp_path, trainer__max_restarts=2), []
+def test_a_lost_worker_means_a_restart(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
 
     def work(failures: int, error: Exception) -> None:
         calls.append(1)
         if len(calls) <= failures:
             raise error
 
-    with_restarts(config, lambda: work(2, WorkerLost("rank 1")))
+    with_restarts(2, lambda: work(2, WorkerLost("rank 1")))
     assert len(calls) == 3
     assert capsys.readouterr().out.count("cluster: rank 1: starting the workers again from the newest checkpoint") == 2
     calls.clear()
     with pytest.raises(WorkerLost, match=r"rank 1 .*run the same command again"):
-        with_restarts(config, lambda: work(9, WorkerLost("rank 1")))
+        with_restarts(2, lambda: work(9, WorkerLost("rank 1")))
     assert len(calls) == 3
     calls.clear()
     with pytest.raises(ValueError, match="a mistake"):
-        with_restarts(config, lambda: work(9, ValueError("a mistake")))
+        with_restarts(2, lambda: work(9, ValueError("a mistake")))
     assert len(calls) == 1
 
 

@@ -9,16 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsearch.files import write_jsonl
 from convsearch.trainers.data import (
-    batch_indices,
+    batch_of,
     fit_length,
-    read_conversations,
     read_examples,
     read_parquet,
-    truncate,
 )
-from convsearch.types import Conversation, Example, Turn
+from convsearch.types import Example
 
 CHAT = [{"role": "user", "content": "rewrite: and his wife?"}]
 EXTRA = {
@@ -137,61 +134,41 @@ def test_parquet_rows_have_the_columns_that_are_asked_for(tmp_path: Path) -> Non
 # --- conversations ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_conversations(tmp_path: Path) -> None:
-    path = tmp_path / "train.json"
-    write_jsonl(
-        path,
-        [
-            {"qid": "a", "question": "who?", "gold_docids": ["d"]},
-            {"qid": "b", "question": "when?", "context": ["q", "a"]},
-        ],
-    )
-    assert read_conversations(path) == [
-        Conversation("a", (), "who?", ("d",)),
-        Conversation("b", (Turn("q", "a"),), "when?", ()),
-    ]
-
-
-def test_a_faulty_conversation_is_named_by_file_and_line(tmp_path: Path) -> None:
-    path = tmp_path / "train.json"
-    write_jsonl(path, [{"qid": "a", "question": "who?"}, {"qid": "b"}])
-    with pytest.raises(ValueError, match=rf"^{path}:2: b: field 'question' must be a non-empty string, got None$"):
-        read_conversations(path)
-
-
 # --- lengths ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_are_too_long_are_left_out_or_cut_or_an_error() -> None:
-    lengths = [5, 9, 10, 11, 30]
-    assert fit_length(lengths, 10, True, "error") == [0, 1, 2]
-    assert fit_length(lengths, 10, False, "left") == [0, 1, 2, 3, 4]
-    assert fit_length(lengths, 30, False, "error") == [0, 1, 2, 3, 4]
-    with pytest.raises(
-        ValueError,
-        match=r"^row 3 has 11 prompt tokens, above data.max_prompt_length=10: raise it, set data.filter_overlong",
-    ):
-        fit_length(lengths, 10, False, "error")
-    with pytest.raises(
-        ValueError, match=r"^all 5 prompts are longer than data.max_prompt_length=4; the shortest has 5 tokens$"
-    ):
-        fit_length(lengths, 4, True, "error")
+def examples_of(*lengths: int) -> list[Example]:
+    return [Example(f"q{length}", (), "q", ("d",), prompt_ids=tuple(range(1, length + 1))) for length in lengths]
+
+
+def test_long_rows_are_left_out_or_cut_or_an_error() -> None:
+    rows = examples_of(5, 9, 10, 11, 30)
+    assert fit_length(rows, 10, True, "error") == rows[:3]
+    assert [len(row.prompt_ids) for row in fit_length(rows, 10, False, "left")] == [5, 9, 10, 10, 10]
+    assert fit_length(rows, 30, False, "error") == rows
+    too_long = "row 3 has 11 prompt tokens, above data.max_prompt_length=10: raise it, set data.filter_overlong"
+    with pytest.raises(ValueError, match=f"^{too_long}"):
+        fit_length(rows, 10, False, "error")
+    none_left = "all 5 prompts are longer than data.max_prompt_length=4; the shortest has 5 tokens"
+    with pytest.raises(ValueError, match=f"^{none_left}$"):
+        fit_length(rows, 4, True, "error")
 
 
 @pytest.mark.parametrize(
     ("limit", "left", "right"),
-    [(5, (1, 2, 3), (1, 2, 3)), (3, (1, 2, 3), (1, 2, 3)), (2, (2, 3), (1, 2)), (1, (3,), (1,)), (0, (), ())],
+    [(5, (1, 2, 3), (1, 2, 3)), (3, (1, 2, 3), (1, 2, 3)), (2, (2, 3), (1, 2)), (1, (3,), (1,))],
 )
 def test_truncation(limit: int, left: tuple[int, ...], right: tuple[int, ...]) -> None:
-    assert truncate((1, 2, 3), limit, "left") == left
-    assert truncate((1, 2, 3), limit, "right") == right
+    for side, expected in (("left", left), ("right", right)):
+        (row,) = fit_length(examples_of(3), limit, False, side)
+        assert row.prompt_ids == expected
 
 
 # --- order --------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_order_without_shuffling() -> None:
-    assert [batch_indices(7, 3, step, 0, shuffle=False) for step in range(4)] == [
+    assert [batch_of(range(7), 3, step, 0, shuffle=False) for step in range(4)] == [
         [0, 1, 2],
         [3, 4, 5],
         [0, 1, 2],
@@ -212,21 +189,21 @@ def test_an_epoch_draws_every_row_once_but_for_an_incomplete_last_batch(
     per_epoch = num_items // batch_size
     steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
     batches = {
-        step: batch_indices(num_items, batch_size, step, seed) for step in reversed(steps)
+        step: batch_of(range(num_items), batch_size, step, seed) for step in reversed(steps)
     }  # asked for in any order
     drawn = [row for step in steps for row in batches[step]]
     assert all(len(batch) == batch_size for batch in batches.values())
     assert len(drawn) == len(set(drawn)) == per_epoch * batch_size
     assert set(drawn) <= set(range(num_items))
-    assert all(batch_indices(num_items, batch_size, step, seed) == batch for step, batch in batches.items())
+    assert all(batch_of(range(num_items), batch_size, step, seed) == batch for step, batch in batches.items())
 
 
 def test_seeds_and_epochs_are_shuffled_anew() -> None:
-    orders = [batch_indices(200, 200, epoch, seed) for seed in (1, 2) for epoch in (0, 1)]
+    orders = [batch_of(range(200), 200, epoch, seed) for seed in (1, 2) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert all(sorted(order) == list(range(200)) != order for order in orders)
 
 
 def test_fewer_rows_than_a_batch() -> None:
     with pytest.raises(ValueError, match=r"^7 rows do not fill one batch of data.train_batch_size=8; lower it$"):
-        batch_indices(7, 8, 0, 0)
+        batch_of(range(7), 8, 0, 0)

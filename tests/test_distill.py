@@ -14,11 +14,12 @@ import helpers_trainers as helpers
 import pyarrow.parquet as pq
 import pytest
 
+from convsearch import distill as command_line
+from convsearch import sft
 from convsearch.generation import distill
 from convsearch.parsing import parse_rewrite
 from convsearch.prompts import render
 from convsearch.runs.tracking import read_metrics
-from convsearch.trainers import sft
 from convsearch.types import Conversation
 
 ROWS = helpers.conversation_rows(list(helpers.GOLDS))
@@ -61,13 +62,13 @@ def command(model: Path, source: Path, output: Path, url: str, *flags: object) -
 
 
 def distilled(model: Path, source: Path, output: Path, url: str, *flags: object) -> str:
-    status, printed = helpers.call(distill.main, command(model, source, output, url, *flags))
+    status, printed = helpers.call(command_line.main, command(model, source, output, url, *flags))
     assert status == 0, printed
     return printed
 
 
 def failed(model: Path, source: Path, output: Path, url: str, *flags: object) -> str:
-    return helpers.one_sentence(*helpers.call(distill.main, command(model, source, output, url, *flags)))
+    return helpers.one_sentence(*helpers.call(command_line.main, command(model, source, output, url, *flags)))
 
 
 def test_samples_ranks_filter_and_parquet(
@@ -219,9 +220,9 @@ def test_nothing_kept_says_what_to_try_and_keeps_the_samples(
     arguments = [
         part for part in command(tiny_llama, conversations, tmp_path, toy_server, "--limit", 4) if part != "--scaffold"
     ]
-    status, printed = helpers.call(distill.main, arguments)
+    status, printed = helpers.call(command_line.main, arguments)
     error = helpers.one_sentence(status, printed)
-    assert "no sample of 24 was kept; raise --k or --rank_limit, or let --scaffold write the tags" in error
+    assert "no sample of 24 was kept; raise --k or --rank_limit, or use --scaffold" in error
     assert "form: " in printed
     assert len(helpers.read_jsonl(tmp_path / "samples.jsonl")) == 4
     assert not (tmp_path / "sft.parquet").exists()
@@ -231,7 +232,7 @@ def test_mistakes_are_one_sentence(form_llama: Path, conversations: Path, toy_se
     output = tmp_path / "out"
     distilled(form_llama, conversations, output, toy_server)
     error = failed(form_llama, conversations, output, toy_server, "--k", 3)
-    assert "samples.jsonl has 6 samples a conversation, not --k 3" in error
+    assert "samples.jsonl has 6 samples per conversation, not --k 3" in error
     other = helpers.write_jsonl(tmp_path / "other.json", [row | {"qid": f"x{row['qid']}"} for row in ROWS])
     assert "samples.jsonl:1: query 'c0_1' is not in the input" in failed(form_llama, other, output, toy_server)
     fresh = tmp_path / "fresh"

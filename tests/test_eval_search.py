@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from convsearch.retriever.client import open_retriever
+from convsearch.retriever.embedded import open_retriever
 from eval import ance, bm25
 from retriever_server.bm25.index import Bm25Index
 

@@ -9,7 +9,7 @@ import torch
 
 from convsearch import export
 from convsearch.model.loading import load_model, load_tokenizer
-from convsearch.policy.policy import Policy
+from convsearch.policy.policy import LocalPolicy
 from convsearch.runs import checkpoint
 from convsearch.runs.export import export as export_folder
 from convsearch.runs.export import size_of
@@ -25,8 +25,8 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
     source = request.getfixturevalue(request.param)
     folder = tmp_path_factory.mktemp("run")
-    tokenizer, policy = load_tokenizer(str(source)), Policy(load_model(str(source)), torch.device("cpu"))
-    sft_step(policy, [Tree((1, 2, 3), (Branch((4, 5)),))], 0, 1, 1, 1e-2)
+    tokenizer, policy = load_tokenizer(str(source)), LocalPolicy(load_model(str(source)), torch.device("cpu"))
+    sft_step(policy, [Tree((1, 2, 3), (Branch((4, 5)),))], 1, 1e-2)
     checkpoint.save(folder, 1, policy, tokenizer, form="safetensors")
     checkpoint.save(folder, 2, policy, tokenizer, form="dcp")
     return folder

@@ -16,7 +16,9 @@ from typing import Any
 import helpers_trainers as helpers
 import pytest
 
+from convsearch import infer as command_line
 from convsearch.generation import infer
+from convsearch.generation.rewriter import build_rewriter
 from convsearch.parsing import parse_rewrite, thinking
 from convsearch.types import Completion
 
@@ -35,13 +37,13 @@ def command(model: Path, source: Path, output: Path, *flags: object) -> list[obj
 
 
 def rewritten(model: Path, source: Path, output: Path, *flags: object) -> tuple[list[dict[str, Any]], str]:
-    status, printed = helpers.call(infer.main, command(model, source, output, *flags))
+    status, printed = helpers.call(command_line.main, command(model, source, output, *flags))
     assert status == 0, printed
     return helpers.read_jsonl(output), printed
 
 
 def failed(model: Path, source: Path, output: Path, *flags: object) -> str:
-    return helpers.one_sentence(*helpers.call(infer.main, command(model, source, output, *flags)))
+    return helpers.one_sentence(*helpers.call(command_line.main, command(model, source, output, *flags)))
 
 
 def test_every_line_comes_out_once_with_its_fields(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
@@ -140,10 +142,10 @@ def test_the_model_name_chooses_the_prompt(form_llama: Path, conversations: Path
     from convsearch.types import Conversation
 
     for name, expected in (("ConvSearch-R1", False), ("Get_SFT", True)):
-        args = infer.parse_args(
+        args = command_line.parse_args(
             [str(part) for part in command(form_llama, conversations, tmp_path / "o", "--model_name", name)]
         )
-        rewriter = infer.build(args)
+        rewriter = build_rewriter(args)
         text = rewriter.tokenizer.decode(rewriter.prompt_ids(Conversation.from_record(ROWS[1])))
         assert ("Sagrada" in text) is expected
         assert text.endswith("<|im_start|>assistant\n")
@@ -163,7 +165,7 @@ def test_mistakes_are_one_sentence(form_llama: Path, conversations: Path, tmp_pa
     assert f"{output}:3: not a line of JSON" in failed(form_llama, conversations, output)
     fresh = tmp_path / "fresh.jsonl"
     twice = helpers.write_jsonl(tmp_path / "twice.json", [*ROWS, ROWS[4]])
-    assert f"{twice}:19: query 'c4_2' stands in line 5 already" in failed(form_llama, twice, fresh)
+    assert f"{twice}:19: query 'c4_2' is in line 5 already" in failed(form_llama, twice, fresh)
     odd = helpers.write_jsonl(tmp_path / "odd.json", [ROWS[0], ROWS[1] | {"context": ["only a question"]}])
     assert f"{odd}:2: c1_2: field 'context' must be" in failed(form_llama, odd, fresh)
     nameless = helpers.write_jsonl(
@@ -222,7 +224,7 @@ def test_rqr_writes_reasoned_queries_of_topics_and_goes_on_where_it_stopped(form
         1,
     ]
     for output, more in (("whole.jsonl", []), ("parts.jsonl", ["--limit", 2]), ("parts.jsonl", [])):
-        status, printed = helpers.call(infer.main, [*flags, "--output_path", tmp_path / output, *more])
+        status, printed = helpers.call(command_line.main, [*flags, "--output_path", tmp_path / output, *more])
         assert status == 0, printed
     lines = helpers.read_jsonl(tmp_path / "whole.jsonl")
     assert [(line["qid"], line["question"]) for line in lines] == [(str(i), f"why {i}?") for i in range(5)]

@@ -20,6 +20,7 @@ from helpers_pages import FAINT, ROOT, SCRIPT, Reader, add_step, browser_page, r
 from convsearch.inspector import store
 from convsearch.inspector.app import FILES, create_app
 from convsearch.inspector.store import Filter, Run, compare, phrases
+from convsearch.rewards.scoring import Group
 from convsearch.runs.rollouts import SCHEMA, dump, load
 
 
@@ -107,7 +108,7 @@ def test_a_new_step_changes_the_tag_and_is_found(tmp_path: Path) -> None:
     add_step(run.folder, 1)
     assert run.etag() != before
     assert [step.number for step in run.steps()] == [0, 1]
-    dump(run.folder, 1, [rollout("z_1", "written anew", 1, 2.0)])
+    dump(run.folder, 1, [Group((rollout("z_1", "written anew", 1, 2.0),))])
     assert [step.rows for step in run.steps()] == [4, 1]
 
 
@@ -177,7 +178,7 @@ def test_pages_together_are_the_whole(
 def test_one_rollout_with_its_tokens(client: Any, folder: Path) -> None:
     found = client.get("/api/rollout", params={"step": 1, "row": 3}).json()
     original = load(folder / "grpo", 1)[3]
-    assert (found["qid"], found["error"], found["reward"]) == (original.qid, "no_tag", -0.1)
+    assert (found["qid"], found["error"], found["reward"]) == (original.example.qid, "no_tag", -0.1)
     assert found["tokens"] == [["#8", -0.5], ["#9", -1.5]]
     assert (found["prompt"], found["prompt_tokens"], found["group"]) == (None, 3, [2, 3])
 
@@ -215,7 +216,18 @@ def test_what_is_not_there_is_said_in_a_sentence(client: Any, path: str, status:
 
 def test_two_runs(tmp_path: Path) -> None:
     one, other = Run(write_run(tmp_path / "one", steps=2)), Run(write_run(tmp_path / "other", steps=1))
-    dump(other.folder, 0, [rollout("a_1", "better", 1, 2.0), rollout("c_1", "new", 1, 2.0)])
+    dump(
+        other.folder,
+        0,
+        [
+            Group(
+                (
+                    rollout("a_1", "better", 1, 2.0),
+                    rollout("c_1", "new", 1, 2.0),
+                )
+            )
+        ],
+    )
     found = compare(one, other)
     assert found["shared"] == 1
     assert found["queries"] == [{"qid": "a_1", "rollouts": [4, 1], "reward": [pytest.approx(1.35), 2.0]}]

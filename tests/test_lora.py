@@ -21,7 +21,7 @@ from convsearch.config import load_grpo_config
 from convsearch.model import lora
 from convsearch.model.batch import Branch, Tree, pack
 from convsearch.model.loading import load_model
-from convsearch.policy.policy import Policy
+from convsearch.policy.policy import LocalPolicy
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'convsearch[lora]'")
 __all__ = ["one_rank"]  # a fixture
@@ -31,10 +31,10 @@ TREES = [
 ]
 
 
-def adapted(folder: Path, **options: Any) -> Policy:
+def adapted(folder: Path, **options: Any) -> LocalPolicy:
     model = load_model(str(folder))
     lora.add_adapters(model, rank=4, alpha=8)
-    return Policy(model, torch.device("cpu"), temperature=TEMPERATURE, **options)
+    return LocalPolicy(model, torch.device("cpu"), temperature=TEMPERATURE, **options)
 
 
 @pytest.fixture(params=["llama", "qwen2"])
@@ -43,7 +43,7 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def taught(folder: Path, steps: int = 2) -> Policy:
+def taught(folder: Path, steps: int = 2) -> LocalPolicy:
     policy = adapted(folder)
     for _ in range(steps):
         for micro in pack(TREES, 100, remove_padding=True):
@@ -128,7 +128,7 @@ def test_sharded_adapters_learn_the_same(folder: Path, monkeypatch: pytest.Monke
     model = load_model(str(folder))
     lora.add_adapters(model, rank=4, alpha=8)
     with sharded_world(monkeypatch):
-        fsdp = Policy(model, torch.device("cpu"), temperature=TEMPERATURE)
+        fsdp = LocalPolicy(model, torch.device("cpu"), temperature=TEMPERATURE)
     fsdp.forward_backward(micro, toy_loss)
     fsdp.optim_step(1e-2)
     assert torch.equal(lora.Reference(fsdp).logprobs(micro), lora.Reference(plain).logprobs(micro))

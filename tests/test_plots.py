@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 
 from convsearch import plots as command
+from convsearch.rewards.scoring import Group, Rollout, Score
+from convsearch.rewards.shapes import Feedback
 from convsearch.runs import plots, rollouts
-from convsearch.types import Completion, Rewrite, Rollout
+from convsearch.types import Completion, Example, Rewrite
+
+
+def sample(qid: str, reward: float) -> Rollout:
+    example, completion = Example(qid, (), "", (), prompt_ids=(1,)), Completion((2,), (-0.5,), "x", "stop")
+    return Rollout(example, completion, Score(Rewrite("x", None), Feedback(), reward))
 
 
 def write_run(folder: Path, rewards: list[list[list[float]]]) -> Path:
     """``rewards``: of each step, of each prompt, of each sample."""
     for step, prompts in enumerate(rewards):
-        samples = [
-            Rollout(
-                f"q{p}", (1,), Completion((2,), (-0.5,), "x", "stop", 0), Rewrite("x", None), None, reward, 0.0, None
-            )
-            for p, group in enumerate(prompts)
-            for reward in group
-        ]
-        rollouts.dump(folder, step, samples)
+        groups = [Group(tuple(sample(f"q{p}", reward) for reward in group)) for p, group in enumerate(prompts)]
+        rollouts.dump(folder, step, groups)
     lines = [{"step": -1, "val_reward": -1.0}] + [{"step": step, "reward": 0.0} for step in range(len(rewards))]
     lines[-1]["val_reward"] = 0.5
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

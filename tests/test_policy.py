@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import helpers_trainers as helpers
 import pytest
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from convsearch.model import distributed
 from convsearch.model.batch import Branch, MicroBatch, Tree, collate, pack, unshared
 from convsearch.model.loading import encode_chat, load_model, load_tokenizer
-from convsearch.policy.policy import SFT_KNOBS, Policy, ResponseLogprobs, memory_advice
-from convsearch.sampling.hf import HfSampler, SamplingConfig
+from convsearch.policy.policy import SFT_KNOBS, LocalPolicy, ResponseLogprobs, memory_advice
+from convsearch.sampling.base import SamplingConfig
+from convsearch.sampling.hf import HfSampler
 
 TEMPERATURE = 0.7
 
@@ -44,7 +46,7 @@ def trees(folder: Path) -> list[Tree]:
         for text in ("rome", "where is oslo? " * 5, "lima, its food?")
     ]
     sampler = HfSampler(model, tokenizer, SamplingConfig(TEMPERATURE, max_tokens=14), tuple(range(40)))
-    completions = sampler.generate(prompts, 4, seed=3)
+    completions = helpers.flat(sampler.generate(prompts, 4, seed=3))
     assert len({len(completion.token_ids) for completion in completions}) > 3
     branches = [
         Branch(
@@ -58,8 +60,8 @@ def trees(folder: Path) -> list[Tree]:
     return [Tree(prompt, tuple(branches[4 * p : 4 * p + 4])) for p, prompt in enumerate(prompts)]
 
 
-def make(folder: Path, **options: Any) -> Policy:
-    return Policy(load_model(str(folder)), torch.device("cpu"), temperature=TEMPERATURE, lr=1e-3, **options)
+def make(folder: Path, **options: Any) -> LocalPolicy:
+    return LocalPolicy(load_model(str(folder)), torch.device("cpu"), temperature=TEMPERATURE, lr=1e-3, **options)
 
 
 def toy_loss(micro: MicroBatch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -70,7 +72,7 @@ def toy_loss(micro: MicroBatch, logprobs_R: Tensor, entropy_R: Tensor) -> tuple[
     return total, {"loss": float(total.detach())}
 
 
-def gradients(policy: Policy, micros: Sequence[MicroBatch]) -> dict[str, Tensor]:
+def gradients(policy: LocalPolicy, micros: Sequence[MicroBatch]) -> dict[str, Tensor]:
     policy.module.zero_grad(set_to_none=True)
     for micro in micros:
         policy.forward_backward(micro, toy_loss)
@@ -275,7 +277,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied(folder: Path, trees: list[
 
 
 def test_weights_and_optimizer_state_go_round(folder: Path, trees: list[Tree]) -> None:
-    def step(policy: Policy) -> None:
+    def step(policy: LocalPolicy) -> None:
         policy.forward_backward(collate(trees), toy_loss)
         policy.optim_step(1e-3)
 
@@ -296,7 +298,7 @@ def test_weights_and_optimizer_state_go_round(folder: Path, trees: list[Tree]) -
 
 
 def test_a_frozen_model_scores_and_takes_no_step(folder: Path, trees: list[Tree]) -> None:
-    frozen = Policy(load_model(str(folder)).requires_grad_(False), torch.device("cpu"), temperature=TEMPERATURE)
+    frozen = LocalPolicy(load_model(str(folder)).requires_grad_(False), torch.device("cpu"), temperature=TEMPERATURE)
     assert torch.equal(frozen.logprobs(collate(trees)), make(folder).logprobs(collate(trees)))
     with pytest.raises(AssertionError, match="takes no step"):
         frozen.optim_step(1e-3)
@@ -330,7 +332,7 @@ def sharded_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def sharded(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Policy:
+def sharded(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> LocalPolicy:
     with sharded_world(monkeypatch):
         return make(folder, **options)
 
@@ -395,7 +397,9 @@ def test_running_out_of_memory_says_which_knob_to_turn(folder: Path, trees: list
 def test_offloading_changes_no_step(folder: Path, trees: list[Tree], options: dict[str, bool]) -> None:
     """On a GPU: what lives in CPU memory between uses does so, and the steps are those without it."""
     gpu = torch.device("cuda")
-    plain, offloaded = (Policy(load_model(str(folder)), gpu, temperature=TEMPERATURE, **each) for each in ({}, options))
+    plain, offloaded = (
+        LocalPolicy(load_model(str(folder)), gpu, temperature=TEMPERATURE, **each) for each in ({}, options)
+    )
     for micro in pack(trees, 200, remove_padding=True):
         torch.testing.assert_close(offloaded.logprobs(micro), plain.logprobs(micro), atol=1e-4, rtol=0)
         for policy in (plain, offloaded):
@@ -408,7 +412,7 @@ def test_offloading_changes_no_step(folder: Path, trees: list[Tree], options: di
     expected = plain.weights()
     for name, value in offloaded.weights().items():
         assert float((value - expected[name]).norm() / expected[name].norm()) < 1e-4, name
-    resumed = Policy(load_model(str(folder)), gpu, temperature=TEMPERATURE, **options)
+    resumed = LocalPolicy(load_model(str(folder)), gpu, temperature=TEMPERATURE, **options)
     resumed.load_optimizer_state(offloaded.optimizer_state())
     resumed.forward_backward(collate(trees), toy_loss)
     assert resumed.optim_step(1e-3)["skipped"] == 0
@@ -421,7 +425,7 @@ def test_offloading_changes_no_step(folder: Path, trees: list[Tree], options: di
 @pytest.mark.parametrize("kernel", ["flex", "auto"])
 def test_kernels_of_the_gpu_change_no_gradient(folder: Path, trees: list[Tree], kernel: Any) -> None:
     gpu = torch.device("cuda")
-    plain, fast = (Policy(load_model(str(folder)), gpu, temperature=TEMPERATURE) for _ in range(2))
+    plain, fast = (LocalPolicy(load_model(str(folder)), gpu, temperature=TEMPERATURE) for _ in range(2))
     plain.module.kernel, fast.module.kernel = "sdpa", kernel
     micros = list(pack(trees, 10_000, remove_padding=True))
     assert_equal_gradients(gradients(fast, micros), gradients(plain, micros), 1e-3)

@@ -13,7 +13,8 @@ import pytest
 
 from convsearch.cli import Unavailable
 from convsearch.retriever import client as retriever
-from convsearch.retriever.client import Hit, RetrieverClient, RetrieverError, open_retriever
+from convsearch.retriever.client import Hit, RetrieverClient, RetrieverError
+from convsearch.retriever.embedded import open_retriever
 
 Answer = tuple[int, dict[str, str], bytes] | None  # None: the connection is closed without an answer
 Script = Callable[[str, Any], Answer]
@@ -96,7 +97,7 @@ def test_long_requests_are_sent_in_parts() -> None:
         assert client.gold_ranks([["a"]] * 1200, queries) == [4 + number % 90 for number in range(1200)]
         assert [len(body["items"]) for _, body in seen] == [512, 512, 176]
         seen.clear()
-        with pytest.raises(RetrieverError, match="answered 900000 where a rank of item 0"):
+        with pytest.raises(RetrieverError, match="answered 900000 for item 0"):
             client.gold_ranks([["a"]] * 3, [letter * 900_000 for letter in "abc"])
         assert [len(body["items"]) for _, body in seen] == [2]
 
@@ -194,12 +195,16 @@ def test_a_long_retry_after_ends_the_waiting_at_once() -> None:
             ValueError,
             r"item 1 \('xyz'\): docid 'zz' is not in the index",
         ),
-        (ok({"ranks": {}, "errors": {}}), RetrieverError, "answered 'no answer' where a rank of item 1 from 1 to 100"),
-        (ok({"ranks": {"1": 0}, "errors": {}}), RetrieverError, "answered 0 where a rank"),
-        (ok({"ranks": {"1": 101}, "errors": {}}), RetrieverError, "answered 101 where a rank"),
-        (ok({"ranks": {"1": "1"}, "errors": {}}), RetrieverError, "answered '1' where a rank"),
-        (ok({"result": [1]}), RetrieverError, "no retriever server of ours"),
-        (ok([1]), RetrieverError, "no retriever server of ours"),
+        (
+            ok({"ranks": {}, "errors": {}}),
+            RetrieverError,
+            "answered 'no answer' for item 1: expected a rank from 1 to 100",
+        ),
+        (ok({"ranks": {"1": 0}, "errors": {}}), RetrieverError, "answered 0 for item"),
+        (ok({"ranks": {"1": 101}, "errors": {}}), RetrieverError, "answered 101 for item"),
+        (ok({"ranks": {"1": "1"}, "errors": {}}), RetrieverError, "answered '1' for item"),
+        (ok({"result": [1]}), RetrieverError, "not an answer of our retriever server"),
+        (ok([1]), RetrieverError, "not an answer of our retriever server"),
         ((200, {}, b"<html>It works!</html>"), RetrieverError, "It works.*check the url"),
     ],
 )

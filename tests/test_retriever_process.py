@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from convsearch.retriever.client import EmbeddedRetriever, RetrieverError, open_retriever
+from convsearch.retriever.client import RetrieverError
+from convsearch.retriever.embedded import EmbeddedRetriever, open_retriever
 from retriever_server.bm25.index import Bm25Index
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +97,7 @@ def test_an_index_that_cannot_be_opened_is_the_servers_own_sentence(tmp_path: Pa
 
 def test_the_server_goes_with_its_parent(folder: Path) -> None:
     parent = (
-        "import sys, time; from convsearch.retriever.client import open_retriever; "
+        "import sys, time; from convsearch.retriever.embedded import open_retriever; "
         f"client = open_retriever('embedded:{folder}'); print(client.pid, client.url, flush=True); time.sleep(60)"
     )
     with started("-c", parent) as (process, line):

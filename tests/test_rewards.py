@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from convsearch.rewards.shapes import (
     DEPTH,
     SHAPES,
+    Feedback,
     curriculum,
     exponential,
     mrr,
@@ -91,10 +92,10 @@ def test_ndcg_at_3(rank: int | None, expected: float) -> None:
 def test_curriculum_in_both_phases(rank: int | None, early: float, late: float) -> None:
     for progress in (0.0, 0.1, 0.2499):
         assert curriculum(rank, progress) == near(early, abs=1e-12)
-        assert reward(PARSED, rank, shape="curriculum", progress=progress) == near(early, abs=1e-12)
+        assert reward(PARSED, Feedback(rank), shape="curriculum", progress=progress) == near(early, abs=1e-12)
     for progress in (0.25, 0.5, 1.0):
         assert curriculum(rank, progress) == near(late, abs=1e-12)
-        assert reward(PARSED, rank, shape="curriculum", progress=progress) == near(late, abs=1e-12)
+        assert reward(PARSED, Feedback(rank), shape="curriculum", progress=progress) == near(late, abs=1e-12)
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -103,25 +104,25 @@ def test_curriculum_in_both_phases(rank: int | None, early: float, late: float) 
 def test_a_broken_form_gets_the_penalty_instead_of_the_reward(
     error: RewriteError, shape: str, rank: int | None
 ) -> None:
-    assert reward(Rewrite(None, error), rank, shape=shape) == -0.1
-    assert reward(Rewrite(None, error), rank, shape=shape, format_penalty=-0.75) == -0.75
+    assert reward(Rewrite(None, error), Feedback(rank), shape=shape) == -0.1
+    assert reward(Rewrite(None, error), Feedback(rank), shape=shape, format_penalty=-0.75) == -0.75
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_kept_form_gets_the_shape_and_nothing_else(shape: str) -> None:
     for rank in (1, 2, 10, 11, 100, 101, None):
-        assert reward(PARSED, rank, shape=shape, format_penalty=-9.0, progress=0.9) == SHAPES[shape](rank)
+        assert reward(PARSED, Feedback(rank), shape=shape, format_penalty=-9.0, progress=0.9) == SHAPES[shape](rank)
 
 
 def test_the_paper_is_the_default() -> None:
-    assert [reward(PARSED, rank) for rank in (1, 10, 100, None)] == near([2.0, 1.0, 0.0, 0.0], abs=1e-12)
+    assert [reward(PARSED, Feedback(rank)) for rank in (1, 10, 100, None)] == near([2.0, 1.0, 0.0, 0.0], abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
 @given(ranks, ranks, st.sampled_from([*SHAPES, "curriculum"]), st.floats(0, 1))
 def test_a_better_rank_never_earns_less(one: int | None, other: int | None, shape: str, progress: float) -> None:
     better, worse = sorted((one, other), key=lambda rank: math.inf if rank is None else rank)
-    first, second = (reward(PARSED, rank, shape=shape, progress=progress) for rank in (better, worse))
+    first, second = (reward(PARSED, Feedback(rank), shape=shape, progress=progress) for rank in (better, worse))
     assert first >= second
     assert -0.2 <= second <= first <= 2.0
 
@@ -138,7 +139,7 @@ def test_an_unknown_shape_is_named_with_the_known_ones() -> None:
         ValueError,
         match=r"^reward shape 'ndcg' is not one of rank_incentive, reciprocal, exponential, mrr, ndcg@3, curriculum, similarity_gain$",
     ):
-        reward(PARSED, 1, shape="ndcg")
+        reward(PARSED, Feedback(1), shape="ndcg")
 
 
 @pytest.mark.parametrize(
@@ -161,10 +162,14 @@ def test_share_of_letters_that_are_not_latin(text: str, share: float) -> None:
 def test_the_language_guard_treats_drift_as_a_broken_form() -> None:
     drifted, kept = Rewrite("who wrote 哈姆雷特 the play", None), Rewrite("who wrote Hamlet", None)
     share = 4 / 19  # 4 ideographs among 19 letters
-    assert reward(drifted, 1) == 2.0  # off by default
-    assert reward(drifted, 1, language_guard=share - 0.01) == -0.1
-    assert reward(drifted, 1, language_guard=share + 0.01) == 2.0
-    assert reward(kept, 1, language_guard=0.0) == 2.0
+    assert reward(drifted, Feedback(1)) == 2.0  # off by default
+    assert reward(drifted, Feedback(1), language_guard=share - 0.01) == -0.1
+    assert reward(drifted, Feedback(1), language_guard=share + 0.01) == 2.0
+    assert reward(kept, Feedback(1), language_guard=0.0) == 2.0
     # What the user writes in another script may be answered in it.
-    assert reward(Rewrite("кто написал Гамлета", None), 1, language_guard=0.1, question="кто его написал") == 2.0
-    assert reward(Rewrite("кто написал Гамлета", None), 1, language_guard=0.1, question="who wrote it") == -0.1
+    assert (
+        reward(Rewrite("кто написал Гамлета", None), Feedback(1), language_guard=0.1, question="кто его написал") == 2.0
+    )
+    assert (
+        reward(Rewrite("кто написал Гамлета", None), Feedback(1), language_guard=0.1, question="who wrote it") == -0.1
+    )

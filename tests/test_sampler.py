@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import helpers_trainers as helpers
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,9 @@ from convsearch.model.attention import DecodeContext
 from convsearch.model.loading import encode_chat, load_model, load_tokenizer, stop_token_ids
 from convsearch.parsing import parse_rewrite
 from convsearch.sampling import hf as module
-from convsearch.sampling.hf import HfSampler, SamplingConfig, Scaffold, Tensors, _inverse_cdf
+from convsearch.sampling.base import SamplingConfig, Tensors
+from convsearch.sampling.hf import HfSampler, _inverse_cdf
+from convsearch.sampling.scaffold import Scaffold
 from convsearch.types import Completion, Conversation
 
 CHATS = (
@@ -76,7 +79,9 @@ def test_logprobs_are_those_of_plain_transformers(
 ) -> None:
     world: World = request.getfixturevalue(kind)
     plain = world.plain(attention)
-    completions = world.sampler(SamplingConfig(temperature, max_tokens=12)).generate(world.prompts, 3, seed=5)
+    completions = helpers.flat(
+        world.sampler(SamplingConfig(temperature, max_tokens=12)).generate(world.prompts, 3, seed=5)
+    )
     assert len({completion.token_ids for completion in completions}) == 12
     for number, completion in enumerate(completions):
         expected = plain_logprobs(plain, world.prompts[number // 3], completion.token_ids, temperature)
@@ -90,8 +95,8 @@ def test_logprobs_are_those_of_plain_transformers(
 def test_greedy_is_transformers_generate(kind: str, penalty: float, request: pytest.FixtureRequest) -> None:
     world: World = request.getfixturevalue(kind)
     plain = world.plain("sdpa")
-    ours = world.sampler(SamplingConfig(0.0, max_tokens=20, repetition_penalty=penalty)).generate(
-        world.prompts, 1, seed=0
+    ours = helpers.flat(
+        world.sampler(SamplingConfig(0.0, max_tokens=20, repetition_penalty=penalty)).generate(world.prompts, 1, seed=0)
     )
     for prompt, completion in zip(world.prompts, ours, strict=True):
         options = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": penalty}
@@ -106,15 +111,19 @@ def same(left: Completion, right: Completion) -> None:
 
 def test_a_sample_does_not_depend_on_its_batch(llama: World) -> None:
     keys = [11, 22, 33, 44]
-    together = llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate(llama.prompts, 3, seed=9, keys=keys)
+    together = helpers.flat(
+        llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate(llama.prompts, 3, seed=9, keys=keys)
+    )
     alone = [
-        llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate([p], 3, 9, [k])
+        helpers.flat(llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate([p], 3, 9, [k]))
         for p, k in zip(llama.prompts, keys, strict=True)
     ]
-    small = llama.sampler(SamplingConfig(1.0, max_tokens=10, batch_size=6)).generate(
-        llama.prompts, 3, seed=9, keys=keys
+    small = helpers.flat(
+        llama.sampler(SamplingConfig(1.0, max_tokens=10, batch_size=6)).generate(llama.prompts, 3, seed=9, keys=keys)
     )
-    fewer = llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate(llama.prompts, 2, seed=9, keys=keys)
+    fewer = helpers.flat(
+        llama.sampler(SamplingConfig(1.0, max_tokens=10)).generate(llama.prompts, 2, seed=9, keys=keys)
+    )
     for number, completion in enumerate(together):
         same(completion, alone[number // 3][number % 3])
         same(completion, small[number])
@@ -124,10 +133,12 @@ def test_a_sample_does_not_depend_on_its_batch(llama: World) -> None:
 
 def test_seed_key_and_number_all_matter(llama: World) -> None:
     sampler = llama.sampler(SamplingConfig(1.0, max_tokens=8))
-    twice = sampler.generate([llama.prompts[0], llama.prompts[0]], 2, seed=1)  # one prompt under two keys
-    other = sampler.generate([llama.prompts[0]], 2, seed=2)
+    twice = helpers.flat(sampler.generate([llama.prompts[0], llama.prompts[0]], 2, seed=1))  # one prompt under two keys
+    other = helpers.flat(sampler.generate([llama.prompts[0]], 2, seed=2))
     assert len({completion.token_ids for completion in [*twice, *other]}) == 6
-    assert [c.token_ids for c in sampler.generate([llama.prompts[0]], 2, seed=1)] == [c.token_ids for c in twice[:2]]
+    assert [c.token_ids for c in helpers.flat(sampler.generate([llama.prompts[0]], 2, seed=1))] == [
+        c.token_ids for c in twice[:2]
+    ]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -138,9 +149,9 @@ def test_reading_the_common_prefix_once_changes_nothing(
     prompts = [world.prompts[0] + (tail,) * (tail % 5) for tail in (70, 71, 72, 74)] + [world.prompts[0]]
     shared = module._common_prefix(prompts)
     assert shared == len(world.prompts[0]) - 1  # one prompt is a prefix of the others: its last token is left
-    with_sharing = world.sampler(SamplingConfig(1.0, max_tokens=10)).generate(prompts, 2, seed=3)
+    with_sharing = helpers.flat(world.sampler(SamplingConfig(1.0, max_tokens=10)).generate(prompts, 2, seed=3))
     monkeypatch.setattr(module, "_common_prefix", lambda prompts: 0)
-    without = world.sampler(SamplingConfig(1.0, max_tokens=10)).generate(prompts, 2, seed=3)
+    without = helpers.flat(world.sampler(SamplingConfig(1.0, max_tokens=10)).generate(prompts, 2, seed=3))
     for left, right in zip(with_sharing, without, strict=True):
         same(left, right)
 
@@ -175,8 +186,8 @@ def test_first_tokens_follow_the_model(llama: World) -> None:
     from scipy.stats import chisquare
 
     draws = 4000
-    completions = llama.sampler(SamplingConfig(1.0, max_tokens=1, batch_size=draws)).generate(
-        [llama.prompts[0]], draws, seed=1
+    completions = helpers.flat(
+        llama.sampler(SamplingConfig(1.0, max_tokens=1, batch_size=draws)).generate([llama.prompts[0]], draws, seed=1)
     )
     with torch.no_grad():
         probs = llama.plain()(torch.tensor([llama.prompts[0]])).logits[0, -1].softmax(-1).double().numpy()
@@ -208,16 +219,20 @@ def test_top_k_and_top_p(config: SamplingConfig, allowed: set[int], llama: World
 
 
 def test_top_k_of_one_is_greedy(llama: World) -> None:
-    greedy = llama.sampler(SamplingConfig(0.0, max_tokens=10)).generate(llama.prompts, 1, seed=0)
-    narrow = llama.sampler(SamplingConfig(1.0, top_k=1, max_tokens=10)).generate(llama.prompts, 1, seed=0)
+    greedy = helpers.flat(llama.sampler(SamplingConfig(0.0, max_tokens=10)).generate(llama.prompts, 1, seed=0))
+    narrow = helpers.flat(llama.sampler(SamplingConfig(1.0, top_k=1, max_tokens=10)).generate(llama.prompts, 1, seed=0))
     assert [c.token_ids for c in greedy] == [c.token_ids for c in narrow]
 
 
 def test_stop_tokens_end_a_sample_and_stay_in_it(llama: World) -> None:
-    free = llama.sampler(SamplingConfig(1.0, max_tokens=12), stop_ids=()).generate(llama.prompts, 4, seed=4)
+    free = helpers.flat(
+        llama.sampler(SamplingConfig(1.0, max_tokens=12), stop_ids=()).generate(llama.prompts, 4, seed=4)
+    )
     assert {completion.finish_reason for completion in free} == {"length"}
     stop = free[0].token_ids[5], free[7].token_ids[3]
-    ended = llama.sampler(SamplingConfig(1.0, max_tokens=12), stop_ids=stop).generate(llama.prompts, 4, seed=4)
+    ended = helpers.flat(
+        llama.sampler(SamplingConfig(1.0, max_tokens=12), stop_ids=stop).generate(llama.prompts, 4, seed=4)
+    )
     for long, short in zip(free, ended, strict=True):
         cut = next((i + 1 for i, token in enumerate(long.token_ids) if token in stop), None)
         assert short.token_ids == long.token_ids[:cut]
@@ -228,9 +243,13 @@ def test_stop_tokens_end_a_sample_and_stay_in_it(llama: World) -> None:
 
 
 def test_a_stop_token_in_the_last_place_counts_as_a_stop(llama: World) -> None:
-    (free,) = llama.sampler(SamplingConfig(1.0, max_tokens=6), stop_ids=()).generate(llama.prompts[:1], 1, seed=4)
-    (ended,) = llama.sampler(SamplingConfig(1.0, max_tokens=6), stop_ids=(free.token_ids[-1],)).generate(
-        llama.prompts[:1], 1, seed=4
+    (free,) = helpers.flat(
+        llama.sampler(SamplingConfig(1.0, max_tokens=6), stop_ids=()).generate(llama.prompts[:1], 1, seed=4)
+    )
+    (ended,) = helpers.flat(
+        llama.sampler(SamplingConfig(1.0, max_tokens=6), stop_ids=(free.token_ids[-1],)).generate(
+            llama.prompts[:1], 1, seed=4
+        )
     )
     assert (ended.token_ids, ended.finish_reason) == (free.token_ids, "stop")
 
@@ -241,7 +260,7 @@ def test_the_scaffold_always_parses(kind: str, temperature: float, request: pyte
     world: World = request.getfixturevalue(kind)
     scaffold = Scaffold.rewrite_form(6, 5)
     sampler = world.sampler(SamplingConfig(temperature, max_tokens=64, batch_size=256), scaffold)
-    completions = sampler.generate(world.prompts, 50, seed=2)
+    completions = helpers.flat(sampler.generate(world.prompts, 50, seed=2))
     assert [parse_rewrite(completion.text, completion.finish_reason).error for completion in completions] == [
         None
     ] * 200
@@ -254,7 +273,7 @@ def test_the_scaffold_always_parses(kind: str, temperature: float, request: pyte
 def test_scaffolded_logprobs_are_the_models_too(llama: World) -> None:
     sampler = llama.sampler(SamplingConfig(0.7, max_tokens=64), Scaffold.rewrite_form(6, 5))
     plain = llama.plain()
-    for number, completion in enumerate(sampler.generate(llama.prompts, 2, seed=2)):
+    for number, completion in enumerate(helpers.flat(sampler.generate(llama.prompts, 2, seed=2))):
         expected = plain_logprobs(plain, llama.prompts[number // 2], completion.token_ids, 0.7)
         assert completion.logprobs == pytest.approx(expected, abs=1e-4)
 
@@ -278,8 +297,10 @@ def test_a_long_limit_costs_no_memory_before_it_is_needed(llama: World, monkeypa
 
     monkeypatch.setattr(HfSampler, "_forward", spy)
     monkeypatch.setattr(module, "FIRST_CAPACITY", 8)
-    long = llama.sampler(SamplingConfig(1.0, max_tokens=4096), stop_ids=llama.stop_ids + tuple(range(2, 20))).generate(
-        llama.prompts, 2, 6
+    long = helpers.flat(
+        llama.sampler(SamplingConfig(1.0, max_tokens=4096), stop_ids=llama.stop_ids + tuple(range(2, 20))).generate(
+            llama.prompts, 2, 6
+        )
     )
     assert max(len(completion.token_ids) for completion in long) > 16
     assert all(length < capacity <= max(8, 2 * length) for length, capacity in capacities)
@@ -307,11 +328,13 @@ def test_load_weights_takes_over_a_policy(llama: World) -> None:
     other = load_model(str(llama.folder))
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(2)
-    theirs = HfSampler(other, llama.tokenizer, SamplingConfig(1.0, max_tokens=6), ()).generate(llama.prompts, 1, seed=1)
+    theirs = helpers.flat(
+        HfSampler(other, llama.tokenizer, SamplingConfig(1.0, max_tokens=6), ()).generate(llama.prompts, 1, seed=1)
+    )
     sampler = HfSampler(load_model(str(llama.folder)), llama.tokenizer, SamplingConfig(1.0, max_tokens=6), ())
-    before = sampler.generate(llama.prompts, 1, seed=1)
+    before = helpers.flat(sampler.generate(llama.prompts, 1, seed=1))
     sampler.load_weights(Tensors(other.state_dict()), version=7)
-    after = sampler.generate(llama.prompts, 1, seed=1)
+    after = helpers.flat(sampler.generate(llama.prompts, 1, seed=1))
     assert [c.logprobs for c in after] == [c.logprobs for c in theirs] != [c.logprobs for c in before]
     assert {c.weights_version for c in before} == {0}
     assert {c.weights_version for c in after} == {7}

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from convsearch.generation import infer
+from convsearch import infer
 
 INFERENCE = """
     --model_name_or_path path/to/your/model \

@@ -21,10 +21,11 @@ import helpers_trainers as helpers
 import pytest
 import torch
 
+from convsearch import sft as command
 from convsearch.config import load_sft_config
 from convsearch.runs.tracking import read_metrics
 from convsearch.trainers import sft
-from convsearch.trainers.data import batch_indices
+from convsearch.trainers.data import batch_of
 
 PAIRS = [
     (f"q{number}", helpers.question(town, aspect), helpers.answer(town, aspect) + " yes" * (number % 4))
@@ -89,7 +90,7 @@ def test_the_loss_is_transformers_own_with_masked_prompts(
         optim__lr=1e-2,
     )
     for step, before in enumerate([tiny_llama, tmp_path / "global_step_1"]):
-        batch = [TRAIN[i] for i in batch_indices(len(TRAIN), 8, step, seed=1)]
+        batch = batch_of(TRAIN, 8, step, seed=1)
         assert metrics[step]["loss"] == pytest.approx(plain_loss(before, batch), rel=1e-5)
         after = plain_loss(tmp_path / f"global_step_{step + 1}", HELD_OUT)  # 5 rows, in micro-batches of 4
         assert metrics[step]["val_loss"] == pytest.approx(after, rel=1e-5)
@@ -198,7 +199,7 @@ def test_long_rows_are_cut_at_the_named_end(side: str, kept: slice, tiny_llama: 
     file = helpers.write_parquet(tmp_path / "long.parquet", helpers.sft_rows([long]))
     overrides = helpers.sft_overrides(tiny_llama, file, tmp_path / "run", max_length=40, data__truncation=side)
     cfg, tokenizer = load_sft_config(overrides), load_tokenizer(str(tiny_llama))
-    (tree,) = sft.read_rows(cfg, cfg.data.train_files, tokenizer)
+    (tree,) = sft.read_rows(cfg.data, cfg.data.train_files, tokenizer)
     prompt_ids = encode_chat(tokenizer, ({"role": "user", "content": long[1]},))
     whole = (*prompt_ids, *tokenizer.encode(long[2], add_special_tokens=False), tokenizer.eos_token_id)
     assert len(whole) > 40 > len(prompt_ids)
@@ -207,7 +208,7 @@ def test_long_rows_are_cut_at_the_named_end(side: str, kept: slice, tiny_llama: 
 
 
 def failed(model: Path, train: Path, run_dir: Path, **changed: Any) -> str:
-    return helpers.one_sentence(*helpers.call(sft.main, helpers.sft_overrides(model, train, run_dir, **changed)))
+    return helpers.one_sentence(*helpers.call(command.main, helpers.sft_overrides(model, train, run_dir, **changed)))
 
 
 def test_a_truncated_checkpoint_is_named_with_the_remedy(

@@ -16,7 +16,7 @@ from helpers_retriever import Lengths, running
 from convsearch.config.grpo import RewardConfig
 from convsearch.retriever.client import RetrieverClient
 from convsearch.rewards.scoring import score
-from convsearch.rewards.shapes import rank_incentive, reward
+from convsearch.rewards.shapes import Feedback, rank_incentive, reward
 from convsearch.types import Completion, Example, Rewrite
 from retriever_server.bm25.index import Bm25Index
 from retriever_server.serving.app import create_app
@@ -46,10 +46,10 @@ def test_by_hand() -> None:
     # near: cos 45 - cos 45 = 0; nearer: 4/5 - 3/5; the second: -3/5 - 3/5
     assert gains == pytest.approx([(0 + 0.2) / 2, -1.2], abs=1e-7)
     paid = {"shape": "similarity_gain", "similarity_weight": 1.0, "format_penalty": -1.0}
-    assert reward(Rewrite("output", None), None, gains[0], **paid) == pytest.approx(1.0)
-    assert reward(Rewrite(None, "empty"), None, None, **paid) == -1
+    assert reward(Rewrite("output", None), Feedback(None, gains[0]), **paid) == pytest.approx(1.0)
+    assert reward(Rewrite(None, "empty"), Feedback(None, None), **paid) == -1
     mixed = {"shape": "rank_incentive", "rank_weight": 0.5, "similarity_weight": 0.25}
-    assert reward(Rewrite("output", None), 10, gains[0], **mixed) == pytest.approx(0.5 * 1 + 0.25 * 1)
+    assert reward(Rewrite("output", None), Feedback(10, gains[0]), **mixed) == pytest.approx(0.5 * 1 + 0.25 * 1)
 
 
 def test_a_batch_is_one_call_and_anchors_are_encoded_once() -> None:
@@ -144,8 +144,8 @@ def test_scores_through_a_server_are_those_of_the_formula(tmp_path: Path, form: 
         RetrieverClient(str(http.base_url)) as client,
     ):
         scores = score(cfg, client, [*EXAMPLES, EXAMPLES[0]], [completion(text) for text in outputs])
-    assert [scored.rank for scored in scores] == [1, None, None]
-    assert [scored.gain for scored in scores] == [pytest.approx(0.1), pytest.approx(0.2), None]
+    assert [scored.feedback.rank for scored in scores] == [1, None, None]
+    assert [scored.feedback.gain for scored in scores] == [pytest.approx(0.1), pytest.approx(0.2), None]
     assert [scored.reward for scored in scores] == pytest.approx([0.5 * 2 + 1.0, 2.0, -1.0])
     assert scores[2].rewrite.error == "empty"
 
@@ -163,7 +163,7 @@ def test_ranks_alone_need_no_encoder(tmp_path: Path) -> None:
                 EXAMPLES,
                 [completion("<think>a</think><rewrite>a</rewrite>")] * 2,
             )
-    assert [(scored.rank, scored.gain) for scored in scores] == [(2, None), (1, None)]
+    assert [scored.feedback for scored in scores] == [Feedback(2), Feedback(1)]
 
 
 def minilm() -> str:
@@ -217,15 +217,21 @@ def test_grpo_trains_on_the_similarity_and_replays_it(
         overrides = helpers_trainers.grpo_overrides(form_llama, data, tmp_path / name, url, **paid, **more)
         train(load_grpo_config(overrides))
     samples = rollouts.load(tmp_path / "recorded", 1)
-    parsed = [sample for sample in samples if sample.rewrite.text is not None]
-    assert len({sample.gain for sample in parsed}) > 1
-    assert all(sample.gain is None and sample.reward == -0.1 for sample in samples if sample.rewrite.text is None)
+    parsed = [sample for sample in samples if sample.score.rewrite.text is not None]
+    assert len({sample.score.feedback.gain for sample in parsed}) > 1
+    assert all(
+        sample.score.feedback.gain is None and sample.score.reward == -0.1
+        for sample in samples
+        if sample.score.rewrite.text is None
+    )
     for sample in parsed:
-        assert sample.gain is not None
-        assert sample.reward == pytest.approx(rank_incentive(sample.rank) + 0.5 * 10 * sample.gain)
+        assert sample.score.feedback.gain is not None
+        assert sample.score.reward == pytest.approx(
+            rank_incentive(sample.score.feedback.rank) + 0.5 * 10 * sample.score.feedback.gain
+        )
     assert rollouts.load(tmp_path / "replayed", 1) == samples
     assert read_metrics(tmp_path / "recorded")[1]["similarity_gain"] == pytest.approx(
-        np.mean([sample.gain for sample in parsed])
+        np.mean([sample.score.feedback.gain for sample in parsed])
     )
 
 

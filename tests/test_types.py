@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convsearch import types
-from convsearch.types import Completion, Conversation, Example, Rewrite, Rollout, Turn
+from convsearch.types import Completion, Conversation, Example, Rewrite, Turn
 
 RECORD = {
     "qid": "t_1_2",
@@ -139,7 +139,6 @@ MESSAGES = [
     Completion((1,), (-0.5,), "x", "stop"),
     Rewrite("a", None),
     Example("q", ({"role": "user", "content": "who?"},), "who?", ("d",)),
-    Rollout("q", (1,), Completion((1,), (-0.5,), "x", "stop"), Rewrite("a", None), 1, 2.0, 0.5),
 ]
 
 

@@ -162,7 +162,7 @@ class _Launch:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         where = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=node)
-        options = {"num_cpus": 1, "num_gpus": num_gpus if self.on_gpu else 0, "max_restarts": 0}
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": num_gpus if self.on_gpu else 0, "max_restarts": 0}
         options |= {"scheduling_strategy": where, "runtime_env": {"env_vars": self._environment()}}
         return self.ray.remote(kind).options(**options).remote(os.getcwd(), *arguments)
 

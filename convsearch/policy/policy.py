@@ -102,7 +102,8 @@ class LocalPolicy:
         self.module.train()
         mixed = bf16 and not distributed.is_sharded(self.module)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
-        trained, options = self._trained(), {"lr": lr, "betas": betas, "weight_decay": weight_decay, "fused": True}
+        options: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "fused": True}
+        trained = self._trained()
         self.optimizer = torch.optim.AdamW(trained, **options) if trained else None  # a frozen reference has none
 
     def _trained(self) -> list[nn.Parameter]:

@@ -64,7 +64,7 @@ def prompt_rewards(run_dir: Path, steps: range) -> list[float]:
     for step in steps:
         groups: dict[str, list[float]] = {}
         for rollout in load(run_dir, step):
-            groups.setdefault(rollout.qid, []).append(rollout.reward)
+            groups.setdefault(rollout.example.qid, []).append(rollout.score.reward)
         means += map(statistics.fmean, groups.values())
     return means
 

@@ -18,7 +18,7 @@ from convsearch.rewards.shapes import Feedback
 from convsearch.sampling.base import Finished, Prompt, WeightSource
 from convsearch.types import Completion, Example, Rewrite
 
-_TYPES = {int | None: pa.int32(), float | None: pa.float64()}  # of the retriever's signals
+_TYPES: dict[Any, pa.DataType] = {int | None: pa.int32(), float | None: pa.float64()}  # of the retriever's signals
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()),

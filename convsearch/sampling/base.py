@@ -15,7 +15,9 @@ Finished = dict[int, list[Completion]]  # position of a prompt -> its n samples
 class WeightSource(Protocol):
     """Where a sampler gets new weights: a policy."""
 
-    causal_lm: Any  # the trained module, or only its configuration when the module is in other processes
+    @property
+    def causal_lm(self) -> Any:
+        """The trained module; an object without weights if the module is in other processes."""
 
     def weights(self) -> dict[str, Tensor]:
         """Full tensors on the CPU, by Hugging Face name."""

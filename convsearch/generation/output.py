@@ -1,0 +1,148 @@
+"""The files of distillation and inference: conversations in, and one line per conversation out, which a killed run resumes."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from convsearch.files import atomic_write, named_errors, read_jsonl
+from convsearch.generation.rewriter import build_rewriter
+from convsearch.types import Completion, Conversation
+
+Record = dict[str, Any]
+
+# What the lines of an output depend on: a file is never continued under other settings.
+SETTINGS = (
+    "model_name_or_path",
+    "model_name",
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "repetition_penalty",
+    "seed",
+    "prompt_style",
+    "max_history_turns",
+    "scaffold",
+    "think_tokens",
+    "rewrite_tokens",
+    "dtype",
+)
+
+
+def read_input(path: str, task: str = "rewrite") -> tuple[list[Record], list[Conversation]]:
+    """The lines of a conversations file (task "rqr": or of BRIGHT's topics), as they are and as conversations.
+
+    Raises:
+        ValueError: a line is not a conversation, or a query id occurs twice; names file and line.
+    """
+    records, conversations = [], []
+    lines: dict[str, int] = {}
+    for number, record in read_jsonl(path):
+        if task == "rqr" and "qid" not in record:  # a topic {id, query, ...}
+            record = {"qid": record.get("id"), "question": record.get("query")}
+        try:
+            conversation = Conversation.from_record(record)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        if conversation.qid in lines:
+            first = lines[conversation.qid]
+            raise ValueError(f"{path}:{number}: query {conversation.qid!r} is in line {first} already")
+        lines[conversation.qid] = number
+        records.append(record)
+        conversations.append(conversation)
+    return records, conversations
+
+
+class ResumableLines:
+    """An output file of JSON lines, one per conversation, under fixed settings.
+
+    Args:
+        written: a field that every line of this command has.
+        qids: all query ids of the input.
+
+    Raises:
+        ValueError: the file has a query that is not in the input, lines of another command, or other settings; names both values.
+    """
+
+    def __init__(self, path: Path, args: argparse.Namespace, written: str, qids: Iterable[str]):
+        self.path, self.args = path, args
+        self.done = self._finished(written, set(qids))
+        self._check_settings()
+
+    def _finished(self, written: str, qids: set[str]) -> dict[str, Record]:
+        """The lines of an earlier run, by query id; cuts off a half-written last line."""
+        path, done = self.path, dict[str, Record]()
+        if not path.is_file():
+            return done
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{where}: not a line of JSON ({error}); delete the line, or name another output"
+                ) from error
+            if not isinstance(record, dict) or "qid" not in record or written not in record:
+                raise ValueError(f"{where}: not a line that this command writes; name another output")
+            if record["qid"] not in qids:
+                foreign = f"query {record['qid']!r} is not in the input; the file belongs to other data"
+                raise ValueError(f"{where}: {foreign}: name another output")
+            done[record["qid"]] = record
+        return done
+
+    def _check_settings(self) -> None:
+        """Writes ``<path>.settings.json`` beside a new output; compares it if lines are there."""
+        beside = self.path.with_name(f"{self.path.name}.settings.json")
+        now = {name: getattr(self.args, name) for name in SETTINGS}
+        if self.path.is_file() and self.path.stat().st_size and beside.is_file():
+            before = {"repetition_penalty": 1.0, **json.loads(beside.read_text(encoding="utf-8"))}
+            for name in SETTINGS:
+                if before.get(name) != now[name]:
+                    differ = f"was sampled with --{name} {before.get(name)}, now it is {now[name]}"
+                    remedy = "set it back, delete the file, or name another output"
+                    raise ValueError(f"{self.path} {differ}: {remedy}")
+            return
+        with atomic_write(beside) as file:
+            json.dump(now, file, indent=1)
+
+    def complete(
+        self,
+        conversations: Sequence[Conversation],
+        n: int,
+        prompts_per_slice: int,
+        lines: Callable[[Sequence[Conversation], list[list[Completion]]], Iterable[Record]],
+        description: str,
+    ) -> None:
+        """Samples n completions of each conversation without a line, and appends their lines, slice by slice.
+
+        Args:
+            lines: conversations and their completions -> the lines to write.
+        """
+        rest = [conversation for conversation in conversations if conversation.qid not in self.done]
+        kept = len(conversations) - len(rest)
+        if self.done:
+            print(f"{self.path}: {kept} of {len(conversations)} lines are there already and are kept")
+        if not rest:
+            return
+        rewriter = build_rewriter(self.args)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            named_errors(self.path),
+            self.path.open("a", encoding="utf-8") as file,
+            tqdm(total=len(conversations), initial=kept, desc=description, unit="question") as bar,
+        ):
+            for part, groups in rewriter.slices(rest, n, self.args.seed, prompts_per_slice):
+                for record in lines(part, groups):
+                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                bar.update(len(part))
