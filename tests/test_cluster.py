@@ -9,7 +9,7 @@
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ class Judge:
         self.heard = threading.Event()
 
     def feedback(
-        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], *, with_gain: bool
+        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], signals: Collection[str]
     ) -> list[Feedback]:
         self.asked += texts_N
         self.heard.set()

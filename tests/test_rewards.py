@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convsearch.config.grpo import RewardConfig
 from convsearch.rewards.shapes import (
     DEPTH,
     SHAPES,
+    SIMILARITY,
     Feedback,
     curriculum,
     exponential,
@@ -26,6 +29,13 @@ PARSED = Rewrite("who is Anne Hathaway", None)
 ERRORS: list[RewriteError] = ["no_tag", "many_tags", "empty", "truncated", "format"]
 ranks = st.none() | st.integers(1, 200)
 near = pytest.approx
+
+
+def paid(rewrite: Rewrite, rank: int | None, question: str = "", progress: float = 0.0, **options: Any) -> float:
+    """The reward under these options; ``guard``: a language guard with that share."""
+    if (guard := options.pop("guard", None)) is not None:
+        options |= {"language_guard": True, "language_guard_share": guard}
+    return reward(rewrite, Feedback(rank), RewardConfig(**options), question, progress)
 
 
 # r in 1..10: 19/9 - r/9 = (19 - r)/9; r in 11..100: 10/9 - r/90 = (100 - r)/90.
@@ -92,10 +102,10 @@ def test_ndcg_at_3(rank: int | None, expected: float) -> None:
 def test_curriculum_in_both_phases(rank: int | None, early: float, late: float) -> None:
     for progress in (0.0, 0.1, 0.2499):
         assert curriculum(rank, progress) == near(early, abs=1e-12)
-        assert reward(PARSED, Feedback(rank), shape="curriculum", progress=progress) == near(early, abs=1e-12)
+        assert paid(PARSED, rank, name="curriculum", progress=progress) == near(early, abs=1e-12)
     for progress in (0.25, 0.5, 1.0):
         assert curriculum(rank, progress) == near(late, abs=1e-12)
-        assert reward(PARSED, Feedback(rank), shape="curriculum", progress=progress) == near(late, abs=1e-12)
+        assert paid(PARSED, rank, name="curriculum", progress=progress) == near(late, abs=1e-12)
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -104,25 +114,25 @@ def test_curriculum_in_both_phases(rank: int | None, early: float, late: float) 
 def test_a_broken_form_gets_the_penalty_instead_of_the_reward(
     error: RewriteError, shape: str, rank: int | None
 ) -> None:
-    assert reward(Rewrite(None, error), Feedback(rank), shape=shape) == -0.1
-    assert reward(Rewrite(None, error), Feedback(rank), shape=shape, format_penalty=-0.75) == -0.75
+    assert paid(Rewrite(None, error), rank, name=shape) == -0.1
+    assert paid(Rewrite(None, error), rank, name=shape, format_penalty=-0.75) == -0.75
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_kept_form_gets_the_shape_and_nothing_else(shape: str) -> None:
     for rank in (1, 2, 10, 11, 100, 101, None):
-        assert reward(PARSED, Feedback(rank), shape=shape, format_penalty=-9.0, progress=0.9) == SHAPES[shape](rank)
+        assert paid(PARSED, rank, name=shape, format_penalty=-9.0, progress=0.9) == SHAPES[shape](rank)
 
 
 def test_the_paper_is_the_default() -> None:
-    assert [reward(PARSED, Feedback(rank)) for rank in (1, 10, 100, None)] == near([2.0, 1.0, 0.0, 0.0], abs=1e-12)
+    assert [paid(PARSED, rank) for rank in (1, 10, 100, None)] == near([2.0, 1.0, 0.0, 0.0], abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
 @given(ranks, ranks, st.sampled_from([*SHAPES, "curriculum"]), st.floats(0, 1))
 def test_a_better_rank_never_earns_less(one: int | None, other: int | None, shape: str, progress: float) -> None:
     better, worse = sorted((one, other), key=lambda rank: math.inf if rank is None else rank)
-    first, second = (reward(PARSED, Feedback(rank), shape=shape, progress=progress) for rank in (better, worse))
+    first, second = (paid(PARSED, rank, name=shape, progress=progress) for rank in (better, worse))
     assert first >= second
     assert -0.2 <= second <= first <= 2.0
 
@@ -134,12 +144,9 @@ def test_the_paper_s_shape_tells_every_rank_within_the_depth_apart() -> None:
     assert steps[9:] == near([1 / 90] * 90)
 
 
-def test_an_unknown_shape_is_named_with_the_known_ones() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"^reward shape 'ndcg' is not one of rank_incentive, reciprocal, exponential, mrr, ndcg@3, curriculum, similarity_gain$",
-    ):
-        reward(PARSED, Feedback(1), shape="ndcg")
+def test_every_configured_shape_has_a_function() -> None:
+    names = get_args(RewardConfig.model_fields["name"].annotation)
+    assert sorted(names) == sorted([*SHAPES, "curriculum", SIMILARITY])
 
 
 @pytest.mark.parametrize(
@@ -162,14 +169,10 @@ def test_share_of_letters_that_are_not_latin(text: str, share: float) -> None:
 def test_the_language_guard_treats_drift_as_a_broken_form() -> None:
     drifted, kept = Rewrite("who wrote 哈姆雷特 the play", None), Rewrite("who wrote Hamlet", None)
     share = 4 / 19  # 4 ideographs among 19 letters
-    assert reward(drifted, Feedback(1)) == 2.0  # off by default
-    assert reward(drifted, Feedback(1), language_guard=share - 0.01) == -0.1
-    assert reward(drifted, Feedback(1), language_guard=share + 0.01) == 2.0
-    assert reward(kept, Feedback(1), language_guard=0.0) == 2.0
+    assert paid(drifted, 1) == 2.0  # off by default
+    assert paid(drifted, 1, guard=share - 0.01) == -0.1
+    assert paid(drifted, 1, guard=share + 0.01) == 2.0
+    assert paid(kept, 1, guard=0.0) == 2.0
     # What the user writes in another script may be answered in it.
-    assert (
-        reward(Rewrite("кто написал Гамлета", None), Feedback(1), language_guard=0.1, question="кто его написал") == 2.0
-    )
-    assert (
-        reward(Rewrite("кто написал Гамлета", None), Feedback(1), language_guard=0.1, question="who wrote it") == -0.1
-    )
+    assert paid(Rewrite("кто написал Гамлета", None), 1, guard=0.1, question="кто его написал") == 2.0
+    assert paid(Rewrite("кто написал Гамлета", None), 1, guard=0.1, question="who wrote it") == -0.1

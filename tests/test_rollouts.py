@@ -106,10 +106,10 @@ def test_a_replay_gives_back_samples_and_ranks_step_by_step(tmp_path: Path) -> N
         expected = [[f"{step}.0", f"{step}.1"], [f"{step + 10}.0", f"{step + 10}.1"]]
         assert [[completion.text for completion in group] for group in sampled] == expected
         examples = [Example("q", (), "", ("d",))] * 4
-        assert replay.feedback(examples, ["any"] * 4, with_gain=False) == [Feedback(rank) for rank in (1, 2, 1, 2)]
+        assert replay.feedback(examples, ["any"] * 4, {"rank"}) == [Feedback(rank) for rank in (1, 2, 1, 2)]
         replay.load_weights(Tensors({}), version=step)
-    with pytest.raises(ValueError, match=r"000006\.parquet holds no similarities to replay"):
-        replay.feedback(examples, ["any"] * 4, with_gain=True)
+    with pytest.raises(ValueError, match=r"000006\.parquet has no gain to replay"):
+        replay.feedback(examples, ["any"] * 4, {"rank", "gain"})
     with pytest.raises(ValueError, match=rf"^{tmp_path}/rollouts/000007\.parquet: no rollouts of step 7 to replay$"):
         replay.generate([(7, 7)], 2, seed=99)
 

@@ -45,11 +45,11 @@ def test_by_hand() -> None:
     )
     # near: cos 45 - cos 45 = 0; nearer: 4/5 - 3/5; the second: -3/5 - 3/5
     assert gains == pytest.approx([(0 + 0.2) / 2, -1.2], abs=1e-7)
-    paid = {"shape": "similarity_gain", "similarity_weight": 1.0, "format_penalty": -1.0}
-    assert reward(Rewrite("output", None), Feedback(None, gains[0]), **paid) == pytest.approx(1.0)
-    assert reward(Rewrite(None, "empty"), Feedback(None, None), **paid) == -1
-    mixed = {"shape": "rank_incentive", "rank_weight": 0.5, "similarity_weight": 0.25}
-    assert reward(Rewrite("output", None), Feedback(10, gains[0]), **mixed) == pytest.approx(0.5 * 1 + 0.25 * 1)
+    paid = RewardConfig(name="similarity_gain", format_penalty=-1.0)
+    assert reward(Rewrite("output", None), Feedback(None, gains[0]), paid) == pytest.approx(1.0)
+    assert reward(Rewrite(None, "empty"), Feedback(None, None), paid) == -1
+    mixed = RewardConfig(rank_weight=0.5, similarity_weight=0.25)
+    assert reward(Rewrite("output", None), Feedback(10, gains[0]), mixed) == pytest.approx(0.5 * 1 + 0.25 * 1)
 
 
 def test_a_batch_is_one_call_and_anchors_are_encoded_once() -> None:

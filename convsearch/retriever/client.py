@@ -8,7 +8,7 @@ import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
@@ -73,11 +73,11 @@ class RetrieverClient:
         self._random = random.Random()  # jitter must not advance the global generator, which experiments seed
 
     def feedback(
-        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], *, with_gain: bool
+        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], signals: Collection[str]
     ) -> list[Feedback]:
         """Implements ``convsearch.rewards.scoring.Retriever``. Raises as ``gold_ranks`` and ``similarity_gains`` do."""
         ranks_N = self.gold_ranks([example.gold_docids for example in examples_N], texts_N)
-        gains_N = self.similarity_gains(examples_N, texts_N) if with_gain else [None] * len(texts_N)
+        gains_N = self.similarity_gains(examples_N, texts_N) if "gain" in signals else [None] * len(texts_N)
         return list(map(Feedback, ranks_N, gains_N))
 
     def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:

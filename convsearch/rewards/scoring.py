@@ -1,6 +1,6 @@
 """Completions -> parsed, judged by the retriever, rewarded: what a GRPO step and its validation need."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -8,7 +8,7 @@ from typing import Protocol
 
 from convsearch.config.grpo import RewardConfig
 from convsearch.parsing import PARSERS
-from convsearch.rewards.shapes import Feedback, reward
+from convsearch.rewards.shapes import Feedback, reward, signals_of
 from convsearch.types import Completion, Example, Rewrite
 
 REQUESTS_AT_ONCE = 8  # to the retriever
@@ -18,12 +18,12 @@ class Retriever(Protocol):
     """Judges texts. ``convsearch.retriever.client.RetrieverClient`` asks a server, ``convsearch.runs.rollouts.Replay`` reads a dump."""
 
     def feedback(
-        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], *, with_gain: bool
+        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], signals: Collection[str]
     ) -> list[Feedback]:
         """What each text is worth for its example; nothing is found for a text that is None (nothing parsed).
 
         Args:
-            with_gain: compute the similarity gain, too.
+            signals: the fields of ``Feedback`` to compute.
         """
 
 
@@ -67,10 +67,9 @@ def score(
 ) -> list[Score]:
     """One score per completion, in one batch. ``progress``: share of the training steps done, 0 to 1."""
     rewrites_N = [PARSERS[cfg.form](completion.text, completion.finish_reason) for completion in completions_N]
-    with_gain = bool(cfg.weights[1])
-    feedback_N = retriever.feedback(examples_N, [rewrite.text for rewrite in rewrites_N], with_gain=with_gain)
+    feedback_N = retriever.feedback(examples_N, [rewrite.text for rewrite in rewrites_N], signals_of(cfg))
     return [
-        Score(rewrite, feedback, configured_reward(cfg, example, rewrite, feedback, progress))
+        Score(rewrite, feedback, reward(rewrite, feedback, cfg, example.question, progress))
         for example, rewrite, feedback in zip(examples_N, rewrites_N, feedback_N, strict=True)
     ]
 
@@ -109,21 +108,3 @@ def score_stream(
         pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody waits for the other requests
     assert sorted(groups) == list(range(len(examples_P))), "a stream must contain every prompt once"
     return [groups[p] for p in range(len(examples_P))]
-
-
-def configured_reward(
-    cfg: RewardConfig, example: Example, rewrite: Rewrite, feedback: Feedback, progress: float
-) -> float:
-    """``rewards.shapes.reward`` with the options of the configuration."""
-    rank_weight, similarity_weight = cfg.weights
-    return reward(
-        rewrite,
-        feedback,
-        shape=cfg.name,
-        rank_weight=rank_weight,
-        similarity_weight=similarity_weight,
-        format_penalty=cfg.format_penalty,
-        language_guard=cfg.language_guard_share if cfg.language_guard else None,
-        question=example.question,
-        progress=progress,
-    )

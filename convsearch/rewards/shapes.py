@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from convsearch.config.grpo import RewardConfig
 from convsearch.types import Rewrite
 
 DEPTH: Final = 100  # ranks beyond it earn nothing; the published shapes are defined for it
@@ -85,39 +86,31 @@ def non_latin_share(text: str) -> float:
     return foreign / len(letters) if letters else 0.0
 
 
-def reward(
-    rewrite: Rewrite,
-    feedback: Feedback,
-    *,
-    shape: str = "rank_incentive",
-    rank_weight: float = 1.0,
-    similarity_weight: float = 0.0,
-    format_penalty: float = -0.1,
-    language_guard: float | None = None,
-    question: str = "",
-    progress: float = 0.0,
-) -> float:
+def signals_of(cfg: RewardConfig) -> frozenset[str]:
+    """The fields of ``Feedback`` that the reward needs; the rank is always watched."""
+    return frozenset({"rank", "gain"} if cfg.weights[1] else {"rank"})
+
+
+def reward(rewrite: Rewrite, feedback: Feedback, cfg: RewardConfig, question: str = "", progress: float = 0.0) -> float:
     """The reward of one sample: rank_weight x shape(rank) + similarity_weight x 10 x gain.
 
-    Args:
-        format_penalty: the reward of an output that does not parse, instead of all else.
-        language_guard: if set, a rewrite whose share of non-Latin letters is above that of ``question`` by more than this counts as one
-            that does not parse. Users of the published recipe report a drift into other scripts.
-        progress: share of the training steps done, 0 to 1; only the curriculum shape uses it.
+    An output that does not parse gets the format penalty instead of all else. With the language guard, so does a rewrite whose share of
+    non-Latin letters is too far above that of ``question``: users of the published recipe report a drift into other scripts.
 
-    Raises:
-        ValueError: the shape is unknown.
+    Args:
+        progress: share of the training steps done, 0 to 1; only the curriculum shape uses it.
     """
     if rewrite.text is None:
-        return format_penalty
-    if language_guard is not None and non_latin_share(rewrite.text) - non_latin_share(question) > language_guard:
-        return format_penalty
-    if shape not in (*SHAPES, "curriculum", SIMILARITY):
-        raise ValueError(f"reward shape {shape!r} is not one of {', '.join([*SHAPES, 'curriculum', SIMILARITY])}")
+        return cfg.format_penalty
+    if cfg.language_guard:
+        drift = non_latin_share(rewrite.text) - non_latin_share(question)
+        if drift > cfg.language_guard_share:
+            return cfg.format_penalty
+    rank_weight, similarity_weight = cfg.weights
     total = 0.0
-    if shape != SIMILARITY:
+    if cfg.name != SIMILARITY:
         rank = feedback.rank
-        total += rank_weight * (curriculum(rank, progress) if shape == "curriculum" else SHAPES[shape](rank))
+        total += rank_weight * (curriculum(rank, progress) if cfg.name == "curriculum" else SHAPES[cfg.name](rank))
     if similarity_weight:
         assert feedback.gain is not None
         total += similarity_weight * SIMILARITY_SCALE * feedback.gain

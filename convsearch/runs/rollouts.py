@@ -4,7 +4,7 @@
 separates a fault of the trainer from one of the sampling.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -140,11 +140,13 @@ class Replay:
         """Does nothing: the samples are fixed."""
 
     def feedback(
-        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], *, with_gain: bool
+        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], signals: Collection[str]
     ) -> list[Feedback]:
         assert len(texts_N) == len(self.rollouts_N)
         found = [rollout.score.feedback for rollout in self.rollouts_N]
-        if with_gain and any(text is not None and one.gain is None for text, one in zip(texts_N, found, strict=True)):
-            path = path_of(self.run_dir, self.step - 1)
-            raise ValueError(f"{path} holds no similarities to replay: that run paid for ranks alone")
+        parsed = [one for text, one in zip(texts_N, found, strict=True) if text is not None]
+        for signal in set(signals) - {"rank"}:  # a rank may be None: beyond the depth
+            if any(getattr(one, signal) is None for one in parsed):
+                path = path_of(self.run_dir, self.step - 1)
+                raise ValueError(f"{path} has no {signal} to replay: that run did not pay for it")
         return found
