@@ -1,6 +1,6 @@
-"""Configuration: Hydra composes the files of ``configs/`` and the command line's overrides; what leaves here is a frozen pydantic model.
+"""Configuration: Hydra composes the files of ``configs/`` and the overrides of the command line into a frozen pydantic model.
 
-config = load_grpo_config(sys.argv[1:])          # prints the help and exits for --help; ValueError for anything wrong
+config = load_grpo_config(sys.argv[1:])          # --help prints the keys and exits; ValueError for every mistake
 """
 
 from convsearch.config.grpo import GrpoConfig
