@@ -1,4 +1,4 @@
-"""Configuration: Hydra composes the files of ``configs/`` and the overrides of the command line into a frozen pydantic model.
+"""Configuration: a frozen pydantic model, composed by Hydra of files of ``configs/`` and overrides.
 
 config = load_grpo_config(sys.argv[1:])          # --help prints the keys and exits; ValueError for every mistake
 """

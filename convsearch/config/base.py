@@ -1,15 +1,15 @@
-"""What all sections of a configuration share: they are frozen and strict about types and keys. Also the types of values."""
+"""What all sections of a configuration share (they are frozen and strict), and the types of values."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 NO_EFFECT = "accepted, without effect: "
-"""Starts the description of a key that is only there because the original command lines set it. Setting it prints a warning."""
+"""Starts the description of a key that acts on nothing: the original command lines set it. Loading warns of it."""
 
 
 class Section(BaseModel):
-    """A node of the key tree. A bool is not an int, a string not a number; an unknown key is an error; values are constant."""
+    """A node of the key tree. A bool is not an int, a string not a number; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

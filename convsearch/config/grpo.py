@@ -1,4 +1,4 @@
-"""The configuration of the RL stage (``python -m convsearch.grpo``): the keys of the original ``main_ppo`` command lines.
+"""The configuration of the RL stage (``python -m convsearch.grpo``), with the keys of the original ``main_ppo``.
 
 Defaults are the paper's for 8 GPUs without the entropy bonus. The paper does not mention the bonus, but it was on by
 default in the paper's trainer, so ``algorithm=grpo_faithful`` (which the paper's experiments choose) turns it on.
@@ -276,7 +276,7 @@ class RetrieverConfig(Section):
         return url
 
     def embedded_index(self) -> str | None:
-        """The index folder of ``embedded:<index>``; None for another server. Raises ValueError like ``resolved_url``."""
+        """The index folder of ``embedded:<index>``; None for a server. Raises ValueError like ``resolved_url``."""
         url = self.resolved_url()
         return url.removeprefix(EMBEDDED) if url.startswith(EMBEDDED) else None
 
@@ -337,8 +337,8 @@ class GrpoConfig(Section):
         require_multiple(name, gpus, "rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size)
         if rollout.overlap and not rollout.n_gpus_per_node:
             raise ValueError(
-                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers on the policy's GPUs sleep "
-                "while it trains; give them their own GPUs (cluster=disaggregated), or set overlap=false"
+                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers on the policy's GPUs "
+                "sleep while it trains; give them their own GPUs (cluster=disaggregated), or set overlap=false"
             )
         return self
 
@@ -358,8 +358,8 @@ class GrpoConfig(Section):
         rank = self.actor_rollout_ref.model.lora_rank
         if rank and (form == "dcp" or (form == "auto" and world_size > 1)):
             raise ValueError(
-                f"actor_rollout_ref.model.lora_rank={rank} with trainer.checkpoint_format={form} on {world_size} ranks: "
-                "dcp does not merge adapters; set trainer.checkpoint_format=safetensors"
+                f"actor_rollout_ref.model.lora_rank={rank} with trainer.checkpoint_format={form} on {world_size} "
+                "ranks: dcp does not merge adapters; set trainer.checkpoint_format=safetensors"
             )
         coef = self.algorithm.kl_ctrl.kl_coef
         if coef and not actor.use_kl_loss:

@@ -34,12 +34,12 @@ MODELS: dict[str, type[SftConfig] | type[GrpoConfig]] = {"sft": SftConfig, "grpo
 
 
 def load_sft_config(argv: Sequence[str]) -> SftConfig:
-    """The warm-up's configuration from ``argv`` (without the program name); --help prints it and exits. Raises ValueError."""
+    """The warm-up's configuration from ``argv``; --help prints the keys and exits. Raises ValueError for a mistake."""
     return _load("sft", SftConfig, argv)
 
 
 def load_grpo_config(argv: Sequence[str]) -> GrpoConfig:
-    """The RL stage's configuration from ``argv`` (without the program name); --help prints it and exits. Raises ValueError."""
+    """The RL stage's configuration from ``argv``; --help prints the keys and exits. Raises ValueError for a mistake."""
     return _load("grpo", GrpoConfig, argv)
 
 
@@ -52,7 +52,7 @@ def config_dir() -> Path:
 
 
 def help_text(kind: Kind, argv: Sequence[str] = ()) -> str:
-    """Every key with its type, its meaning and its value (the default, or that of the experiment and overrides in ``argv``)."""
+    """Every key with its type, meaning and value (the default, or that of the experiment and overrides in ``argv``)."""
     tree = _compose(kind, argv)
     usage = f"python -m convsearch.{kind} [experiment=NAME] [GROUP=NAME ...] [KEY=VALUE ...] [--dry-run]"
     lines = [f"usage: {usage}   (Hydra's override syntax)", "", "groups (files under configs/):"]
@@ -112,7 +112,7 @@ def _compose(kind: Kind, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _rooted(kind: Kind, composed: Any) -> dict[str, Any]:
-    """The ``kind`` node with ``names`` beside its keys: ${trainer.seed} in a file then means the same as on the command line."""
+    """The ``kind`` node with ``names`` beside its keys, so that ${trainer.seed} in a file refers to its own node."""
     for node, value in composed.items():
         if node not in {*MODELS, "names"} or not isinstance(value, dict):
             rule = "only sft, grpo and names belong there, with keys below"
@@ -121,7 +121,7 @@ def _rooted(kind: Kind, composed: Any) -> dict[str, Any]:
 
 
 def _hydra_override(kind: Kind, argument: str) -> str:
-    """``argument`` in Hydra's form: a group without its plus, a key below its node. Raises ValueError for anything unknown."""
+    """``argument`` in Hydra's form: a group without its plus, a key below its node. Raises ValueError if unknown."""
     try:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:

@@ -1,4 +1,4 @@
-"""The configuration of the warm-up (``python -m convsearch.sft``): the keys of the original ``fsdp_sft_trainer`` command lines.
+"""The configuration of the warm-up (``python -m convsearch.sft``), with the keys of the original ``fsdp_sft_trainer``.
 
 Defaults are the paper's: batch 64, 3072 tokens, 2 epochs, lr 1e-5, cosine with 10% warm-up, weight decay 0.01, betas
 0.9/0.95, clip 1.0.

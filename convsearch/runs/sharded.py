@@ -1,8 +1,8 @@
-"""The sharded form of a checkpoint: torch.distributed.checkpoint (DCP) with its safetensors storage, one file per rank, no pickle.
+"""The sharded form of a checkpoint: torch.distributed.checkpoint (DCP) with safetensors storage, one file per rank.
 
-``shards/`` holds every parameter under its Hugging Face name and Adam's moments as ``exp_avg/<name>`` and ``exp_avg_sq/<name>``. A file
-records the offsets of its pieces, so that any number of ranks reads what another number of ranks has written. The step count of the
-optimizer is in ``trainer.json``.
+``shards/`` holds every parameter under its Hugging Face name and Adam's moments as ``exp_avg/<name>`` and
+``exp_avg_sq/<name>``. A file records the offsets of its pieces, so that any number of ranks reads what another number
+of ranks has written. The step count of the optimizer is in ``trainer.json``.
 """
 
 import errno
@@ -164,7 +164,7 @@ def _state_of(policy: Checkpointed) -> dict[str, Tensor]:
 
 @cache
 def _group() -> Any:
-    """A gloo group of all ranks, only for checkpoints: their messages cannot mix with those of the training. None on one process."""
+    """A gloo group of all ranks for checkpoints, whose messages cannot mix with the training's. None on one process."""
     return torch.distributed.new_group(backend="gloo") if distributed.world_size() > 1 else None
 
 
