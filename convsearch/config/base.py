@@ -75,13 +75,9 @@ class TrainerSection(Section):
     logger: Loggers = key(("console", "jsonl"), "where metrics go: list of console, jsonl, wandb, tensorboard")
     experiment_name: Text = key("run", "name of the run in wandb and in the logs")
     default_hdfs_dir: Text | None = key(None, f"{NO_EFFECT}must be null; nothing is copied to HDFS")
-    resume_mode: Literal["auto", "disable"] = key(
-        "auto", "auto: resume from the newest complete checkpoint; disable: start anew"
-    )
+    resume_mode: Literal["auto", "disable"] = key("auto", "auto: from the newest complete checkpoint; disable: anew")
     keep_checkpoints: int = key(2, "how many of the newest complete checkpoints are kept", ge=1)
-    best_metric: Text | None = key(
-        None, "validation metric (val_reward, val_loss, ..) whose best checkpoint is kept too; null: none"
-    )
+    best_metric: Text | None = key(None, "also keep the best checkpoint by this metric (val_reward, ..)")
     best_mode: Literal["max", "min"] = key("max", "whether a larger or a smaller best_metric is better")
     checkpoint_format: Literal["auto", "safetensors", "dcp"] = key(
         "auto",
@@ -91,7 +87,7 @@ class TrainerSection(Section):
     async_checkpoints: bool = key(True, "dcp: write in the background, from a copy in CPU memory")
     max_skipped_steps: int = key(
         10,
-        "the run ends with status 3 after this many steps in a row without a finite gradient (they are skipped)",
+        "steps in a row without a finite gradient that end the run with status 3",
         ge=1,
     )
     peak_tflops: float | None = key(

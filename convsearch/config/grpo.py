@@ -50,18 +50,14 @@ class AlgorithmConfig(Section):
     name: Literal["grpo"] = key("grpo", f"{NO_EFFECT}there is one step function")
     adv_estimator: Literal["grpo"] = key("grpo", f"{NO_EFFECT}the advantage is always reward minus group mean")
     norm_adv_by_std: bool = key(True, "divide the advantage by the group's unbiased standard deviation + 1e-6")
-    loss_mode: Literal["vanilla", "gspo"] = key(
-        "vanilla", "vanilla: a ratio and clip per token; gspo: one per sequence, length-normalised"
-    )
+    loss_mode: Literal["vanilla", "gspo"] = key("vanilla", "ratio and clip per token, or (gspo) per sequence")
     loss_agg: Literal["micro-batch-mean", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"] = key(
         "micro-batch-mean",
         "micro-batch-mean: token mean of each micro-batch, then their mean (the paper's code); "
         "token-mean: mean over all tokens of the mini-batch, on all ranks; seq-mean-token-mean: mean of the sequences' "
         "token means; seq-mean-token-sum-norm: mean of the sequences' token sums / loss_scale_factor (Dr. GRPO)",
     )
-    loss_scale_factor: int | None = key(
-        None, "divisor of the token sums under seq-mean-token-sum-norm; null: data.max_response_length", ge=1
-    )
+    loss_scale_factor: int | None = key(None, "divisor of the token sums; null: data.max_response_length", ge=1)
     filter_groups: FilterGroupsConfig = FilterGroupsConfig()
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
     kl_ctrl: KlCtrlConfig = KlCtrlConfig()
@@ -89,13 +85,9 @@ class PolicyModelConfig(Section):
     )
     trust_remote_code: bool = key(False, "run Python code of the model folder")
     dtype: Dtype = key("bf16", "type of the policy's arithmetic; weights and Adam's state stay in fp32")
-    lora_rank: int = key(
-        0, "rank of LoRA adapters, trained beside frozen weights (needs the extra lora); 0: none", ge=0
-    )
+    lora_rank: int = key(0, "rank of LoRA adapters beside frozen weights (needs the extra lora); 0: none", ge=0)
     lora_alpha: float = key(16.0, "adapters are scaled by lora_alpha / lora_rank", gt=0)
-    target_modules: Texts = key(
-        ("all-linear",), "names of the layers that get an adapter; all-linear: all linear layers but the output layer"
-    )
+    target_modules: Texts = key(("all-linear",), "layers that get an adapter; all-linear: all but the output layer")
 
 
 class GrpoOptimConfig(Section):
@@ -108,9 +100,7 @@ class GrpoOptimConfig(Section):
 
 
 class ActorFsdpConfig(Section):
-    param_offload: bool = key(
-        False, "keep weights, gradients and Adam's state in CPU memory; layers move to the GPU for each pass"
-    )
+    param_offload: bool = key(False, "keep weights, gradients and Adam's state in CPU memory between passes")
     optimizer_offload: bool = key(False, "keep Adam's state in CPU memory between updates")
 
 
@@ -120,29 +110,21 @@ class RefFsdpConfig(Section):
 
 class ActorConfig(Section):
     optim: GrpoOptimConfig = GrpoOptimConfig()
-    ppo_mini_batch_size: int = key(
-        128, "prompts per optimiser step; equal to train_batch_size: one on-policy update per step", ge=1
-    )
+    ppo_mini_batch_size: int = key(128, "prompts per optimiser step; train_batch_size: on-policy", ge=1)
     ppo_micro_batch_size_per_gpu: int = key(8, "sequences per forward-backward pass of one rank", ge=1)
     ppo_max_token_len_per_gpu: int | None = key(
-        None, "largest number of tokens per forward-backward pass (padding counts); null: no such limit", ge=1
+        None, "largest number of tokens per such pass, with padding; null: off", ge=1
     )
     ppo_epochs: int = key(1, "passes over the rollouts of a step", ge=1)
     use_kl_loss: bool = key(True, "add the KL to the frozen reference to the loss")
     kl_loss_coef: float = key(0.001, "weight of that KL", ge=0)
     kl_loss_type: Literal["low_var_kl", "kl", "mse", "abs"] = key("low_var_kl", "estimator of that KL, per token")
-    clip_ratio: float = key(
-        0.2, "the policy ratio is clipped below 1 - clip_ratio, and above 1 + clip_ratio_high", gt=0, lt=1
-    )
-    clip_ratio_high: float | None = key(None, "upper clip; null: clip_ratio", gt=0)
-    entropy_coeff: float = key(
-        0.0, "weight of the entropy bonus; 0.001 in algorithm=grpo_faithful, as in the paper's trainer", ge=0
-    )
+    clip_ratio: float = key(0.2, "the policy ratio is clipped below 1 - clip_ratio", gt=0, lt=1)
+    clip_ratio_high: float | None = key(None, "it is clipped above 1 + clip_ratio_high; null: clip_ratio", gt=0)
+    entropy_coeff: float = key(0.0, "weight of the entropy bonus; algorithm=grpo_faithful: 0.001", ge=0)
     grad_clip: float = key(1.0, "largest gradient norm", gt=0)
     share_prompts: bool = key(True, "compute each prompt once for its whole group; exact (not in verl)")
-    skip_zero_advantage: bool = key(
-        False, "leave groups with equal rewards, which only add KL and entropy, out of the update (not in the paper)"
-    )
+    skip_zero_advantage: bool = key(False, "leave groups with equal rewards out of the update (not in the paper)")
     fsdp_config: ActorFsdpConfig = ActorFsdpConfig()
 
 
@@ -153,9 +135,7 @@ class RolloutConfig(Section):
     top_p: float = key(1.0, "share of the probability that is sampled from", gt=0, le=1)
     seed: int = key(1, "seed of the samples; step and prompt are added to it", ge=0)
     max_num_seqs: int = key(256, "sequences that one sampler decodes at once", ge=1)
-    n_gpus_per_node: int = key(
-        0, "GPUs per node (processes, on CPU) for samplers only; 0: they share those of the policy's ranks", ge=0
-    )
+    n_gpus_per_node: int = key(0, "GPUs per node for samplers only; 0: they share those of the policy", ge=0)
     overlap: bool = key(
         False,
         "one step off-policy: draw the samples of the next step while the policy trains, with weights one step old; "
@@ -163,20 +143,14 @@ class RolloutConfig(Section):
     )
     tensor_model_parallel_size: int = key(1, "GPUs per sampler (vllm)", ge=1)
     gpu_memory_utilization: float = key(0.6, "share of a GPU's memory for the sampler (vllm)", gt=0, le=1)
-    log_prob_micro_batch_size_per_gpu: int = key(
-        32, f"{NO_EFFECT}passes for log-probs are as large as those of the update", ge=1
-    )
+    log_prob_micro_batch_size_per_gpu: int = key(32, f"{NO_EFFECT}passes are as large as those of the update", ge=1)
     stop: Texts = key((), "strings that end a response and stay in it; none: only the model's own end")
     dtype: Dtype = key("bf16", "type of the sampler's arithmetic")
-    replay_from: Text | None = key(
-        None, "run folder whose saved rollouts replace sampling and ranking; null: sample and rank"
-    )
+    replay_from: Text | None = key(None, "run folder whose rollouts replace sampling and ranking; null: none")
 
 
 class RefConfig(Section):
-    log_prob_micro_batch_size_per_gpu: int = key(
-        32, f"{NO_EFFECT}passes of the reference are as large as those of the update", ge=1
-    )
+    log_prob_micro_batch_size_per_gpu: int = key(32, f"{NO_EFFECT}passes are as large as those of the update", ge=1)
     fsdp_config: RefFsdpConfig = RefFsdpConfig()
 
 
@@ -259,9 +233,7 @@ class RetrieverConfig(Section):
         "http://host:port of a server; '': $RETRIEVER_URL; embedded:INDEX_FOLDER: the trainer starts and stops its own",
     )
     index: Text | None = key(None, "which index of the server; null: its default")
-    similarity_model: Text = key(
-        "BAAI/bge-base-en-v1.5", "encoder of the similarity (folder or hub name); only with embedded:INDEX_FOLDER"
-    )
+    similarity_model: Text = key("BAAI/bge-base-en-v1.5", "encoder of the similarity for embedded:INDEX_FOLDER")
     topk: int = key(100, "depth: gold passages below this rank earn nothing", ge=1)
     timeout_s: float = key(60.0, "seconds for one request", gt=0)
     max_wait_s: float = key(600.0, "seconds of retries before a silent server ends the run", ge=0)
@@ -285,9 +257,7 @@ class GrpoTrainerConfig(TrainerSection):
     project_name: Text = key("convsearch-grpo", "project in wandb")
     n_gpus_per_node: int = key(8, "ranks per node (processes, on CPU)", ge=1)
     nnodes: int = key(1, "number of nodes; more than one: of the Ray cluster that `ray start` has made", ge=1)
-    max_restarts: int = key(
-        3, "how often lost worker processes are restarted from the newest checkpoint before the run ends", ge=0
-    )
+    max_restarts: int = key(3, "how often lost workers are restarted from the newest checkpoint", ge=0)
     worker_timeout_s: float = key(1800.0, "a worker process that is silent for this many seconds counts as lost", gt=0)
     save_freq: CountOrMinusOne = key(100, "steps between checkpoints; -1: only at the end")
     test_freq: CountOrMinusOne = key(-1, "steps between validations; -1: never")

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -185,16 +185,12 @@ def _describe(folder: Path, causal_lm: Any, tokenizer: Any) -> None:
 
 
 def _scores(run_dir: Path) -> list[tuple[Path, CheckpointScore]]:
-    states = [(path, _state(path)) for _, path in checkpoints(run_dir)]
-    return [(path, CheckpointScore(**state["score"])) for path, state in states if "score" in state]
-
-
-def _state(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads((path / "trainer.json").read_text())
-    except ValueError:  # ``check`` names a damaged one when it is loaded
-        return {}
-    return state
+    found = []
+    for _, path in checkpoints(run_dir):
+        with suppress(ValueError):  # ``check`` names a damaged one when it is loaded
+            state = json.loads((path / "trainer.json").read_text())
+            found += [(path, CheckpointScore(**state["score"]))] if "score" in state else []
+    return found
 
 
 def _retain(run_dir: Path, keep: int, newest: Path) -> None:

@@ -127,8 +127,8 @@ class Stopping:
         if collapse_reason is not None:
             saved = self.run_dir / f"global_step_{done}"
             raise Ended(
-                f"{collapse_reason}. Saved as {saved}. To go on from an earlier checkpoint delete the later ones; to go "
-                "on from here raise the limit, or set it to null, and run the same command again",
+                f"{collapse_reason}. Saved as {saved}. To go on from an earlier checkpoint delete the later ones; to "
+                "go on from here raise the limit, or set it to null, and run the same command again",
                 COLLAPSED,
             )
         if terminated:
