@@ -1,4 +1,4 @@
-"""What every command line of the project does with errors: a user's mistake is one sentence, a bug is a traceback."""
+"""What every command of the project does with errors: a mistake of the user is one sentence, a bug is a traceback."""
 
 import errno
 import sys
@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 
 class Unavailable(RuntimeError):
-    """Something outside the process (server, disk, network) is not there; the message says what and what to do."""
+    """Something outside the process (server, disk, network) is unavailable; the message says what, and what to do."""
 
 
 class Ended(RuntimeError):
-    """A run that ends before its last step, with a checkpoint behind it; the message says why and what to do.
+    """A run that ended before its last step and saved a checkpoint; the message says why, and what to do.
 
     Args:
-        status: 3 where the run has gone wrong (``convsearch.runs.collapse``), 143 (128 + SIGTERM) where it was told to stop.
+        status: 3 for a run that has collapsed (``convsearch.runs.collapse``), 143 (128 + SIGTERM) for one that was
+        terminated.
     """
 
     def __init__(self, message: str, status: int):
@@ -22,28 +23,27 @@ class Ended(RuntimeError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls ``main``; ValueError and Unavailable end in ``error: <sentence>`` and exit status 2, as does a full or missing disk.
+    """Calls ``main`` and exits with status 2 and ``error: <sentence>`` after ValueError, Unavailable or a disk error.
 
-    Ctrl-C ends with the shell's status 130 and a word instead of a traceback, ``Ended`` with its own status.
+    Ctrl-C exits with the shell's status 130 and one line instead of a traceback, ``Ended`` with its own status.
     """
     try:
         main()
     except (ValueError, Unavailable) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(f"error: {error}", 2)
     except Ended as end:
-        print(f"stopped: {end}", file=sys.stderr)
-        sys.exit(end.status)
+        _exit(f"stopped: {end}", end.status)
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        _exit("interrupted: run the same command again to go on", 130)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend it"
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "repair it"
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"error: {error.strerror or error}{where}: nothing that was complete is lost; {remedy} and run the same command again",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        kept = "nothing that was complete is lost"
+        _exit(f"error: {error.strerror or error}{where}: {kept}; {remedy} and run the same command again", 2)
+
+
+def _exit(message: str, status: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(status)

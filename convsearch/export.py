@@ -1,7 +1,8 @@
-"""A checkpoint -> a Hugging Face folder: ``python -m convsearch.export outputs/run/grpo --output MODEL [--dtype bf16]``.
+"""A checkpoint -> a Hugging Face folder: ``python -m convsearch.export RUN_FOLDER --output MODEL [--dtype bf16]``.
 
-The checkpoint is a run folder (its newest one), a ``global_step_N`` of either form (whole tensors, or the shards of several ranks), or any
-Hugging Face folder of safetensors. Tensors are read one output file at a time: a model larger than the memory can be exported.
+The checkpoint is a run folder (its newest one), a ``global_step_N`` of either form (whole tensors, or the shards of
+several ranks), or any Hugging Face folder of safetensors. Tensors are read one output file at a time: a model larger
+than the memory can be exported.
 """
 
 import argparse

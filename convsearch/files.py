@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and JSON lines whose faults have a line number."""
+"""Files that are either complete or absent, and JSON lines whose errors have a line number."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 @contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """Gives an OSError of the block (a failed write does not say where) the name of the file."""
+    """Adds the file name to an OSError of the block, because a failed write has none."""
     try:
         yield
     except OSError as error:
@@ -22,7 +22,7 @@ def named_errors(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens ``<path>.tmp-<pid>`` for writing and renames it to ``path`` when the block ends well; removes it when it does not."""
+    """Opens ``<path>.tmp-<pid>`` and renames it to ``path`` at the end of the block; removes it after an exception."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -37,10 +37,10 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) of a JSON-lines file, gzipped or not; blank lines are passed over.
+    """Yields (line number from 1, object) of a JSON-lines file, gzipped or not; blank lines are skipped.
 
     Raises:
-        ValueError: a line is not UTF-8 or no JSON object, or a gzipped file is damaged; names file and line.
+        ValueError: a line is not UTF-8 or not a JSON object, or a gzipped file is damaged; names file and line.
     """
     path = Path(path)
     for number, line in _numbered_lines(path):
@@ -65,13 +65,11 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(file, start=1):
                 yield number, line
         except _DAMAGED as error:
-            raise ValueError(
-                f"{path}:{number + 1}: the gzipped file is damaged or cut off ({error}); fetch it again"
-            ) from error
+            raise _damaged(path, number + 1, error) from error
 
 
 def line_blocks(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
-    """Yields (number of the first line, whole lines of about ``size`` bytes together) of a text file, gzipped or not.
+    """Yields (number of the first line, whole lines of about ``size`` bytes in total) of a text file, gzipped or not.
 
     Raises:
         ValueError: a gzipped file is damaged or cut off; names the file and the first line that could not be read.
@@ -85,9 +83,11 @@ def line_blocks(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
                 yield line, block
                 line += block.count(b"\n")
         except _DAMAGED as error:
-            raise ValueError(
-                f"{path}:{line}: the gzipped file is damaged or cut off ({error}); fetch it again"
-            ) from error
+            raise _damaged(path, line, error) from error
+
+
+def _damaged(path: Path, line: int, error: Exception) -> ValueError:
+    return ValueError(f"{path}:{line}: the gzipped file is damaged or cut off ({error}); download it again")
 
 
 def _open_binary(path: Path) -> Any:

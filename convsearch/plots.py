@@ -1,6 +1,7 @@
 """Curves of GRPO runs: ``python -m convsearch.plots RUN_FOLDER [RUN_FOLDER ...] --output curves.png``.
 
-Also reports for each run whether its reward rose: the prompts of the last third of its steps against those of the first third.
+Also reports for each run whether its reward rose: the prompts of the last third of its steps against those of the first
+third.
 """
 
 import argparse

@@ -147,7 +147,7 @@ def test_nothing_to_pack_is_no_batch() -> None:
 
 def test_all_samples_bring_log_probs_or_none_does() -> None:
     mixed = Tree((1,), (Branch((2,), sampler_logprobs=(-0.5,)), Branch((3,))))
-    with pytest.raises(AssertionError, match="either all branches bring log-probs or none"):
+    with pytest.raises(AssertionError, match="either all branches have log-probs or none"):
         collate([mixed])
 
 

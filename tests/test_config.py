@@ -3,7 +3,8 @@
 1. The SFT and GRPO command lines of the seed's README are accepted as they stand, each override with its meaning.
 2. A configuration holds plain, frozen values; a later override wins; ${...} refers to the command's own keys.
 3. A mistake is one sentence that names the key, and the known key nearest to it or the two numbers that clash.
-4. The help needs no torch and shows every key (test_help.py holds it to a second).
+4. A key without effect says so in the help and warns when it is set.
+5. The help needs no torch and shows every key (test_help.py holds it to a second).
 """
 
 import itertools
@@ -385,7 +386,47 @@ def test_a_faulty_file_is_named_by_its_fault(tmp_path, monkeypatch, text, part):
     assert part in message("grpo", *CPU, "reward=mine")
 
 
-# 4. The help
+# 4. Keys without effect
+
+WITHOUT_EFFECT = {
+    "trainer.default_hdfs_dir": "null",
+    "algorithm.name": "grpo",
+    "algorithm.adv_estimator": "grpo",
+    "algorithm.kl_ctrl.kl_coef": "0.001",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": "16",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": "16",
+    "reward_model.reward_manager": "rewrite_r1",
+    "custom_reward_function.path": "verl/verl/utils/reward_score/rewrite_r1.py",
+    "custom_reward_function.name": "compute_score",
+    "trainer.critic_warmup": "0",
+}
+
+
+def test_keys_without_effect_say_so_in_the_help():
+    lines = help_text("grpo").splitlines()
+    found = [line for line, below in itertools.pairwise(lines) if below.startswith("      accepted, without effect: ")]
+    assert {line.strip().partition("=")[0] for line in found} == set(WITHOUT_EFFECT)
+
+
+@pytest.mark.parametrize(("key", "value"), WITHOUT_EFFECT.items())
+def test_a_key_without_effect_warns_when_it_is_set(key, value, capsys, monkeypatch):
+    load_grpo_config([*CPU, f"+{key}={value}", "trainer.seed=2"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {key}={value} is accepted, without effect: ")
+    monkeypatch.setenv("RANK", "1")
+    load_grpo_config([*CPU, f"{key}={value}"])
+    assert capsys.readouterr().err == ""
+
+
+def test_no_warning_without_such_a_key(capsys):
+    load_grpo_config(CPU)
+    load_sft_config(CPU)
+    assert capsys.readouterr().err == ""
+    load_sft_config([*CPU, "trainer.default_hdfs_dir=null"])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# 5. The help
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
@@ -418,7 +459,7 @@ def test_help_shows_every_key_with_its_meaning_and_value():
         assert all(len(below.strip()) > 5 and "None" not in below for below in described)
 
 
-# 5. RQR's presets
+# 6. RQR's presets
 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
@@ -460,4 +501,4 @@ def test_dry_run_shows_the_whole_configuration_and_starts_nothing(experiment, tm
 
 def test_a_mix_has_both_weights_and_no_weight_at_all_is_refused():
     assert load_grpo_config([*CPU, "reward=mixed"]).reward_model.reward.weights == (1.0, 0.5)
-    assert "leave nothing to pay for" in message("grpo", *CPU, "reward_model.reward.rank_weight=0")
+    assert "leave no reward" in message("grpo", *CPU, "reward_model.reward.rank_weight=0")

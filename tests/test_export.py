@@ -14,7 +14,7 @@ from convsearch.runs import checkpoint
 from convsearch.runs.export import export as export_folder
 from convsearch.runs.export import size_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 
 @pytest.fixture(scope="module", params=["tiny_llama", "tiny_qwen2"])

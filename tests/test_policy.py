@@ -328,7 +328,7 @@ def sharded_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is built in here comes under FSDP2 although there is one rank."""
     with monkeypatch.context() as patched:
         patched.setattr(distributed, "world_size", lambda: 2)
-        patched.setattr("torch.distributed.device_mesh.init_device_mesh", lambda kind, _: DeviceMesh(kind, [0]))
+        patched.setattr(distributed, "init_device_mesh", lambda kind, _: DeviceMesh(kind, [0]))
         yield
 
 

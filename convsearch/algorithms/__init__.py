@@ -1,16 +1,16 @@
-"""The arithmetic of GRPO and its relatives, a file each; ``loss.grpo_loss`` puts together what ``algorithm.*`` selects.
+"""The arithmetic of GRPO and its relatives, one file each; ``loss.grpo_loss`` combines what ``algorithm.*`` selects.
 
-Everything is per token and flat: ``_R`` counts the response tokens of a micro-batch, prompts and padding never appear. How a loss is averaged is
-a matter of token weights alone (``token_weights``), so packing, micro-batches and ranks cannot change it.
+Everything is flat and per token: ``_R`` counts the response tokens of a micro-batch, without prompts and padding. How a
+loss is averaged depends only on token weights (``token_weights``); packing, micro-batches and ranks cannot change it.
 
-| algorithm   | preset                       | keys                                                                          |
-|-------------|------------------------------|-------------------------------------------------------------------------------|
-| GRPO        | algorithm=grpo_faithful      | the reference's trainer: mean of micro-batch means, entropy bonus              |
-| GRPO        | algorithm=grpo               | loss_agg=token-mean, no entropy bonus                                         |
-| Dr. GRPO    | algorithm=dr_grpo            | norm_adv_by_std=false, loss_agg=seq-mean-token-sum-norm                       |
-| DAPO        | algorithm=dapo               | actor.clip_ratio_high, filter_groups.enable, no KL                            |
-| GSPO        | algorithm=gspo               | loss_mode=gspo, loss_agg=seq-mean-token-mean                                  |
-| (any)       | algorithm.rollout_correction | truncated importance sampling for stale samplers, or samplers of another engine |
+| algorithm | preset                       | keys                                                                     |
+|-----------|------------------------------|--------------------------------------------------------------------------|
+| GRPO      | algorithm=grpo_faithful      | the paper's trainer: mean of micro-batch means, entropy bonus            |
+| GRPO      | algorithm=grpo               | loss_agg=token-mean, no entropy bonus                                    |
+| Dr. GRPO  | algorithm=dr_grpo            | norm_adv_by_std=false, loss_agg=seq-mean-token-sum-norm                  |
+| DAPO      | algorithm=dapo               | actor.clip_ratio_high, filter_groups.enable, no KL                       |
+| GSPO      | algorithm=gspo               | loss_mode=gspo, loss_agg=seq-mean-token-mean                             |
+| (any)     | algorithm.rollout_correction | truncated importance sampling for old weights or another sampling engine |
 """
 
 from convsearch.algorithms.advantages import group_advantages

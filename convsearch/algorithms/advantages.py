@@ -1,4 +1,4 @@
-"""Advantages from rewards: a sample against the other samples of its prompt."""
+"""Advantages from rewards: each sample is compared with the other samples of its prompt."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ def group_advantages(
     """(reward - group mean) / (unbiased group std + eps); a group of one keeps its reward, as in verl.
 
     Args:
-        by_std: False leaves the division out (Dr. GRPO, arXiv 2503.20783).
+        by_std: False: no division (Dr. GRPO, arXiv 2503.20783).
 
     Raises:
         ValueError: the rewards do not fill whole groups.

@@ -1,4 +1,4 @@
-"""How token losses become one number: a weight a token, so that ``sum(weight x loss)`` over all tokens is the loss."""
+"""How token losses become one number: one weight per token; the loss is ``sum(weight x loss)`` over all tokens."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -11,11 +11,12 @@ def token_weights(
 ) -> list[float]:
     """The weight of every token of each sequence of a mini-batch.
 
-    * ``token-mean`` (DAPO): one over the tokens of the whole mini-batch.
-    * ``micro-batch-mean`` (the paper's code): the token mean of each run of ``micro_batch_size`` sequences, then the mean of those means; short
-      micro-batches count as much as long ones.
-    * ``seq-mean-token-mean`` (GRPO as published, GSPO): each sequence's token mean, then their mean.
-    * ``seq-mean-token-sum-norm`` (Dr. GRPO): each sequence's token sum over the constant ``scale``, then their mean; no length is divided by.
+    * ``token-mean`` (DAPO): 1 / number of tokens of the mini-batch.
+    * ``micro-batch-mean`` (the paper's code): the token mean of each ``micro_batch_size`` consecutive sequences, then
+      the
+      mean of those means; short micro-batches count as much as long ones.
+    * ``seq-mean-token-mean`` (GRPO as published, GSPO): the token mean of each sequence, then their mean.
+    * ``seq-mean-token-sum-norm`` (Dr. GRPO): the token sum of each sequence / the constant ``scale``, then their mean.
     """
     count = max(1, len(lengths_N))
     if aggregation == "token-mean":

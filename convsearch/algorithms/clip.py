@@ -12,10 +12,10 @@ def clipped_loss(
     clip_high: float,
     sequence_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The clipped policy loss of each token (PPO, equation 7; GRPO, equation 3), and where the clip was active [R] bool.
+    """The clipped policy loss of each token (PPO, equation 7; GRPO, equation 3), and where the clip is active [R] bool.
 
-    The log of the ratio is clamped to +-20, as in verl: exp(x) is infinite in float32 for x > 88, and its gradient is NaN even
-    where the clip is active. ``sequence_R`` is not used: all policy losses have the same arguments.
+    The log of the ratio is clamped to +-20, as in verl: exp(x) is infinite in float32 for x > 88, and its gradient is
+    NaN even where the clip is active. ``sequence_R`` is not used: all policy losses have the same arguments.
     """
     return clip((logprobs_R - old_logprobs_R).clamp(-20, 20).exp(), advantages_R, clip_low, clip_high)
 

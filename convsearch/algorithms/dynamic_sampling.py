@@ -1,4 +1,4 @@
-"""DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): a group whose rewards are all equal teaches nothing and is drawn again."""
+"""DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): groups whose rewards are all equal are drawn again."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,8 +11,8 @@ def draw_until_spread(
 ) -> list[T]:
     """One group per prompt. Groups without spread are drawn again until all have spread or ``max_rounds`` are used up.
 
-    A prompt keeps its position and its last draw. verl takes other prompts instead; here a step trains on the prompts of its own
-    position in the data order, so that a resumed run sees the same prompts as an uninterrupted one.
+    A prompt keeps its position and its last draw. verl takes other prompts instead; here a step trains on the prompts
+    of its own position in the data order, so that a resumed run sees the same prompts as an uninterrupted one.
 
     Args:
         draw: takes the positions of the prompts to draw for and the number of the round (from 0, for another seed).

@@ -14,11 +14,11 @@ def gspo_loss(
     clip_high: float,
     sequence_R: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The policy loss of each token under the ratio of its sequence, and where the clip was active [R] bool.
+    """The policy loss of each token under the ratio of its sequence, and where the clip is active [R] bool.
 
-    The value is that of s = exp(mean over the sequence of log-ratios). The gradient flows through each token's own log-probability
-    (equation 14, GSPO-token; with one advantage per sequence it equals the gradient of the sequence). log s is clamped to at most
-    10, as in verl.
+    The value is that of s = exp(mean over the sequence of log-ratios). The gradient flows through each token's own
+    log-probability (equation 14, GSPO-token; with one advantage per sequence it equals the gradient of the sequence).
+    log s is clamped to at most 10, as in verl.
 
     Args:
         sequence_R: number of the sequence that each token belongs to, from 0; a micro-batch has whole sequences.

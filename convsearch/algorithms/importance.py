@@ -1,8 +1,9 @@
-"""Truncated importance sampling: correct for samples that another policy drew than the one that learns from them.
+"""Truncated importance sampling: a correction for samples that another policy drew than the one that learns from them.
 
-A sampler's weights may be a step old (one-step-off-policy), and another engine's arithmetic differs from the trainer's even where the weights
-are equal. Each token's loss is weighted by what the policy before the update would have given it against what the sampler gave (Yao et al. 2025,
-"Your efficient RL framework secretly brings you off-policy RL training"; verl's ``rollout_correction``).
+A sampler's weights may be one step old (one-step-off-policy), and another engine's arithmetic differs from the
+trainer's even with equal weights. The loss of each token is multiplied by its probability under the policy before the
+update / its probability under the sampler (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
+RL training"; verl's ``rollout_correction``).
 """
 
 from typing import Literal
@@ -17,7 +18,7 @@ Level = Literal["token", "sequence"]
 def importance_weights(
     old_logprobs_R: Tensor, sampler_logprobs_R: Tensor, sequence_R: Tensor, level: Level, cap: float
 ) -> Tensor:
-    """min(pi_old / pi_sampler, cap) of each token, or of its whole sequence; without a gradient. The log is held to +-20, as in verl."""
+    """min(pi_old / pi_sampler, cap) per token or sequence, without gradient. The log is clamped to +-20, as in verl."""
     log_ratio_R = (old_logprobs_R - sampler_logprobs_R).detach()
     if level == "sequence":
         log_ratio_R = sequence_sums(log_ratio_R, sequence_R)

@@ -1,4 +1,4 @@
-"""Estimates of the KL divergence to the reference, a token at a time."""
+"""Estimates of the KL divergence to the reference, per token."""
 
 from typing import Literal
 
@@ -10,7 +10,8 @@ KlEstimator = Literal["low_var_kl", "kl", "abs", "mse"]
 def kl_penalty(logprobs_R: Tensor, ref_logprobs_R: Tensor, estimator: KlEstimator = "low_var_kl") -> Tensor:
     """A per-token estimate of KL(policy || reference), after Schulman's note "Approximating KL divergence".
 
-    ``low_var_kl`` is k3 = e^d - d - 1 with d = ref - policy, its value clamped to +-10 as the reference's trainer does (d itself to +-20).
+    ``low_var_kl`` is k3 = e^d - d - 1 with d = ref - policy, its value clamped to +-10 (and d to
+    +-20), as in the paper's trainer.
     """
     difference_R = logprobs_R - ref_logprobs_R
     if estimator == "kl":

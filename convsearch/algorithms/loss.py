@@ -13,15 +13,15 @@ from convsearch.config.grpo import ActorConfig, AlgorithmConfig
 from convsearch.model.batch import Loss, MicroBatch
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, float, float, Tensor], tuple[Tensor, Tensor]]
-"""(log-probs, old log-probs, advantages, lower clip, upper clip, sequence numbers) -> (losses [R], clip active [R] bool)."""
+"""(log-probs, old log-probs, advantages, lower clip, upper clip, sequence numbers) -> (losses, clip active) [R]."""
 POLICY_LOSSES: dict[str, PolicyLoss] = {"vanilla": clipped_loss, "gspo": gspo_loss}  # by algorithm.loss_mode
 
 
 def grpo_loss(actor: ActorConfig, algorithm: AlgorithmConfig) -> Loss:
-    """Policy loss x importance weight + KL coefficient x KL - entropy coefficient x entropy; each token with its weight.
+    """Policy loss x importance weight + KL coefficient x KL - entropy coefficient x entropy; each token has a weight.
 
-    The reported sums have the weights of the loss: they are means over tokens or sequences, except under Dr. GRPO, whose weights do
-    not sum to 1.
+    The reported sums have the weights of the loss: they are means over tokens or sequences, except under Dr. GRPO,
+    whose weights do not sum to 1.
     """
     correction, policy_loss = algorithm.rollout_correction, POLICY_LOSSES[algorithm.loss_mode]
     clips = actor.clip_ratio, actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high

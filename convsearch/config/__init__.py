@@ -1,6 +1,6 @@
-"""Configuration: Hydra composes the files of ``configs/`` and the command line's overrides; what leaves here is a frozen pydantic model.
+"""Configuration: a frozen pydantic model, composed by Hydra of files of ``configs/`` and overrides.
 
-config = load_grpo_config(sys.argv[1:])          # prints the help and exits for --help; ValueError for anything wrong
+config = load_grpo_config(sys.argv[1:])          # --help prints the keys and exits; ValueError for every mistake
 """
 
 from convsearch.config.grpo import GrpoConfig

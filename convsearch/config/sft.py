@@ -1,6 +1,7 @@
-"""The configuration of the warm-up (``python -m convsearch.sft``): the key tree of the seed's ``fsdp_sft_trainer`` command lines.
+"""The configuration of the warm-up (``python -m convsearch.sft``), with the keys of the original ``fsdp_sft_trainer``.
 
-Defaults are the paper's (batch 64, 3072 tokens, 2 epochs, lr 1e-5, cosine with 10% warm-up, weight decay 0.01, betas 0.9/0.95, clip 1.0).
+Defaults are the paper's: batch 64, 3072 tokens, 2 epochs, lr 1e-5, cosine with 10% warm-up, weight decay 0.01, betas
+0.9/0.95, clip 1.0.
 """
 
 from typing import Literal, Self
@@ -15,75 +16,58 @@ from convsearch.config.base import (
     Text,
     Texts,
     TrainerSection,
+    key,
     require_fit,
     require_multiple,
 )
 
 
 class SftDataConfig(Section):
-    train_files: Texts = Field(min_length=1, description="parquet file, or list of them, to learn from")
-    val_files: Texts = Field(default=(), description="parquet file(s) whose loss is reported; none: no validation")
-    prompt_key: Text = Field(default="extra_info", description="column that holds the prompt")
-    response_key: Text = Field(default="extra_info", description="column that holds the output to learn")
-    prompt_dict_keys: Texts = Field(
-        default=("prompt",), description="path inside the prompt column when it is a dict; [] when it is text"
-    )
-    response_dict_keys: Texts = Field(
-        default=("answer",), description="path inside the response column when it is a dict; [] when it is text"
-    )
-    train_batch_size: int = Field(default=64, ge=1, description="rows an optimiser step, over all ranks")
-    micro_batch_size_per_gpu: int = Field(default=8, ge=1, description="rows a forward pass on one rank")
-    max_length: int = Field(default=3072, ge=2, description="tokens of prompt and response together")
-    truncation: Literal["error", "left", "right"] = Field(
-        default="right", description="what happens to a row above max_length: an error, or cut at that end"
-    )
-    shuffle: bool = Field(default=True, description="new order of the rows in each epoch, drawn from data.seed")
-    seed: int = Field(default=1, ge=0, description="seed of the order of the rows")
+    train_files: Texts = Field(min_length=1, description="parquet file, or list of them, with the training rows")
+    val_files: Texts = key((), "parquet file(s) whose loss is reported; none: no validation")
+    prompt_key: Text = key("extra_info", "column that holds the prompt")
+    response_key: Text = key("extra_info", "column that holds the output to learn")
+    prompt_dict_keys: Texts = key(("prompt",), "path inside the prompt column if it is a dict; [] if it is text")
+    response_dict_keys: Texts = key(("answer",), "path inside the response column if it is a dict; [] if it is text")
+    train_batch_size: int = key(64, "rows per optimiser step, over all ranks", ge=1)
+    micro_batch_size_per_gpu: int = key(8, "rows per forward pass of one rank", ge=1)
+    max_length: int = key(3072, "largest number of tokens of prompt and response together", ge=2)
+    truncation: Literal["error", "left", "right"] = key("right", "rows above max_length: an error, or cut at that end")
+    shuffle: bool = key(True, "new order of the rows in each epoch, drawn from data.seed")
+    seed: int = key(1, "seed of the order of the rows", ge=0)
 
 
 class SftModelConfig(Section):
     partial_pretrain: Text = Field(description="folder or hub name of the model to start from")
-    enable_gradient_checkpointing: bool = Field(
-        default=True, description="recompute activations in the backward pass: less memory, about a third more time"
+    enable_gradient_checkpointing: bool = key(
+        True, "recompute activations in the backward pass: less memory, about a third more time"
     )
-    trust_remote_code: bool = Field(default=False, description="run Python code that comes with the model")
-    dtype: Dtype = Field(
-        default="bf16", description="type of the arithmetic; weights and Adam's state are kept in fp32"
-    )
+    trust_remote_code: bool = key(False, "run Python code of the model folder")
+    dtype: Dtype = key("bf16", "type of the arithmetic; weights and Adam's state stay in fp32")
 
 
 class SftOptimConfig(Section):
-    lr: float = Field(default=1e-5, gt=0, description="peak learning rate")
-    betas: Betas = Field(default=(0.9, 0.95), description="AdamW's decay rates")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's weight decay")
-    warmup_steps_ratio: float = Field(
-        default=0.1, ge=0, le=1, description="share of the steps in which the learning rate rises from 0"
-    )
-    clip_grad: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    lr_scheduler: Literal["cosine", "constant"] = Field(default="cosine", description="learning rate after the warm-up")
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1, description="where the cosine ends, as a share of lr")
+    lr: float = key(1e-5, "peak learning rate", gt=0)
+    betas: Betas = key((0.9, 0.95), "AdamW's decay rates")
+    weight_decay: float = key(0.01, "AdamW's weight decay", ge=0)
+    warmup_steps_ratio: float = key(0.1, "share of the steps in which the learning rate rises from 0", ge=0, le=1)
+    clip_grad: float = key(1.0, "largest gradient norm", gt=0)
+    lr_scheduler: Literal["cosine", "constant"] = key("cosine", "learning rate after the warm-up")
+    min_lr_ratio: float = key(0.0, "final learning rate of the cosine, as a share of lr", ge=0, le=1)
 
 
 class SftTrainerConfig(TrainerSection):
-    default_local_dir: Text = Field(
-        default="outputs/run/sft", description="folder for checkpoints, logs and the exported model"
-    )
-    project_name: Text = Field(default="convsearch-sft", description="project in wandb")
-    total_epochs: int = Field(default=2, ge=1, description="passes over the training rows")
-    total_training_steps: int | None = Field(
-        default=None, ge=1, description="stop after so many optimiser steps; null: total_epochs decides"
-    )
-    seed: int = Field(default=1, ge=0, description="seed of everything random but the order of the rows")
-    save_freq: CountOrMinusOne = Field(
-        default=-1, description="checkpoint every so many steps; -1: at the end of each epoch"
-    )
-    test_freq: CountOrMinusOne = Field(
-        default=-1, description="validation loss every so many steps; -1: at the end of each epoch"
-    )
+    default_local_dir: Text = key("outputs/run/sft", "folder for checkpoints, logs and the exported model")
+    project_name: Text = key("convsearch-sft", "project in wandb")
+    total_epochs: int = key(2, "passes over the training rows", ge=1)
+    total_training_steps: int | None = key(None, "number of optimiser steps; null: total_epochs decides", ge=1)
+    seed: int = key(1, "seed of everything random except the order of the rows", ge=0)
+    save_freq: CountOrMinusOne = key(-1, "steps between checkpoints; -1: at the end of each epoch")
+    test_freq: CountOrMinusOne = key(-1, "steps between validations; -1: at the end of each epoch")
 
 
 class SftConfig(Section):
-    """Everything that ``convsearch.sft`` is told."""
+    """The whole configuration of ``convsearch.sft``."""
 
     data: SftDataConfig
     model: SftModelConfig
@@ -97,13 +81,12 @@ class SftConfig(Section):
 
     def check_world(self, world_size: int) -> None:
         """Raises ValueError unless ``world_size`` ranks can share a batch evenly in whole micro-batches."""
-        data = self.data
-        require_multiple("data.train_batch_size", data.train_batch_size, "the number of ranks", world_size)
-        rows = data.train_batch_size // world_size
-        name = (
-            "data.train_batch_size" if world_size == 1 else f"rows a rank (data.train_batch_size / {world_size} ranks)"
-        )
-        require_multiple(name, rows, "data.micro_batch_size_per_gpu", data.micro_batch_size_per_gpu)
+        name, size = "data.train_batch_size", self.data.train_batch_size
+        require_multiple(name, size, "the number of ranks", world_size)
+        if world_size > 1:
+            name = f"rows per rank ({name} / {world_size} ranks)"
+        micro = self.data.micro_batch_size_per_gpu
+        require_multiple(name, size // world_size, "data.micro_batch_size_per_gpu", micro)
 
     def check_context(self, model_max: int) -> None:
         """Raises ValueError when ``data.max_length`` is above the model's ``model_max`` positions."""

@@ -1,11 +1,12 @@
-"""One attention function for the three shapes of work that the trainers have, registered with transformers under the name ``tree``.
+"""One attention function for the three kinds of forward pass, registered with transformers under the name ``tree``.
 
-* a tree of samples behind one prompt (training): ``TreeContext`` with a mask; ``PackedContext`` for rows of several trees;
-* reading the prompts (the sampler's prefill): ``TreeContext`` too, and the keys and values are kept;
-* decoding one token a sample: ``DecodeContext``. The keys of a prompt are read once for all its samples and all query heads that share them.
+* A tree of samples of one prompt (training): ``TreeContext`` with a mask; ``PackedContext`` for rows of several trees.
+* Reading the prompts (the sampler's prefill): also ``TreeContext``, which keeps the keys and values.
+* Decoding one token per sample: ``DecodeContext``. The keys of a prompt are read once for all its samples and all query
+  heads that share them.
 
-Grouped-query heads are never repeated in memory: the g query heads of a key head stand in the query's length axis.
-Shapes: ``_H`` key-value heads, ``_g`` query heads a key-value head, ``_D`` head size, ``_S`` decoded tokens so far.
+Grouped-query heads are never repeated in memory: the g query heads of a key head are in the query's length axis.
+Shapes: ``_H`` key-value heads, ``_g`` query heads per key-value head, ``_D`` head size, ``_S`` decoded tokens so far.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -28,8 +30,8 @@ Kernel = Literal["auto", "sdpa", "flex", "flash"]
 class TreeContext:
     """A forward pass under an explicit mask [B or 1, 1, T, L + T].
 
-    With ``keep``, the keys and values of each layer [B, H, L + T, D] are collected. ``prefix`` holds those of L tokens that all rows
-    begin with, read before by a pass of their own (its ``keys`` and ``values``, [1, H, L, D] a layer).
+    With ``keep``, the keys and values of each layer [B, H, L + T, D] are collected. ``prefix`` is the context of an
+    earlier pass over L tokens that all rows begin with (its ``keys`` and ``values``, [1, H, L, D] per layer).
     """
 
     mask: Tensor
@@ -39,11 +41,11 @@ class TreeContext:
     values: list[Tensor] = field(default_factory=list)
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the prefix in front, and keeps what is to be kept."""
+        """(key, value) with the prefix in front; collects them with ``keep``."""
         if self.prefix is not None:
-            rows = key.shape[0]
-            key = torch.cat((self.prefix.keys[layer].expand(rows, -1, -1, -1), key), dim=2)
-            value = torch.cat((self.prefix.values[layer].expand(rows, -1, -1, -1), value), dim=2)
+            sizes = key.shape[0], -1, -1, -1
+            key = torch.cat((self.prefix.keys[layer].expand(sizes), key), dim=2)
+            value = torch.cat((self.prefix.values[layer].expand(sizes), value), dim=2)
         if self.keep:
             self.keys.append(key)
             self.values.append(value)
@@ -54,49 +56,41 @@ class TreeContext:
 class PackedContext:
     """A forward pass over rows of several trees that do not see each other.
 
-    One of three: SDPA a tree at a time under its own small mask; FlexAttention, whose block mask skips what is not seen (GPU); flash-attn's kernel for
-    sequences of different lengths, where every tree is a plain sequence (GPU, half precision).
+    One of three: SDPA for one tree at a time under its own small mask; FlexAttention, whose block mask skips what is
+    not seen (GPU); flash-attn's kernel for sequences of different lengths, if every tree has one branch (GPU, half
+    precision).
     """
 
     segments: list[tuple[int, int, int, Tensor]]  # row, start, end, mask [1, 1, length, length]
     block_mask: Any = None
-    cu_seqlens: Tensor | None = None  # [trees + 1] int32: where each tree begins in the flattened rows
+    cu_seqlens: Tensor | None = None  # [trees + 1] int32: start of each tree in the flattened rows
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """query [B, H*g, T, D], key and value [B, H, T, D] -> [B, H*g, T, D]; zeros in the padding (undefined there with FlexAttention)."""
-        grouped = query.shape[1] != key.shape[1]
-        if (self.cu_seqlens is not None or self.block_mask is not None) and torch.is_autocast_enabled(
-            query.device.type
-        ):
-            # Autocast knows SDPA alone: rotary embeddings leave queries and keys in float32.
-            query, key, value = (
-                tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value)
-            )
+        """query [B, H*g, T, D], key, value [B, H, T, D] -> [B, H*g, T, D]; padding is 0 (FlexAttention: undefined)."""
+        grouped, kind = query.shape[1] != key.shape[1], query.device.type
+        if (self.cu_seqlens is not None or self.block_mask is not None) and torch.is_autocast_enabled(kind):
+            # Autocast covers only SDPA: rotary embeddings leave queries and keys in float32.
+            query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
         if self.cu_seqlens is not None:
             return self._flash(query, key, value, scaling)
         if self.block_mask is not None:
             flexed: Tensor = flex()(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=grouped)
             return flexed
-        parts: list[Tensor] = []
         rows: list[list[Tensor]] = [[] for _ in range(len(query))]
         for row, start, end, mask in self.segments:
             q, k, v = (tensor[row : row + 1, :, start:end] for tensor in (query, key, value))
             rows[row].append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped))
-        for pieces in rows:
-            whole = torch.cat(pieces, dim=2)
-            parts.append(pad(whole, (0, 0, 0, query.shape[2] - whole.shape[2])))
-        return torch.cat(parts)
+        whole = [torch.cat(pieces, dim=2) for pieces in rows]
+        return torch.cat([pad(row, (0, 0, 0, query.shape[2] - row.shape[2])) for row in whole])
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
         assert self.cu_seqlens is not None
-        # Padding stands between rows: only the trees' own positions are handed over.
+        # There is padding between rows: the kernel gets only the positions of the trees.
         kept = [(row, slice(start, end)) for row, start, end, _ in self.segments]
-        flat = [
-            torch.cat([tensor[row, :, span] for row, span in kept], dim=1).transpose(0, 1)
-            for tensor in (query, key, value)
-        ]
+        pieces = ([tensor[row, :, span] for row, span in kept] for tensor in (query, key, value))
+        flat = [torch.cat(piece, dim=1).transpose(0, 1) for piece in pieces]
         longest = max(span.stop - span.start for _, span in kept)
         seqlens = (self.cu_seqlens, self.cu_seqlens, longest, longest)
         found = flash_attn_varlen_func(*flat, *seqlens, softmax_scale=scaling, causal=True).transpose(0, 1)
@@ -109,25 +103,21 @@ class PackedContext:
 
 @lru_cache(maxsize=1)
 def flex() -> Any:
-    """FlexAttention, compiled on a GPU: only then does it skip blocks. On a CPU as it is, for tests (it has no backward pass there)."""
-    from torch.nn.attention.flex_attention import flex_attention
-
+    """FlexAttention; compiled on a GPU, to skip blocks. On a CPU it is for tests only and has no backward pass."""
     return torch.compile(flex_attention, dynamic=True) if torch.cuda.is_available() else flex_attention
 
 
 @lru_cache(maxsize=1)
 def block_masks() -> Any:
-    """FlexAttention's maker of block masks, compiled on a GPU: as it is it would hold a number for every pair of positions."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
+    """FlexAttention's function for block masks; compiled on a GPU, or it would store a number per pair of positions."""
     return torch.compile(create_block_mask, dynamic=True) if torch.cuda.is_available() else create_block_mask
 
 
 def packed_context(micro: MicroBatch, kernel: Kernel = "auto", half: bool = False) -> PackedContext:
     """The context of a micro-batch whose rows may hold several trees, on the device of its tensors.
 
-    ``auto``: SDPA on a CPU; on a GPU flash-attn where it is installed, every tree has one branch and the arithmetic is of ``half`` precision, else
-    FlexAttention.
+    ``auto``: SDPA on a CPU. On a GPU flash-attn if it is installed, every tree has one branch and the arithmetic is in
+    ``half`` precision; otherwise FlexAttention.
     """
     branch_BT = micro.branch_BT
     if kernel == "auto":
@@ -142,13 +132,12 @@ def packed_context(micro: MicroBatch, kernel: Kernel = "auto", half: bool = Fals
 
         rows, length = branch_BT.shape
         return PackedContext([], block_masks()(visible, rows, None, length, length, device=branch_BT.device))
-    spans = micro.segments
     if kernel == "flash":
-        lengths = torch.tensor([0, *(end - start for _, start, end in spans)], device=branch_BT.device)
+        lengths = torch.tensor([0, *(end - start for _, start, end in micro.segments)], device=branch_BT.device)
         empty = torch.empty(0, device=branch_BT.device)
-        return PackedContext([(*span, empty) for span in spans], cu_seqlens=lengths.cumsum(0).to(torch.int32))
+        return PackedContext([(*span, empty) for span in micro.segments], cu_seqlens=lengths.cumsum(0).to(torch.int32))
     segments = []
-    for row, start, end in spans:
+    for row, start, end in micro.segments:
         branch_T = branch_BT[row, start:end]
         mask_TT = related(branch_T[:, None], branch_T[None]).tril()
         segments.append((row, start, end, mask_TT[None, None]))
@@ -157,33 +146,31 @@ def packed_context(micro: MicroBatch, kernel: Kernel = "auto", half: bool = Fals
 
 @dataclass(slots=True)
 class DecodeContext:
-    """The state of N = P x G samples that are being decoded behind P prompts, a list entry a layer."""
+    """The state of decoding N = P x G samples of P prompts; lists have one entry per layer."""
 
     prompt_keys: list[Tensor]  # [P, H, Tp, D]
     prompt_values: list[Tensor]
-    prompt_mask_P11T: Tensor  # [P, 1, 1, Tp] float: 0 where there is a token, -inf in the padding
+    prompt_mask_P11T: Tensor  # [P, 1, 1, Tp] float: 0 for a token, -inf for padding
     sample_keys: list[Tensor]  # [N, H, capacity, D]
     sample_values: list[Tensor]
-    length: int = 0  # tokens decoded so far; the position that is written next
+    length: int = 0  # tokens decoded so far: the position to write next
 
     def make_room(self) -> None:
-        """Doubles the capacity where it is used up, so that a high limit costs no memory before samples are that long."""
+        """Doubles the capacity when it is full: a high limit costs no memory until samples are that long."""
         capacity = self.sample_keys[0].shape[2]
         if self.length < capacity:
             return
-        for layer in range(len(self.sample_keys)):
-            self.sample_keys[layer] = pad(self.sample_keys[layer], (0, 0, 0, capacity))
-            self.sample_values[layer] = pad(self.sample_values[layer], (0, 0, 0, capacity))
+        for tensors in (self.sample_keys, self.sample_values):
+            tensors[:] = [pad(tensor, (0, 0, 0, capacity)) for tensor in tensors]
 
     def select_prompts(self, kept_P: Tensor, group_size: int) -> None:
-        """Drops the prompts (and their samples) that are not in ``kept_P`` [P'] (indices)."""
+        """Keeps only the prompts ``kept_P`` [P'] (indices) and their samples."""
         kept_N = (kept_P[:, None] * group_size + torch.arange(group_size, device=kept_P.device)).flatten()
         self.prompt_mask_P11T = self.prompt_mask_P11T[kept_P]
-        for layer in range(len(self.prompt_keys)):
-            self.prompt_keys[layer] = self.prompt_keys[layer][kept_P]
-            self.prompt_values[layer] = self.prompt_values[layer][kept_P]
-            self.sample_keys[layer] = self.sample_keys[layer][kept_N]
-            self.sample_values[layer] = self.sample_values[layer][kept_N]
+        for tensors in (self.prompt_keys, self.prompt_values):
+            tensors[:] = [tensor[kept_P] for tensor in tensors]
+        for tensors in (self.sample_keys, self.sample_values):
+            tensors[:] = [tensor[kept_N] for tensor in tensors]
 
 
 def tree_attention(
@@ -219,23 +206,20 @@ def _decode(context: DecodeContext, layer: int, query: Tensor, key: Tensor, valu
     group, grouped = samples // prompts, query.shape[1] // heads
 
     query_NHgD = query.view(samples, heads, grouped, size) * scaling
-    query_PHKD = (
-        query_NHgD.view(prompts, group, heads, grouped, size)
-        .transpose(1, 2)
-        .reshape(prompts, heads, group * grouped, size)
-    )
-    to_prompt = query_PHKD @ prompt_keys.transpose(-1, -2) + context.prompt_mask_P11T
-    to_prompt = to_prompt.view(prompts, heads, group, grouped, prompt_length).transpose(1, 2)
-    to_prompt = to_prompt.reshape(samples, heads, grouped, prompt_length)
+
+    def by_prompt(tensor_NHgX: Tensor) -> Tensor:  # [P, H, G*g, X]: all queries of a prompt in one product
+        split = tensor_NHgX.view(prompts, group, heads, grouped, -1).transpose(1, 2)
+        return split.reshape(prompts, heads, group * grouped, -1)
+
+    def by_sample(tensor_PHKX: Tensor) -> Tensor:  # and back [N, H, g, X]
+        split = tensor_PHKX.view(prompts, heads, group, grouped, -1).transpose(1, 2)
+        return split.reshape(samples, heads, grouped, -1)
+
+    to_prompt = by_sample(by_prompt(query_NHgD) @ prompt_keys.transpose(-1, -2) + context.prompt_mask_P11T)
     to_sample = query_NHgD @ keys[:, :, : now + 1].transpose(-1, -2)
     weights = torch.cat((to_prompt, to_sample), dim=-1).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     on_prompt, on_sample = weights[..., :prompt_length], weights[..., prompt_length:]
-    on_prompt = on_prompt.view(prompts, group, heads, grouped, prompt_length).transpose(1, 2)
-    from_prompt = on_prompt.reshape(prompts, heads, group * grouped, prompt_length) @ prompt_values
-    from_prompt = (
-        from_prompt.view(prompts, heads, group, grouped, size).transpose(1, 2).reshape(samples, heads, grouped, size)
-    )
-    out: Tensor = from_prompt + on_sample @ values[:, :, : now + 1]
+    out = by_sample(by_prompt(on_prompt) @ prompt_values) + on_sample @ values[:, :, : now + 1]
     return out.reshape(samples, 1, heads * grouped, size)
 
 

@@ -1,11 +1,12 @@
-"""Rollouts -> micro-batches in which each prompt stands once, with its samples behind it as the branches of a tree.
+"""Rollouts -> micro-batches in which each prompt occurs once, followed by its samples as the branches of a tree.
 
-A tree is ``prompt | branch 1 | branch 2 | ...``; positions restart at the prompt's end in every branch, and the attention mask lets a branch
-see the prompt and itself alone. That is exact, and with prompts several times as long as the samples it saves most of the compute. An
-unshared row is a tree of one branch; supervised fine-tuning uses those.
+A tree is ``prompt | branch 1 | branch 2 | ...``; the positions of each branch start at the end of the prompt, and by
+the attention mask a branch sees only the prompt and itself. This is exact. With prompts several times as long as the
+samples it saves most of the compute. A row that shares nothing is a tree of one branch; supervised fine-tuning uses
+those.
 
-A row holds one tree, or several one after another: then nothing is computed for padding. Rows never see each other, so that ranks can share
-a micro-batch by rows. The k-th tree of a row numbers its branches from k x ``STRIDE``.
+A row holds one tree, or several one after another: then nothing is computed for padding. Rows never see each other, so
+that ranks can split a micro-batch by rows. The k-th tree of a row numbers its branches from k x ``STRIDE``.
 
 Worked example: prompt [7, 8], branches [1, 2] and [3]::
 
@@ -22,12 +23,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-STRIDE = 1 << 16  # above the number of branches of any tree
+STRIDE = 1 << 16  # more than the branches of any tree
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One sample behind a prompt; ``weight`` multiplies the loss of each of its tokens."""
+    """One sample of a prompt; ``weight`` multiplies the loss of each of its tokens."""
 
     token_ids: tuple[int, ...]
     advantage: float = 0.0
@@ -37,7 +38,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A prompt and its branches; the unit that packing never splits."""
+    """A prompt and its branches. Packing never splits a tree."""
 
     prompt_ids: tuple[int, ...]
     branches: tuple[Branch, ...]
@@ -52,11 +53,11 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass takes. ``_B`` rows, ``_T`` padded row length, ``_R`` response tokens of all rows, in order."""
+    """The input of a forward pass. ``_B`` rows, ``_T`` padded length, ``_R`` response tokens of all rows, in order."""
 
     token_ids_BT: Tensor
     position_ids_BT: Tensor
-    branch_BT: Tensor  # 0: prompt, k: k-th branch, -1: padding; the row's next tree from STRIDE on
+    branch_BT: Tensor  # 0: prompt, k: k-th branch, -1: padding; + STRIDE for each tree before in the row
     row_R: Tensor
     source_R: Tensor
     target_ids_R: Tensor
@@ -73,8 +74,8 @@ class MicroBatch:
 
     @property
     def sequence_R(self) -> Tensor:
-        """Number of the sample that each response token belongs to, from 0 in the order of the columns: a sample's first token is predicted
-        from its prompt."""
+        """Number of the sample of each response token, from 0, in the order of the columns."""
+        # The first token of a sample is the one that is predicted from the prompt.
         first_R = self.branch_BT[self.row_R, self.source_R] % STRIDE == 0
         return first_R.cumsum(0) - 1
 
@@ -84,7 +85,7 @@ class MicroBatch:
         found = []
         for row, tree_T in enumerate((self.branch_BT // STRIDE).tolist()):
             length = len(tree_T)
-            starts = [t for t in range(length) if tree_T[t] >= 0 and (t == 0 or tree_T[t] != tree_T[t - 1])]
+            starts = [t for t, tree in enumerate(tree_T) if tree >= 0 and (t == 0 or tree != tree_T[t - 1])]
             end = next((t for t in range(length) if tree_T[t] < 0), length)
             found += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
         return found
@@ -96,10 +97,8 @@ class MicroBatch:
         return (causal_TT & related(self.branch_BT[:, :, None], self.branch_BT[:, None, :]))[:, None]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = {
-            name: getattr(self, name).to(device) for name in self.__slots__ if isinstance(getattr(self, name), Tensor)
-        }
-        return replace(self, **moved)
+        columns = {name: getattr(self, name) for name in self.__slots__}
+        return replace(self, **{name: value.to(device) for name, value in columns.items() if value is not None})
 
 
 Loss = Callable[[MicroBatch, Tensor, Tensor], tuple[Tensor, dict[str, float]]]
@@ -112,17 +111,17 @@ def unshared(trees: Sequence[Tree]) -> list[Tree]:
 
 
 def related(query: Tensor, key: Tensor) -> Tensor:
-    """Whether positions of these branches are of one tree, and the key is of its prompt or of the query's own branch."""
+    """Whether the key is in the query's branch or in the prompt of its tree, by their branch numbers."""
     return (key == query) | (key == query - query % STRIDE)
 
 
 def pack(
     trees: Sequence[Tree], max_tokens: int, pad_id: int = 0, world_size: int = 1, remove_padding: bool = False
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of at most ``max_tokens`` positions per rank (a longer tree gets a micro-batch to itself), in a fixed order.
+    """Micro-batches of at most ``max_tokens`` positions per rank, in a fixed order; a longer tree is alone in its row.
 
-    With padding, each row has one tree, and rows of similar length are packed together. With ``remove_padding``, each rank gets one
-    row of several trees, and the rows have similar lengths.
+    With padding, each row has one tree, and rows of similar length are packed together. With ``remove_padding``, each
+    rank gets one row of several trees, and the rows have similar lengths.
     """
     if remove_padding:
         rows = balanced([len(tree) for tree in trees], max_tokens, world_size)
@@ -140,7 +139,7 @@ def pack(
 
 
 def greedy_bins(lengths: Sequence[int], bins: int) -> list[list[int]]:
-    """Greedy bin packing, longest first: each position of ``lengths`` goes into the least loaded bin, the first of several.
+    """Greedy bin packing, longest first: each position of ``lengths`` goes into the (first) least loaded bin.
 
     Among equal lengths the lower position goes first. The positions of each bin are sorted.
     """
@@ -154,9 +153,9 @@ def greedy_bins(lengths: Sequence[int], bins: int) -> list[list[int]]:
 
 
 def balanced(lengths: Sequence[int], max_tokens: int, world_size: int = 1) -> list[list[int]]:
-    """Positions of ``lengths`` in as few bins as possible, a multiple of ``world_size``. A bin above ``max_tokens`` has one position.
+    """The smallest multiple of ``world_size`` bins of at most ``max_tokens``; a longer item is alone in its bin.
 
-    The bins are sorted by load, the largest first, so that neighbours have similar loads.
+    The bins are sorted by load, the largest first, so that neighbours have similar loads; empty bins are left out.
     """
     micros = max(1, -(-sum(lengths) // (world_size * max_tokens)))
     while True:
@@ -191,12 +190,12 @@ class _Columns:
 
 
 def collate(trees: Sequence[Tree], pad_id: int = 0) -> MicroBatch:
-    """One micro-batch of these trees, a row each, padded on the right."""
+    """One micro-batch of these trees, one row per tree, padded on the right."""
     return collate_rows([[tree] for tree in trees], pad_id)
 
 
 def collate_rows(rows: Sequence[Sequence[Tree]], pad_id: int = 0) -> MicroBatch:
-    """One micro-batch of rows that hold one tree or several, padded on the right to the longest row."""
+    """One micro-batch of rows of one or several trees, padded on the right to the longest row."""
     length = max(sum(map(len, row)) for row in rows)
     token_ids_BT = torch.full((len(rows), length), pad_id)
     position_ids_BT = torch.zeros(len(rows), length, dtype=torch.long)
@@ -208,17 +207,14 @@ def collate_rows(rows: Sequence[Sequence[Tree]], pad_id: int = 0) -> MicroBatch:
             assert len(tree.branches) < STRIDE
             span = slice(start, start + len(tree))
             positions, branches = _layout(tree)
-            token_ids_BT[row, span] = torch.tensor(
-                [*tree.prompt_ids, *(i for branch in tree.branches for i in branch.token_ids)]
-            )
+            responses = (i for branch in tree.branches for i in branch.token_ids)
+            token_ids_BT[row, span] = torch.tensor([*tree.prompt_ids, *responses])
             position_ids_BT[row, span] = torch.tensor(positions)
             branch_BT[row, span] = torch.tensor(branches) + number * STRIDE
             columns.add(row, start, tree)
             start += len(tree)
-    has_logprobs = bool(columns.logprob)
-    assert not has_logprobs or len(columns.logprob) == len(columns.target), (
-        "either all branches bring log-probs or none"
-    )
+    has_logprobs, complete = bool(columns.logprob), len(columns.logprob) == len(columns.target)
+    assert complete or not has_logprobs, "either all branches have log-probs or none"
     return MicroBatch(
         token_ids_BT=token_ids_BT,
         position_ids_BT=position_ids_BT,

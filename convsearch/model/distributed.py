@@ -1,4 +1,4 @@
-"""The little that the trainers need of torch.distributed: start, shard, gather. On one process everything here is the identity."""
+"""What the trainers need of torch.distributed: start, shard, gather. On one process all of it is the identity."""
 
 import os
 import sys
@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 
 def start(device: torch.device) -> torch.device:
-    """Joins the process group that torchrun announces; returns this rank's device."""
+    """Joins the process group of torchrun's environment variables; returns this rank's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or torch.distributed.is_initialized():
         return device
     if device.type == "cuda":
@@ -20,15 +23,16 @@ def start(device: torch.device) -> torch.device:
 
 
 def _backends(device: torch.device) -> str:
-    """gloo beside nccl, because what is kept in CPU memory is gathered there."""
+    """gloo beside nccl, because tensors in CPU memory are gathered there."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def stop(status: int = 0) -> None:
-    """The end of a rank's work: leaves the process group, and with several ranks the process too, with that exit status.
+    """Leaves the process group; with several ranks it also ends the process, with that exit status.
 
-    The interpreter is not wound down: gloo's threads may still hold Python tensors, DTensor's caches keep those threads alive, and letting go
-    of a tensor then aborts the process ("terminate called without an active exception", pytorch/pytorch#179291).
+    The interpreter does not shut down normally: gloo's threads may still hold Python tensors, DTensor's caches keep
+    those threads alive, and freeing a tensor then aborts the process ("terminate called without an active exception",
+    pytorch/pytorch#179291).
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -52,35 +56,33 @@ def barrier() -> None:
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Adds up named numbers; every rank must bring the same names."""
+    """Sums of named numbers over the ranks; every rank must have the same names."""
     if world_size() == 1:
         return values
-    totals = torch.tensor(
-        [values[name] for name in sorted(values)], dtype=torch.float64
-    )  # by gloo: a few numbers, on the CPU
+    names = sorted(values)
+    totals = torch.tensor([values[name] for name in names], dtype=torch.float64)  # a few numbers on the CPU: by gloo
     torch.distributed.all_reduce(totals)
-    return dict(zip(sorted(values), totals.tolist(), strict=True))
+    return dict(zip(names, totals.tolist(), strict=True))
 
 
 def shard(module: Any, device: torch.device, *, bf16: bool = False, offload: bool = False) -> Any:
     """Moves the module to the device; with several ranks, FSDP2 shards each decoder layer and the rest as one unit.
 
     Args:
-        bf16: where it is sharded, parameters are gathered and multiplied in bfloat16, gradients reduced in float32; the shards stay in float32.
-        offload: between uses the shards (and their gradients and Adam's state) live in CPU memory, where the optimizer steps. On a GPU, one rank
-            is a mesh of its own then; on a CPU everything is there already.
+        bf16: a sharded module gathers and multiplies parameters in bfloat16 and reduces gradients in float32; the
+        shards
+            stay in float32.
+        offload: between uses the shards, their gradients and Adam's state are in CPU memory, where the optimizer steps.
+            On a GPU, a single rank then has its own mesh; on a CPU this changes nothing.
     """
     offload = offload and device.type == "cuda"
     if world_size() == 1 and not offload:
         return module.to(device)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(_backends(device), store=store, rank=0, world_size=1)
     if offload:
-        for buffer in module.buffers():  # FSDP2 moves parameters alone
+        for buffer in module.buffers():  # FSDP2 moves only parameters
             buffer.data = buffer.data.to(device)
     else:
         module = module.to(device)
@@ -99,25 +101,24 @@ def is_sharded(module: Any) -> bool:
 
 
 def reshard(module: Any) -> None:
-    """Gives back what a forward pass without a backward pass has gathered: FSDP2 keeps the outermost unit whole until then, and what is
-    whole is not the parameter that the optimizer knows."""
+    """Frees what a forward pass without a backward pass has gathered.
+
+    Until then FSDP2 keeps the outermost unit whole, and its whole parameters are not those that the optimizer knows.
+    """
     if is_sharded(module):
         module.reshard()
 
 
 def full(tensor: Tensor | nn.Parameter) -> Tensor:
-    """The whole tensor on the CPU, gathered where it is sharded (a collective call)."""
+    """The whole tensor on the CPU, gathered if it is sharded (a collective call)."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     copied: Tensor = whole.detach().cpu().clone()
     return copied
 
 
 def like(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """``value`` laid out as ``parameter`` is: on its device, sharded where it is sharded."""
+    """``value`` in the layout of ``parameter``: on its device, sharded if it is sharded."""
     if hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
         mesh = parameter.device_mesh
-        sharded: Tensor = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements).to(parameter.device)  # type: ignore[attr-defined]
-        return sharded
+        value = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements)  # type: ignore[attr-defined]
     return value.to(parameter.device)

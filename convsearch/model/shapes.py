@@ -1,4 +1,4 @@
-"""The size of a decoder of the Llama or Qwen2 kind, from a dozen integers: parameters, and operations a token. Needs no torch and no weights."""
+"""The size of a Llama or Qwen2 decoder from a dozen integers: parameters, operations per token. Without torch."""
 
 import json
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """``Shape(hidden=2048, layers=36, heads=16, kv_heads=2, head_size=128, inner=11008, vocabulary=151936, tied=True, biases=True)``"""
+    """``Shape(2048, layers=36, heads=16, kv_heads=2, head_size=128, inner=11008, vocabulary=151936, tied=True)``"""
 
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_size: int
-    inner: int  # of the feed-forward layers
+    inner: int  # width of the feed-forward layers
     vocabulary: int
     tied: bool  # whether the output layer is the embedding
-    biases: bool = False  # of query, key and value, as in Qwen2
+    biases: bool = False  # whether query, key and value have biases, as in Qwen2
 
     @property
     def layer(self) -> int:
@@ -32,27 +32,25 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Tied weights once, as they are stored."""
+        """Tied weights count once, as they are stored."""
         return self.layers * self.layer + self.hidden + self.embedding * (1 if self.tied else 2)
 
     def forward_flops(self, tokens: float, scored_tokens: float, attended: float) -> float:
-        """Operations of a forward pass: 2 a parameter and token, and the two products of attention.
+        """Operations of a forward pass: 2 per parameter and token, and the two products of attention.
 
         Args:
-            tokens: that go through the layers.
-            scored_tokens: that need logits, which are the output layer's 2 operations a parameter.
-            attended: sum over the tokens of the number of positions that each looks at.
+            tokens: number of tokens that go through the layers.
+            scored_tokens: number of tokens that need logits (2 operations per parameter of the output layer).
+            attended: sum over the tokens of the number of positions that each attends to.
         """
         attention = 4 * self.layers * self.heads * self.head_size * attended
         return 2 * self.layers * self.layer * tokens + 2 * self.embedding * scored_tokens + attention
 
     @classmethod
     def of_config(cls, config: dict[str, object]) -> "Shape":
-        """From the fields of a Hugging Face config.json. Raises ValueError where the model is of another kind."""
+        """From the fields of a Hugging Face config.json. Raises ValueError for another type of model."""
         if config.get("model_type") not in ("llama", "qwen2"):
-            raise ValueError(
-                f"a model of type {config.get('model_type')!r} has no shape here, only llama and qwen2 have"
-            )
+            raise ValueError(f"a model of type {config.get('model_type')!r} has no shape: use llama or qwen2")
 
         def number(name: str, default: int = 0) -> int:
             value = config.get(name) or default
@@ -73,7 +71,7 @@ class Shape:
         )
 
 
-# Of the published config.json files, for plans that are made before the weights are there.
+# From the published config.json files, to plan a run before the weights are downloaded.
 PUBLISHED = {
     "Qwen/Qwen2.5-1.5B-Instruct": Shape(1536, 28, 12, 2, 128, 8960, 151_936, True, True),
     "Qwen/Qwen2.5-3B-Instruct": Shape(2048, 36, 16, 2, 128, 11_008, 151_936, True, True),
@@ -84,7 +82,7 @@ PUBLISHED = {
 
 
 def shape_of(model: str) -> Shape | None:
-    """The shape of a model folder, or of a published model by its name; None where neither is known."""
+    """The shape of a model folder, or of a published model by its name; None for others."""
     path = Path(model) / "config.json"
     if path.is_file():
         return Shape.of_config(json.loads(path.read_text(encoding="utf-8")))

@@ -1,12 +1,13 @@
 """Checkpoints that are complete or absent: ``<run>/global_step_<N>/``, with weights and optimizer, without a pickle.
 
-A folder is written under another name, the sizes of its files are recorded in ``trainer.json``, and it is renamed last. A killed run
-therefore leaves the previous checkpoint. All randomness of the trainers derives from (seed, step), so that the step number is the only
-state besides tensors.
+A folder is written under another name, the sizes of its files are recorded in ``trainer.json``, and it is renamed last.
+A killed run therefore leaves the previous checkpoint. All randomness of the trainers derives from (seed, step), so that
+the step number is the only state besides tensors.
 
-Two forms. ``safetensors``: a Hugging Face folder with ``optimizer.safetensors``, written by rank 0. ``dcp``: each rank writes its shards
-(``sharded.py``), optionally in the background; ``convsearch.export`` makes a Hugging Face folder of it. Any number of ranks can read
-either form. The files ``latest`` and ``best`` hold the name of a folder, for people and scripts: the trainers do not read them.
+Two forms. ``safetensors``: a Hugging Face folder with ``optimizer.safetensors``, written by rank 0. ``dcp``: each rank
+writes its shards (``sharded.py``), optionally in the background; ``convsearch.export`` makes a Hugging Face folder of
+it. Any number of ranks can read either form. The files ``latest`` and ``best`` hold the name of a folder, for people
+and scripts: the trainers do not read them.
 """
 
 import errno
@@ -16,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -143,14 +144,15 @@ def save(
 def save_by(
     policy: Checkpointed, run_dir: Path, tokenizer: Any, cfg: TrainerSection, done: int, value: float | None, last: bool
 ) -> None:
-    """``save`` with the configured options. ``value``: the validation metric, if there is one; ``last``: no step follows."""
+    """``save`` with the configured options. ``value``: the validation metric, if any; ``last``: no step follows."""
     score = CheckpointScore(cfg.best_metric, cfg.best_mode, value) if cfg.best_metric and value is not None else None
-    options = {"keep": cfg.keep_checkpoints, "form": cfg.checkpoint_format, "score": score}
-    save(run_dir, done, policy, tokenizer, background=cfg.async_checkpoints and not last, **options)  # type: ignore[arg-type]
+    background, form = cfg.async_checkpoints and not last, cfg.checkpoint_format
+    keep = cfg.keep_checkpoints
+    save(run_dir, done, policy, tokenizer, keep=keep, form=form, background=background, score=score)
 
 
 def model_folder(found: tuple[int, Path] | None, base: str) -> str:
-    """The folder to build the model from: the checkpoint, or ``base`` if its weights are sharded and ``restore`` loads them."""
+    """The folder to build the model from: the checkpoint, or ``base`` if ``restore`` will load sharded weights."""
     return base if found is None or is_sharded(found[1]) else str(found[1])
 
 
@@ -167,7 +169,7 @@ def restore(path: Path, policy: Checkpointed) -> None:
 
 
 def export(folder: Path, causal_lm: Any, tokenizer: Any, weights: dict[str, Tensor]) -> None:
-    """A folder that ``AutoModelForCausalLM.from_pretrained`` and vLLM load. The weights are written last, as the mark of completeness."""
+    """A folder that transformers and vLLM load. The weights are written last: a folder with weights is complete."""
     _describe(folder, causal_lm, tokenizer)
     save_tensors(weights, folder / "model.safetensors")
 
@@ -183,16 +185,12 @@ def _describe(folder: Path, causal_lm: Any, tokenizer: Any) -> None:
 
 
 def _scores(run_dir: Path) -> list[tuple[Path, CheckpointScore]]:
-    states = [(path, _state(path)) for _, path in checkpoints(run_dir)]
-    return [(path, CheckpointScore(**state["score"])) for path, state in states if "score" in state]
-
-
-def _state(path: Path) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads((path / "trainer.json").read_text())
-    except ValueError:  # ``check`` names a damaged one when it is loaded
-        return {}
-    return state
+    found = []
+    for _, path in checkpoints(run_dir):
+        with suppress(ValueError):  # ``check`` names a damaged one when it is loaded
+            state = json.loads((path / "trainer.json").read_text())
+            found += [(path, CheckpointScore(**state["score"]))] if "score" in state else []
+    return found
 
 
 def _retain(run_dir: Path, keep: int, newest: Path) -> None:
@@ -224,7 +222,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Turns a failed write into an OSError that names ``path``: safetensors has its own error type, tokenizers raise Exception."""
+    """A failed write raises OSError with ``path``: safetensors has its own error type, tokenizers raise Exception."""
     try:
         with named_errors(path):
             yield

@@ -1,7 +1,8 @@
-"""The collapse guard: compares the metrics of a run over a window of steps with limits, and reports a run that has collapsed.
+"""The collapse guard: compares the metrics of a run, over a window of steps, with limits.
 
-Users of the published recipe report a collapse into gibberish after 270 to 300 steps: the format breaks, the reward falls, responses get
-much longer or shorter, or other scripts appear. The metrics show all of this long before a person looks at them.
+Users of the published recipe report a collapse into gibberish after 270 to 300 steps: the format breaks, the reward
+falls, responses get much longer or shorter, or other scripts appear. The metrics show all of this long before a person
+looks at them.
 """
 
 import math
@@ -68,13 +69,12 @@ class CollapseGuard:
             self._add(record["step"], record)
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """Adds the metrics of a step. Returns one sentence with the values and the key of each limit that is crossed."""
+        """Adds the metrics of a step. Returns a sentence with the value and the key of each limit that is crossed."""
         self._add(step, metrics)
         if self.skipped >= self.max_skipped:
-            return (
-                f"the gradient was not finite in {self.skipped} steps in a row (trainer.max_skipped_steps={self.max_skipped}): "
-                "no weight has changed since; lower the learning rate, or look at the rollouts"
-            )
+            fault = f"the gradient was not finite in {self.skipped} steps in a row"
+            remedy = "no weight has changed since; lower the learning rate, or look at the rollouts"
+            return f"{fault} (trainer.max_skipped_steps={self.max_skipped}): {remedy}"
         if self.cfg is None:
             return None
         found = [self._fallen("reward", "max_reward_fall"), self._fallen("format_rate", "max_format_fall")]
@@ -105,7 +105,5 @@ class CollapseGuard:
         limit, watched = self._limit(key), self.watched[name]
         if limit is None or not watched.full or watched.best - watched.mean <= limit:
             return None
-        return (
-            f"{name} fell to {watched.mean:.4g} {watched.span}, from {watched.best:.4g} in the best window (up to step {watched.best_step}): "
-            f"more than guard.{key}={limit:g}"
-        )
+        best = f"{watched.best:.4g} in the best window (up to step {watched.best_step})"
+        return f"{name} fell to {watched.mean:.4g} {watched.span}, from {best}: more than guard.{key}={limit:g}"

@@ -1,4 +1,4 @@
-"""A checkpoint -> a Hugging Face folder, one output file at a time, so that a model larger than the memory can be exported."""
+"""A checkpoint -> a Hugging Face folder. Only one output file is in memory at a time."""
 
 import json
 import os
@@ -30,7 +30,8 @@ def find(folder: Path) -> Path:
     """The checkpoint folder: of a run folder its newest checkpoint, which is checked.
 
     Raises:
-        ValueError: there are no weights, or they are damaged, or another trainer wrote them with torch.distributed.checkpoint.
+        ValueError: there are no weights, or they are damaged, or another trainer wrote them with
+        torch.distributed.checkpoint.
     """
     if (folder / "trainer.json").is_file():
         checkpoint.check(folder)
@@ -48,7 +49,7 @@ def find(folder: Path) -> Path:
 
 
 def weights_of(folder: Path) -> tuple[Path, Shapes]:
-    """The folder of the weight files, and the (shape, type) of every weight in the order of the names, without Adam's moments.
+    """The folder of the weight files, and the (shape, type) of every weight, sorted by name; without Adam's moments.
 
     Raises:
         ValueError: there are no weights, or adapters that are not merged.
@@ -56,10 +57,8 @@ def weights_of(folder: Path) -> tuple[Path, Shapes]:
     source = folder / "shards" if checkpoint.is_sharded(folder) else folder
     shapes = sharded.shapes(source)
     if any(".lora_A." in name for name in shapes):
-        raise ValueError(
-            f"{folder} holds adapters that are not merged into the weights: use the model/ of the run, which is merged, or save with "
-            "trainer.checkpoint_format=safetensors"
-        )
+        remedy = "use the model/ of the run, which is merged, or save with trainer.checkpoint_format=safetensors"
+        raise ValueError(f"{folder} holds adapters that are not merged into the weights: {remedy}")
     shapes = {name: shapes[name] for name in sorted(shapes) if "/" not in name}
     if not shapes:
         raise ValueError(f"{folder} holds no weights")
@@ -67,7 +66,11 @@ def weights_of(folder: Path) -> tuple[Path, Shapes]:
 
 
 def partition(shapes: Shapes, itemsize: int | None, limit: int) -> list[list[str]]:
-    """Names in files of at most ``limit`` bytes (a larger tensor gets its own file); ``itemsize``: bytes per number, None: as saved."""
+    """The names of each file of at most ``limit`` bytes; a larger tensor gets its own file.
+
+    Args:
+        itemsize: bytes per number; None: as saved.
+    """
     parts: list[list[str]] = [[]]
     used = 0
     for name, (shape, dtype) in shapes.items():
@@ -81,7 +84,7 @@ def partition(shapes: Shapes, itemsize: int | None, limit: int) -> list[list[str
 
 
 def write_weights(folder: Path, target: Path, dtype: torch.dtype | None, limit: int) -> tuple[list[str], torch.dtype]:
-    """Writes the weights of ``folder`` into ``target``, and the index of several files; returns the file names and the type."""
+    """Writes the weights of ``folder`` into ``target``, with an index of several files; returns file names and type."""
     source, shapes = weights_of(folder)
     parts = partition(shapes, dtype.itemsize if dtype else None, limit)
     weight_map: dict[str, str] = {}

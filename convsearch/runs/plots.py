@@ -26,7 +26,7 @@ WINDOW = 5  # steps of the running mean
 
 
 def draw(runs: Sequence[list[dict[str, Any]]], output: Path) -> None:
-    """Six panels over the steps, one colour per run: thin raw values, a thick running mean of five steps, dots for validation."""
+    """Six panels over the steps, a colour per run: thin raw values, thick means of five steps, dots for validation."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.2), constrained_layout=True)
     for axis, (title, unit, names) in zip(axes.flat, PANELS, strict=True):
         for number, records in enumerate(runs):
@@ -53,7 +53,7 @@ def draw(runs: Sequence[list[dict[str, Any]]], output: Path) -> None:
 
 
 def rise(first: Sequence[float], last: Sequence[float]) -> tuple[float, float]:
-    """(difference of the means, twice its standard error (Welch)); it rose if the first exceeds the second. Needs two values each."""
+    """(difference of the means, twice its standard error (Welch)): it rose if the first exceeds the second."""
     error = math.sqrt(statistics.variance(first) / len(first) + statistics.variance(last) / len(last))
     return statistics.fmean(last) - statistics.fmean(first), 2 * error
 
@@ -79,8 +79,10 @@ def verdict(run_dir: Path, records: Sequence[dict[str, Any]]) -> str:
     difference, twice = rise(first, last)
     word = "rose" if difference > twice else "fell" if -difference > twice else "no significant change"
     held_out = [record["val_reward"] for record in records if "val_reward" in record]
+    means = f"{statistics.fmean(first):.2f} and {statistics.fmean(last):.2f}"
+    prompts = f"{len(first)} and {len(last)} prompts"
+    curve = f"; held-out {' -> '.join(f'{value:.2f}' for value in held_out)}" if held_out else ""
     return (
-        f"{run_dir}: reward of the first and last {third} steps {statistics.fmean(first):.2f} and {statistics.fmean(last):.2f} "
-        f"({len(first)} and {len(last)} prompts), difference {difference:+.2f} ± {twice:.2f} (two standard errors): {word}"
-        + (f"; held-out {' -> '.join(f'{value:.2f}' for value in held_out)}" if held_out else "")
+        f"{run_dir}: reward of the first and last {third} steps {means} ({prompts}), "
+        f"difference {difference:+.2f} ± {twice:.2f} (two standard errors): {word}{curve}"
     )

@@ -1,16 +1,14 @@
-"""The sharded form of a checkpoint: torch.distributed.checkpoint (DCP) with its safetensors storage, one file per rank, no pickle.
+"""The sharded form of a checkpoint: torch.distributed.checkpoint (DCP) with safetensors storage, one file per rank.
 
-``shards/`` holds every parameter under its Hugging Face name and Adam's moments as ``exp_avg/<name>`` and ``exp_avg_sq/<name>``. A file
-records the offsets of its pieces, so that any number of ranks reads what another number of ranks has written. The step count of the
-optimizer is in ``trainer.json``.
+``shards/`` holds every parameter under its Hugging Face name and Adam's moments as ``exp_avg/<name>`` and
+``exp_avg_sq/<name>``. A file records the offsets of its pieces, so that any number of ranks reads what another number
+of ranks has written. The step count of the optimizer is in ``trainer.json``.
 """
 
 import errno
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from convsearch.model import distributed
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP warns of a single process
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -41,16 +40,8 @@ class Checkpointed(Protocol):
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None: ...
 
 
-@dataclass(slots=True)
-class _Pending:
-    """A checkpoint in progress; rank 0 has called ``finish`` when ``finished`` is done."""
-
-    folder: Path
-    written: "Future[Any]"
-    finished: "Future[None]"
-
-
-_pending: list[_Pending] = []  # at most one, because the next save waits for it
+_background = ThreadPoolExecutor(max_workers=1)
+_pending: list[tuple[Path, Future[None]]] = []  # (folder, finished): at most one, because the next save waits for it
 
 
 def write(folder: Path, policy: Checkpointed, finish: Callable[[], None], *, background: bool) -> None:
@@ -63,8 +54,7 @@ def write(folder: Path, policy: Checkpointed, finish: Callable[[], None], *, bac
     state, group = _state_of(policy), _group()
     if not background or group is None:
         try:
-            with _quiet():
-                dcp_save(state, storage_writer=writer, process_group=group)
+            dcp_save(state, storage_writer=writer, process_group=group)
         except CheckpointException as error:
             raise _os_error(folder, error) from None
         if distributed.rank() == 0:
@@ -73,19 +63,13 @@ def write(folder: Path, policy: Checkpointed, finish: Callable[[], None], *, bac
         return
     written = dcp_async_save(state, storage_writer=writer, process_group=group)
     assert isinstance(written, Future)
-    finished: Future[None] = Future()
 
-    def then(done: "Future[Any]") -> None:
-        try:
-            if done.exception() is None and distributed.rank() == 0:
-                finish()
-        except Exception as error:  # in another thread: ``wait`` raises it in this one
-            finished.set_exception(error)
-        else:
-            finished.set_result(None)
+    def finish_when_written() -> None:
+        written.result()
+        if distributed.rank() == 0:
+            finish()
 
-    written.add_done_callback(then)
-    _pending.append(_Pending(folder, written, finished))
+    _pending.append((folder, _background.submit(finish_when_written)))
 
 
 def wait() -> None:
@@ -95,12 +79,11 @@ def wait() -> None:
         OSError: it could not be written.
     """
     while _pending:
-        pending = _pending.pop()
+        folder, finished = _pending.pop()
         try:
-            pending.written.result()
+            finished.result()
         except CheckpointException as error:
-            raise _os_error(pending.folder, error) from None
-        pending.finished.result()
+            raise _os_error(folder, error) from None
         distributed.barrier()
 
 
@@ -127,8 +110,7 @@ def load(folder: Path, state: dict[str, Tensor], process_group: Any = None) -> N
         ValueError: see ``read``.
     """
     try:
-        with _quiet():
-            dcp_load(state, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=process_group)
+        dcp_load(state, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=process_group)
     except CheckpointException as error:
         reasons = "; ".join(sorted({str(failure[0]) for failure in error.failures.values()}))
         raise ValueError(f"checkpoint {folder} is damaged or belongs to another model: {reasons}") from None
@@ -164,16 +146,8 @@ def _state_of(policy: Checkpointed) -> dict[str, Tensor]:
 
 @cache
 def _group() -> Any:
-    """A gloo group of all ranks, only for checkpoints: their messages cannot mix with those of the training. None on one process."""
+    """A gloo group of all ranks for checkpoints, whose messages cannot mix with the training's. None on one process."""
     return torch.distributed.new_group(backend="gloo") if distributed.world_size() > 1 else None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's warning that torch.distributed is disabled."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
 
 
 def _os_error(folder: Path, error: CheckpointException) -> OSError:

@@ -1,8 +1,8 @@
 """What both trainers do around their steps: when to save, and how a run ends before its last step.
 
-A run that the collapse guard stops, or that receives SIGTERM (a Slurm preemption, a time limit), saves at the end of the current step and
-exits with its own status, so that a script does not start the next stage with half a model: 3 for the guard, 143 for SIGTERM. The same
-command resumes it. A second SIGTERM ends it at once.
+A run that the collapse guard stops, or that receives SIGTERM (a Slurm preemption, a time limit), saves at the end of
+the current step and exits with its own status, so that a script does not start the next stage with half a model: 3 for
+the guard, 143 for SIGTERM. The same command resumes it. A second SIGTERM ends it at once.
 """
 
 import os
@@ -37,8 +37,8 @@ def sweep(run_dir: Path) -> None:
 class Terminated:
     """Records the first SIGTERM; a second one ends the process. A context for the main thread.
 
-    Slurm signals every process of a job step and torchrun forwards the signals that it receives, so that one request arrives twice:
-    signals within ``SAME_S`` seconds of the first count as the first.
+    Slurm signals every process of a job step and torchrun forwards the signals that it receives, so that one request
+    arrives twice: signals within ``SAME_S`` seconds of the first count as the first.
     """
 
     SAME_S = 2.0
@@ -73,8 +73,10 @@ class Stopping:
     """Saves when a checkpoint is due and ends a run early if it must; a context around the steps.
 
     Args:
-        save: ``save(done, score, last)`` writes the checkpoint after ``done`` steps. ``score`` is the validation metric by which the
-            best checkpoint is kept, if there is one. ``last`` says that no step follows: the checkpoint must be complete on return.
+        save: ``save(done, score, last)`` writes the checkpoint after ``done`` steps. ``score`` is the validation metric
+        by which the
+            best checkpoint is kept, if there is one. ``last`` says that no step follows: the checkpoint must be
+            complete on return.
         save_every: steps between checkpoints; 0: only at the end.
     """
 
@@ -123,9 +125,10 @@ class Stopping:
         if last:
             return
         if collapse_reason is not None:
+            saved = self.run_dir / f"global_step_{done}"
             raise Ended(
-                f"{collapse_reason}. Saved as {self.run_dir / f'global_step_{done}'}. To go on from an earlier checkpoint delete the "
-                "later ones; to go on from here raise the limit, or set it to null, and run the same command again",
+                f"{collapse_reason}. Saved as {saved}. To go on from an earlier checkpoint delete the later ones; to "
+                "go on from here raise the limit, or set it to null, and run the same command again",
                 COLLAPSED,
             )
         if terminated:

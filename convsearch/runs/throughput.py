@@ -1,8 +1,8 @@
 """Tokens per second, and MFU: the share of the devices' peak arithmetic that the model operations of a step use.
 
-Model operations are those of the mathematics: 2 per parameter and token forward, twice that backward, and the two products of attention.
-What is recomputed to save memory does not count, a prompt that a group shares counts once, and logits count for response tokens only
-(``shapes.Shape.forward_flops``).
+Model operations are those of the mathematics: 2 per parameter and token forward, twice that backward, and the two
+products of attention. What is recomputed to save memory does not count, a prompt that a group shares counts once, and
+logits count for response tokens only (``shapes.Shape.forward_flops``).
 """
 
 import re
@@ -104,7 +104,7 @@ class Throughput:
 
 
 def throughput_of(model: str, peak_tflops: float | None, device: str, devices: int) -> Throughput:
-    """For a model folder or a published model's name. No MFU for an architecture without a shape or a device of unknown peak."""
+    """For a model folder or a published name; without MFU for other architectures or a device of unknown peak."""
     if peak_tflops is None and device != "cpu":
         peak_tflops = peak_of(gpu_name())
     try:
@@ -114,7 +114,7 @@ def throughput_of(model: str, peak_tflops: float | None, device: str, devices: i
 
 
 def gpu_name() -> str:
-    """The name of the first GPU from nvidia-smi, because torch would open a context on the GPU; empty if there is none."""
+    """The name of the first GPU by nvidia-smi, because torch would open a context on it; empty if there is none."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)

@@ -1,4 +1,7 @@
-"""Where metrics go: ``metrics.jsonl`` in the run folder always; the console, wandb and TensorBoard on demand, with tables of samples in the last two."""
+"""Where metrics go: always ``metrics.jsonl`` in the run folder; optionally the console, wandb and TensorBoard.
+
+wandb and TensorBoard also get tables of samples.
+"""
 
 import json
 import os
@@ -15,8 +18,15 @@ Metrics = dict[str, float]
 Table = Sequence[dict[str, Any]]
 
 
+CONSOLE = (  # metrics that the console shows
+    "reward format_rate rank1_rate kl entropy response_tokens loss grad_norm lr step_s tokens_per_s mfu "
+    "val_reward val_mrr val_loss"
+)
+NOT_INSTALLED = "trainer.logger has {0}, which is missing: pip install -e '.[{0}]', or use trainer.logger=['console']"
+
+
 class Tracker:
-    """Appends one line a step; a run that resumes at step s first forgets the lines of s and later."""
+    """Appends one line per step; a run that resumes at step s first deletes the lines of s and later."""
 
     def __init__(
         self,
@@ -43,7 +53,7 @@ class Tracker:
 
     @property
     def shows_tables(self) -> bool:
-        """Whether ``samples`` reaches anyone."""
+        """Whether ``samples`` writes anywhere."""
         return bool(self.sinks)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -54,7 +64,7 @@ class Tracker:
             self.file.flush()
             os.fsync(self.file.fileno())
         if self.console:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name in _SHOWN)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name in CONSOLE.split())
             tqdm.write(f"step {step}: {shown}")
         for sink in self.sinks:
             sink.log(step, metrics)
@@ -72,44 +82,38 @@ class Tracker:
 
 
 class WandbSink:
-    """One wandb run an experiment name; ``WANDB_MODE=offline`` keeps it in the run folder. Steps are those of the run; -1 is told as 0."""
+    """One wandb run per experiment name; ``WANDB_MODE=offline`` keeps it in the run folder. Step -1 is logged as 0."""
 
     def __init__(self, run_dir: Path, project: str, experiment: str, config: dict[str, Any]):
         try:
             import wandb
         except ImportError as error:
-            raise ValueError(
-                "trainer.logger has wandb, which is not installed: pip install -e '.[wandb]', or use trainer.logger=['console']"
-            ) from error
+            raise ValueError(NOT_INSTALLED.format("wandb")) from error
         self.wandb: Any = wandb
+        folder = str(run_dir)
         self.run = wandb.init(
-            project=project, name=experiment, dir=str(run_dir), config=config, resume="allow", id=experiment
+            project=project, name=experiment, id=experiment, dir=folder, config=config, resume="allow"
         )
 
     def log(self, step: int, metrics: Metrics) -> None:
         self.run.log(metrics, step=max(0, step))
 
     def table(self, step: int, rows: Table) -> None:
-        columns = list(rows[0])
-        self.run.log(
-            {"samples": self.wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])},
-            step=step,
-        )
+        table = self.wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self.run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         self.run.finish()
 
 
 class TensorBoardSink:
-    """``<run>/tensorboard``; what a broken run has written of later steps is hidden by the viewer."""
+    """``<run>/tensorboard``; after a resume, the viewer hides later steps of the interrupted run."""
 
     def __init__(self, run_dir: Path, first_step: int):
         try:
             from tensorboardX import SummaryWriter
         except ImportError as error:
-            raise ValueError(
-                "trainer.logger has tensorboard, whose writer is not installed: pip install -e '.[tensorboard]', or use trainer.logger=['console']"
-            ) from error
+            raise ValueError(NOT_INSTALLED.format("tensorboard")) from error
         self.writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None, flush_secs=30)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -124,42 +128,18 @@ class TensorBoardSink:
 
 
 def markdown(rows: Table) -> str:
-    """Rows as a table of Markdown; line breaks and bars inside a cell are written so that they stay inside."""
+    """Rows as a Markdown table; line breaks and bars inside a cell are escaped."""
     columns = list(rows[0])
 
     def line(cells: Sequence[object]) -> str:
-        escaped = (
-            str(cell).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("\n", "<br>")
-            for cell in cells
-        )
-        return f"| {' | '.join(escaped)} |"
+        texts = (str(cell).replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;") for cell in cells)
+        return f"| {' | '.join(text.replace(chr(10), '<br>') for text in texts)} |"
 
-    return "\n".join(
-        [line(columns), f"|{'---|' * len(columns)}", *(line([row[name] for name in columns]) for row in rows)]
-    )
-
-
-_SHOWN = {
-    "reward",
-    "format_rate",
-    "rank1_rate",
-    "kl",
-    "entropy",
-    "response_tokens",
-    "loss",
-    "grad_norm",
-    "lr",
-    "step_s",
-    "tokens_per_s",
-    "mfu",
-    "val_reward",
-    "val_mrr",
-    "val_loss",
-}
+    return "\n".join([line(columns), f"|{'---|' * len(columns)}", *(line(list(row.values())) for row in rows)])
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All lines of a run's ``metrics.jsonl``, oldest first; a half-written last line is left out."""
+    """The lines of a run's ``metrics.jsonl``, oldest first, without a half-written last line."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return []
