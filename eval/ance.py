@@ -47,13 +47,12 @@ def open_index(args: argparse.Namespace) -> Search:
     """
     folder = args.passage_embeddings_dir_path
     if folder is None:
-        raise ValueError(
-            "dense search needs --passage_embeddings_dir_path (an index folder), or --server URL of a server with the index"
-        )
+        raise ValueError("dense search needs --passage_embeddings_dir_path (an index folder), or --server URL")
     if not (Path(folder) / "manifest.json").is_file():
         raise ValueError(
-            f"dense search: {folder} is no index folder; build one with `python -m retriever_server.index dense`, or from the "
-            f"reference's pickles with `python -m retriever_server.index import-blocks --embeddings {folder} --output DIR`"
+            f"dense search: {folder} is no index folder; build one with `python -m retriever_server.index dense`, "
+            "or from the reference's pickles with "
+            f"`python -m retriever_server.index import-blocks --embeddings {folder} --output DIR`"
         )
     from retriever_server.dense.index import DenseIndex
 

@@ -21,7 +21,7 @@ SWITCHES = ("first turn", "same topic", "topic switch")
 def means_by(
     qids: Sequence[str], groups: Mapping[str, Group], values: Mapping[str, Mapping[str, Floats]]
 ) -> list[Record]:
-    """``[{group, queries, run, measure, mean}]`` in the order of ``groups``; queries that it lacks come last, under None."""
+    """``[{group, queries, run, measure, mean}]`` in the order of ``groups``; queries without one come last, as None."""
     rows: dict[Group | None, list[int]] = {group: [] for group in dict.fromkeys(groups.values())}
     for index, qid in enumerate(qids):
         rows.setdefault(groups.get(qid), []).append(index)
@@ -66,9 +66,7 @@ def labels_of(
             words = {record["qid"]: _words(record["context"]) for record in records}
             found["history length (words)"] = _bucketed(words, HISTORY_WORDS)
         for field in fields:
-            problem = f"the record has no word or whole number under {field!r}: choose another field for --by"
-            _require(lines, lambda record, name=field: isinstance(record.get(name), int | str), problem)  # type: ignore[misc]
-            found[field] = _sorted({record["qid"]: record[field] for record in records})
+            found[field] = _by_field(lines, field)
     if rewrites is not None:
         lines = _records(qids, rewrites)
         problem = "the record has no 'rewrite': give the file that convsearch.infer wrote"
@@ -76,6 +74,12 @@ def labels_of(
         words = {record["qid"]: _words([record["rewrite"]]) for _, record in lines}
         found["rewrite length (words)"] = _bucketed(words, REWRITE_WORDS)
     return found
+
+
+def _by_field(lines: Sequence[tuple[str, Record]], field: str) -> dict[str, Group]:
+    problem = f"the record has no word or whole number under {field!r}: choose another field for --by"
+    _require(lines, lambda record: isinstance(record.get(field), int | str), problem)
+    return _sorted({record["qid"]: record[field] for _, record in lines})
 
 
 def _require(lines: Iterable[tuple[str, Record]], holds: Callable[[Record], bool], problem: str) -> None:

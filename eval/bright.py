@@ -1,8 +1,8 @@
 """BRIGHT: ``python -m eval.bright --task theoremqa_questions --documents DOCS --topics TOPICS --qrels QRELS``.
 
-Searches for the original queries, or for the reasoned ones of ``--queries`` (alone or joined to the original), takes out
-the documents that a query excludes, and prints nDCG@10 below the published rows. For several tasks, or ``all``, the paths
-contain {task} (earth_science) or {name} (earth-science).
+Searches for the original queries, or for the reasoned ones of ``--queries`` (alone or joined to the original), takes
+out the documents that a query excludes, and prints nDCG@10 below the published rows. For several tasks, or ``all``, the
+paths contain {task} (earth_science) or {name} (earth-science).
 """
 
 import argparse

@@ -140,7 +140,7 @@ def _ids(where: str, value: Any) -> tuple[str, ...]:
 
 
 def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Query id -> ids of documents that it must not find: one JSON object {qid: [ids]}, or records of {id, excluded_ids}."""
+    """Query id -> ids that it must not find, of one JSON object {qid: [ids]} or records {id, excluded_ids}."""
     if Path(path).suffix == ".json" and _first_character(Path(path)) == "{":
         return {qid: _ids(f"{path}: query {qid!r}", ids) for qid, ids in _json(Path(path)).items()}
     found = records(path)
@@ -161,7 +161,7 @@ class Reasoned:
 
 
 def read_reasoned(path: str | Path) -> Reasoned:
-    """One JSON object {query: reasoned query}, or the lines of ``convsearch.infer --task rqr`` (qid, question, rewrite, fallback).
+    """One JSON object {query: reasoned query}, or the lines of ``convsearch.infer --task rqr``.
 
     Raises:
         ValueError: it is neither; names file and line.

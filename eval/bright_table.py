@@ -1,4 +1,4 @@
-"""BRIGHT's tasks, the published rows (bright_published.json), and the table that shows results below them."""
+"""BRIGHT's tasks, the published rows, and the table that shows results below them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,20 +8,8 @@ from typing import Any
 
 from eval.tables import aligned
 
-TASKS = {  # as the data set calls them -> short name of the published tables
-    "biology": "Bio",
-    "earth_science": "Ear",
-    "economics": "Eco",
-    "psychology": "Psy",
-    "robotics": "Rob",
-    "stackoverflow": "Sta",
-    "sustainable_living": "Sus",
-    "leetcode": "Lee",
-    "pony": "Pon",
-    "aops": "AoPS",
-    "theoremqa_questions": "ThQ",
-    "theoremqa_theorems": "ThT",
-}
+PUBLISHED: dict[str, Any] = json.loads(Path(__file__).with_name("bright_published.json").read_text(encoding="utf-8"))
+TASKS: dict[str, str] = PUBLISHED["tasks"]  # as the data set calls them -> short name of the published tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +18,6 @@ class Outcome:
 
     means: Mapping[str, float]
     notes: str
-
-
-def published() -> dict[str, Any]:
-    """The rows of eval/bright_published.json."""
-    table: dict[str, Any] = json.loads(Path(__file__).with_name("bright_published.json").read_text(encoding="utf-8"))
-    return table
 
 
 def table(outcomes: Mapping[str, Outcome], label: str) -> str:
@@ -52,8 +34,8 @@ def table(outcomes: Mapping[str, Outcome], label: str) -> str:
     lead = "nDCG@10" if "nDCG@10" in measures else measures[0]
     rows = [[lead, *(TASKS[task] for task in outcomes), *(["mean"] if len(outcomes) > 1 else [])]]
     if lead == "nDCG@10":
-        for name, values in published()["rows"].items():
-            figures = dict(zip(published()["tasks"], values, strict=True))
+        for name, values in PUBLISHED["rows"].items():
+            figures = dict(zip(TASKS, values, strict=True))
             rows.append(row(f"{name} (published)", [figures[task] for task in outcomes]))
     for measure in [lead, *(other for other in measures if other != lead)]:
         values = [100 * outcome.means[measure] for outcome in outcomes.values()]

@@ -110,7 +110,7 @@ def as_csv(result: Record) -> str:
 
 
 def as_latex(result: Record) -> str:
-    """Runs as rows, measures as columns, the best mean bold, significance as superscripts. Needs the package booktabs."""
+    """Runs as rows, measures as columns, the best mean bold, significance as superscripts; with LaTeX's booktabs."""
     measures, tested = _measures(result), _tested(result)
     best = {measure: max(row["mean"] for row in result["means"] if row["measure"] == measure) for measure in measures}
     lines: dict[str, list[str]] = {}

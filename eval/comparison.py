@@ -46,10 +46,11 @@ def compare(values: Values, draws: int = 10_000, seed: int = 1, confidence: floa
     differences = np.stack([values[name][measure] - values[baseline][measure] for name, measure in pairs], axis=1)
     low, high = bootstrap_intervals(differences, draws, seed, confidence)
     tests = paired_tests(differences, draws, seed)
+    wins, losses = (differences > 0).sum(axis=0), (differences < 0).sum(axis=0)
     columns = {
         "difference": tests.difference, "low": low, "high": high, "t_p": tests.t_p, "t_p_holm": holm(tests.t_p),
-        "permutation_p": tests.permutation_p, "permutation_p_holm": holm(tests.permutation_p), "effect_size": tests.effect_size,
-        "wins": (differences > 0).sum(axis=0), "ties": (differences == 0).sum(axis=0), "losses": (differences < 0).sum(axis=0),
+        "permutation_p": tests.permutation_p, "permutation_p_holm": holm(tests.permutation_p),
+        "effect_size": tests.effect_size, "wins": wins, "ties": len(differences) - wins - losses, "losses": losses,
     }  # fmt: skip
     comparisons = [
         {"run": name, "baseline": baseline, "measure": measure, **_row(columns, i)}
@@ -67,8 +68,8 @@ def _row(columns: Mapping[str, Any], i: int) -> dict[str, float | None]:
 def over_seeds(name: str, runs: Sequence[Mapping[str, Floats]]) -> list[Record]:
     """One system with several seeds: ``[{run, seeds, measure, mean, sd, best_of}]``.
 
-    ``mean`` and ``sd`` (divided by n - 1) are over the runs' means; ``best_of`` is the mean of each query's best run. To
-    choose that run one must know the golds: it is an upper bound, not a system.
+    ``mean`` and ``sd`` (divided by n - 1) are over the runs' means; ``best_of`` is the mean of each query's best run.
+    To choose that run one must know the golds: it is an upper bound, not a system.
     """
     scores = {measure: np.stack([run[measure] for run in runs]) for measure in runs[0]}  # [seeds, queries]
     return [

@@ -1,7 +1,8 @@
 """Retrieval measures over columns: trec_eval's definitions, computed on whole arrays.
 
-Passages are ranked by score in float32, ties by docid in descending order; the run's rank column does not count. Formulas:
-trec_eval 9 (m_recip_rank.c, m_ndcg_cut.c, m_recall.c, m_map.c, m_P.c, m_success.c); the tests compare with pytrec_eval.
+Passages are ranked by score in float32, ties by docid in descending order; the run's rank column does not count.
+Formulas: trec_eval 9 (m_recip_rank.c, m_ndcg_cut.c, m_recall.c, m_map.c, m_P.c, m_success.c); the tests compare with
+pytrec_eval.
 """
 
 import re
@@ -35,7 +36,7 @@ _NAME = re.compile(r"([a-z_]+?)(?:\(rel=(\d+)\))?(?:[@_.](\d+))?", re.IGNORECASE
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One measure: ``Measure("NDCG@3", "nDCG", cutoff=3, rel=None)``; ``rel`` is its own relevance threshold, if it has one."""
+    """``Measure("NDCG@3", "nDCG", cutoff=3, rel=None)``; ``rel`` is its own relevance threshold, if it has one."""
 
     name: str  # as the user wrote it
     kind: Kind
@@ -75,7 +76,7 @@ def _parse_measure(name: str) -> Measure:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The run's rows that are in the qrels, ordered by query and rank, and the qrels. Queries are those of the qrels."""
+    """The run's rows that are in the qrels, by query and rank, and the qrels. Queries are those of the qrels."""
 
     num_queries: int
     query: Ints  # [rows], index of the query
@@ -108,7 +109,7 @@ def judge(run: Columns, qrels: Columns) -> Judged:
 
 
 def _candidates(run: Columns, qrels: Columns) -> Ints:
-    """The rows whose docid may be in the qrels, by the low bits of its hash: all that are, and at most 1 in 32 others."""
+    """The rows whose docid may be in the qrels, by its hash's low bits: all that are, and at most 1 in 32 others."""
     size = 1 << max(10, (32 * len(qrels.docids) - 1).bit_length())
     table = np.zeros(size, np.bool_)
     table[(qrels.docid_hashes & np.uint64(size - 1)).view(np.int64)] = True
@@ -123,7 +124,7 @@ def _lookup(items: Any, values: Any) -> Ints:
 
 
 def ranks(run: Columns, rows: Ints) -> Ints:
-    """The ranks of ``rows`` within their queries, from 1, in trec_eval's order: float32 score, then docid, both descending."""
+    """The ranks of ``rows`` within their queries, from 1; trec_eval's order: float32 score, then docid, descending."""
     query, score = run.query_of_row, run.values.astype(np.float32)
     firsts = np.flatnonzero(_starts(query))
     descends = score[1:] < score[:-1]
@@ -153,7 +154,7 @@ def _trec_order(run: Columns, query: npt.NDArray[np.int32], score: npt.NDArray[n
 
 
 def compute(measure: Measure, judged: Judged, rel_threshold: int) -> Floats:
-    """The measure of every query of the qrels, [queries], in 0..1; 0 if the run lacks the query or nothing is relevant."""
+    """The measure of every query of the qrels, [queries], in 0..1; 0 without the query or a relevant passage."""
     cutoff = measure.cutoff or np.iinfo(np.int64).max
     if measure.kind == "nDCG":
         return _ndcg(judged, cutoff)
@@ -206,7 +207,8 @@ def _place_in_group(query: npt.NDArray[np.integer[Any]]) -> Ints:
 
 def _starts(query: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
     """Whether a stretch of equal queries begins at each row."""
-    return np.concatenate([[True], query[1:] != query[:-1]])[: len(query)]
+    starts: npt.NDArray[np.bool_] = np.concatenate([[True], query[1:] != query[:-1]])[: len(query)]
+    return starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +231,7 @@ def evaluate(
     """Computes the measures of every query.
 
     Raises:
-        ValueError: the run has none of the qrels' queries, no query has a relevant passage, or the threshold is below 1.
+        ValueError: the run has none of the qrels' queries, no query has a relevant passage, or a threshold is below 1.
     """
     if rel_threshold < 1:
         raise ValueError(f"the relevance threshold must be at least 1, got {rel_threshold}")

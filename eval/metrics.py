@@ -1,7 +1,7 @@
 """Measures of a TREC run against qrels: ``python -m eval.metrics --run RUN --qrels QRELS``.
 
-The mean is over the queries of the qrels. A query that the run lacks counts 0, and so does one without a relevant passage
-(``--skip-unanswerable`` leaves the latter out). nDCG weighs grades as they are; all others count grades >=
+The mean is over the queries of the qrels. A query that the run lacks counts 0, and so does one without a relevant
+passage (``--skip-unanswerable`` leaves the latter out). nDCG weighs grades as they are; all others count grades >=
 ``--rel-threshold``.
 """
 

@@ -14,7 +14,7 @@ WINDOW = 5  # steps of the running mean
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A series of a chart; ``colour`` is 1 or 2. With ``dots`` it is drawn as points, else raw and as a running mean."""
+    """A series of a chart; ``colour`` is 1 or 2. It is drawn as dots, or raw and as a running mean."""
 
     name: str
     points: Points
@@ -40,7 +40,7 @@ def running_mean(points: Points, window: int = WINDOW) -> list[tuple[float, floa
 
 
 def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Html:
-    """A figure of curves over the steps; its text form names the first, last, lowest and highest value of each series."""
+    """A figure of curves over the steps; its text form has the first, last, lowest and highest value of each series."""
     shown = [Line(line.name, [p for p in line.points if math.isfinite(p[1])], line.colour, line.dots) for line in lines]
     shown = [line for line in shown if line.points]
     if not shown:
@@ -99,7 +99,11 @@ def _drawn(line: Line, place: Place) -> list[Html]:
 
 
 def stacked(title: str, names: Sequence[str], columns: Sequence[tuple[str, Sequence[float]]]) -> Html:
-    """Shares (each column's sum to 1) as stacked bars, the first name at the bottom; ``columns``: (label, share of each name)."""
+    """Shares (each column's sum to 1) as stacked bars, the first name at the bottom.
+
+    Args:
+        columns: (label, share of each name).
+    """
     width, height = 1000, 260
     slot = (width - LEFT - RIGHT) / len(columns)
     bar = max(0.5, min(slot - 3, 64)) if slot > 4 else slot
@@ -108,7 +112,7 @@ def stacked(title: str, names: Sequence[str], columns: Sequence[tuple[str, Seque
     parts = [node for s in shares for node in _rule(round(TOP + (1 - s) * span, 1), f"{s:.0%}", width)]
     every = max(1, math.ceil(len(columns) / 12))
     for i, (label, found) in enumerate(columns):
-        x, y = LEFT + i * slot + (slot - bar) / 2, TOP + span
+        x, y = LEFT + i * slot + (slot - bar) / 2, float(TOP + span)
         for j, share in enumerate(found):
             y -= share * span
             if share:
@@ -133,7 +137,7 @@ def legend(entries: Sequence[tuple[str, str]]) -> Html:
 
 
 def interval_bar(mean: float, low: float, high: float, top: float) -> Html:
-    """A row's mean as a dot on its interval, both in units of ``top``, the right edge; the next cell has the numbers."""
+    """A row's mean as a dot on its interval, in units of ``top``, the right edge. The next cell has the numbers."""
     x = [round(4 + value / top * 152, 1) for value in (low, mean, high)]
     parts = [
         tag("line", x1=4, x2=156, y1=9, y2=9, class_="axis"),

@@ -50,7 +50,7 @@ def text(node: Node) -> Html:
 
 
 def table(head: Sequence[Node], rows: Iterable[Sequence[Node]], caption: Node = None, numeric_from: int = 1) -> Html:
-    """A table whose first column names its rows; columns from ``numeric_from`` on are flush right. It scrolls if too wide."""
+    """A table whose first column names its rows; columns from ``numeric_from`` on are flush right."""
 
     def line(contents: Sequence[Node], names: Sequence[str], scopes: Sequence[str | None]) -> Html:
         cells = enumerate(zip(contents, names, scopes, strict=True))

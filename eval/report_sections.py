@@ -1,5 +1,6 @@
 """The sections of a report; a section is left out if the run has nothing for it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -27,46 +28,15 @@ CURVES = {
     "grad_norm": ("Gradient norm", "before clipping"),
     "loss": ("Loss", "a token"),
 }
-# MRR, NDCG@3, R@10, R@100 in percent of arXiv 2505.15776, tables 1 and 2: (data, retriever) -> system -> figures
-PAPER: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
-    ("TopiOCQA", "bm25"): {
-        "raw question": (2.1, 1.8, 4.0, 9.2),
-        "Llama3.2-3B": (4.8, 4.0, 8.6, 20.7),
-        "Llama3.2-3B, ConvSearch-R1": (37.8, 36.2, 59.6, 80.1),
-        "Qwen2.5-3B": (8.8, 7.5, 17.3, 36.1),
-        "Qwen2.5-3B, ConvSearch-R1": (35.2, 33.5, 57.8, 79.9),
-    },
-    ("TopiOCQA", "ance"): {
-        "raw question": (4.1, 3.8, 7.5, 13.8),
-        "Llama3.2-3B": (12.8, 11.7, 22.6, 38.1),
-        "Llama3.2-3B, ConvSearch-R1": (50.5, 50.1, 72.0, 86.3),
-        "Qwen2.5-3B": (19.2, 18.3, 33.0, 46.7),
-        "Qwen2.5-3B, warm-up only": (22.2, 20.6, 38.7, 58.3),
-        "Qwen2.5-3B, ConvSearch-R1": (51.4, 51.3, 72.0, 85.7),
-    },
-    ("QReCC", "bm25"): {
-        "raw question": (6.5, 5.5, 11.1, 21.5),
-        "human rewrite": (39.8, 36.3, 62.7, 98.5),
-        "Llama3.2-3B": (22.5, 21.0, 33.7, 49.8),
-        "Llama3.2-3B, ConvSearch-R1": (55.9, 54.3, 77.2, 89.0),
-        "Qwen2.5-3B": (27.3, 25.0, 42.3, 64.6),
-        "Qwen2.5-3B, ConvSearch-R1": (56.5, 54.8, 76.3, 88.1),
-    },
-    ("QReCC", "ance"): {
-        "raw question": (10.2, 9.3, 15.7, 22.7),
-        "human rewrite": (38.4, 35.6, 58.6, 78.1),
-        "Llama3.2-3B": (19.1, 17.4, 30.4, 44.1),
-        "Llama3.2-3B, ConvSearch-R1": (50.2, 48.1, 70.6, 82.8),
-        "Qwen2.5-3B": (29.3, 27.2, 44.2, 59.0),
-        "Qwen2.5-3B, warm-up only": (39.9, 37.5, 59.3, 73.8),
-        "Qwen2.5-3B, ConvSearch-R1": (49.7, 47.7, 69.8, 81.6),
-    },
-}
+
+PAPER: dict[str, dict[str, list[float]]] = json.loads(
+    Path(__file__).with_name("paper_published.json").read_text(encoding="utf-8")
+)["rows"]  # "data set, retriever" -> system -> MRR, NDCG@3, R@10, R@100 in percent
 TEST_SETS = {"TopiOCQA": ("topiocqa-dev_", (2514,)), "QReCC": ("QReCC-Test_", (8124, 8209))}
 
 
 def paper_set(qids: Sequence[str], golds: Mapping[str, Sequence[str]]) -> str | None:
-    """The paper's test set that these queries are; None for a part of one, and for proxy passages instead of its own."""
+    """The paper's test set that these queries are; None for a part of one, and for proxy passages."""
     for name, (prefix, sizes) in TEST_SETS.items():
         stand_in = any(docid.startswith("proxy-") for docids in golds.values() for docid in docids)
         if len(qids) in sizes and all(qid.startswith(prefix) for qid in qids) and not stand_in:
@@ -75,7 +45,7 @@ def paper_set(qids: Sequence[str], golds: Mapping[str, Sequence[str]]) -> str | 
 
 
 def results_section(results: data.Results, comparison: Mapping[str, list[Record]]) -> Html:
-    """Every system with its intervals, marked if it differs from the first; below, the paper's if it has the same data."""
+    """Every system with its intervals, marked if it differs from the first; below, the paper's for the same data."""
     baseline, measures = next(iter(results.values)), data.MEASURES.split()
     means = {(row["run"], row["measure"]): row for row in comparison["means"]}
     tests = {(row["run"], row["measure"]): row for row in comparison["comparisons"]}
@@ -100,7 +70,7 @@ def results_section(results: data.Results, comparison: Mapping[str, list[Record]
     parts: list[Node] = [table(["", "MRR", *measures], rows, numeric_from=2)]
     parts += [tag("p", "These do not agree: ", fault, class_="bad") for fault in results.disagreements]
     data_set = paper_set(results.qids, results.golds)
-    figures = PAPER.get((data_set or "", results.retriever))
+    figures = PAPER.get(f"{data_set}, {results.retriever}")
     if figures:
         lines = [[name, *(f"{value:.1f}" for value in values)] for name, values in figures.items()]
         caption = f"The paper's figures: {data_set}, {results.retriever} (arXiv 2505.15776)"
@@ -119,13 +89,10 @@ def differences_section(system: str, comparison: Mapping[str, list[Record]]) -> 
             continue
         low, high = -row["high"], -row["low"]
         sign = "good" if low > 0 else "bad" if high < 0 else "muted"
-        difference, interval = (
-            tag("strong", _signed(-row["difference"]), class_=sign),
-            f"{_signed(low)} to {_signed(high)}",
-        )
+        difference = tag("strong", _signed(-row["difference"]), class_=sign)
         effect = "–" if row["effect_size"] is None else f"{-row['effect_size']:+.2f}".replace("-", "−")
         p = "< 0.001" if row["permutation_p_holm"] < 0.001 else f"{row['permutation_p_holm']:.3f}"
-        counts = f"{row['losses']} / {row['ties']} / {row['wins']}"
+        interval, counts = f"{_signed(low)} to {_signed(high)}", f"{row['losses']} / {row['ties']} / {row['wins']}"
         rows.append([f"against {row['run']}", difference, interval, p, effect, counts])
     about = (
         "Difference of the MRR in points with its 95 % interval, p of a paired permutation test (Holm), "
@@ -136,7 +103,7 @@ def differences_section(system: str, comparison: Mapping[str, list[Record]]) -> 
 
 
 def breakdown_section(name: str, cells: Sequence[Record], systems: Sequence[str]) -> Html:
-    """MRR by turn number, topic switch, history length, ..."""
+    """MRR by turn number, topic switch, history length and so on."""
     counts = {cell["group"]: cell["queries"] for cell in cells}
     means = {(cell["group"], cell["run"]): cell["mean"] for cell in cells if cell["measure"] == "MRR"}
     groups = (tag("span", f"{group or '?'}", tag("br"), tag("span", f"n = {n}")) for group, n in counts.items())
@@ -199,8 +166,8 @@ def movement_section(results: data.Results, baseline: str, system: str) -> Html:
         rows.append([name, *cells, str(sum(counts[i]))])
     totals: list[Node] = ["all", *(str(sum(counts[i][j] for i in range(4))) for j in range(4)), str(len(pairs))]
     about = f"The gold passage's rank: rows by the {baseline}, columns {system}. Green moved up, red moved down."
-    shares = tag("p", tag("strong", f"{better}", class_="good"), " questions better, ", f"{len(pairs) - better - worse} the same, ",
-                 tag("strong", f"{worse}", class_="bad"), " worse.")  # fmt: skip
+    good, bad = tag("strong", f"{better}", class_="good"), tag("strong", f"{worse}", class_="bad")
+    shares = tag("p", good, " questions better, ", f"{len(pairs) - better - worse} the same, ", bad, " worse.")
     return section("Rank movement", about, shares, table(["", *names, "all"], [*rows, totals]))
 
 

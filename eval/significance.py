@@ -1,7 +1,7 @@
-"""Paired statistics over queries: bootstrap intervals, t-test, sign-flip permutation test, Holm's correction, effect size.
+"""Paired statistics over queries: bootstrap intervals, t-test, permutation test, Holm's correction, effect size.
 
-Everything works on differences [queries, comparisons] at once. Sources: Smucker, Allan and Carterette (CIKM 2007) for the
-paired tests in retrieval, Efron's percentile interval, Holm (1979), Cohen's d of paired differences (d_z).
+Everything works on differences [queries, comparisons] at once. Sources: Smucker, Allan and Carterette (CIKM 2007) for
+the paired tests in retrieval, Efron's percentile interval, Holm (1979), Cohen's d of paired differences (d_z).
 """
 
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ def _blocks(total: int, queries: int) -> list[int]:
 
 
 def holm(p_values: Any) -> Floats:
-    """Holm's step-down correction over all ``p_values``, in their shape. ``[0.01, 0.04, 0.03]`` -> ``[0.03, 0.06, 0.06]``."""
+    """Holm's step-down correction over all ``p_values``, in their shape: [0.01, 0.04, 0.03] -> [0.03, 0.06, 0.06]."""
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, axis=None)
     factors = np.arange(p.size, 0, -1)

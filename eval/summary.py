@@ -1,4 +1,4 @@
-"""Several systems in one table: ``python -m eval.summary --qrels QRELS --output results.json "raw question=raw.trec" ...``.
+"""Several systems in one table: ``python -m eval.summary --qrels QRELS --output results.json "raw=raw.trec" ...``.
 
 Prints MRR, NDCG@3 and R@10 with a bootstrap interval of the MRR over the questions, and writes the same numbers in full
 precision.

@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1, least: Sequence[int] = (), gap: str = "  ") -> str:
-    """Columns of equal width, the first ``left`` flush left, the others flush right; ``least``: least widths of the first columns."""
+    """Columns of equal width, the first ``left`` flush left, the others flush right.
+
+    Args:
+        least: least widths of the first columns.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths = [max(width, *least[i : i + 1], 0) for i, width in enumerate(widths)]
     lines = []
