@@ -95,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.queries, args.depth, args.repeats) < 1 or args.depth < 2:
         raise ValueError("--queries and --repeats must be at least 1, --depth at least 2")
-    from eval.metrics import evaluate_files
+    from eval.measures import evaluate_files
 
     with tempfile.TemporaryDirectory() as folder:
         run, qrels = generate(Path(folder), args.queries, args.depth, args.seed)
