@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 def sentences(source: Path | None) -> list[str]:
     """Distinct sentences of 4 to 60 words, in order of appearance."""
     if source is None:
-        from data_preprocess.demo import find_summaries, read_articles
+        from data_preprocess.demo_data import find_summaries, read_articles
 
         texts: Iterator[str] = (article.contents for article in read_articles(find_summaries()).values())
     else:

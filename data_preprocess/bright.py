@@ -3,9 +3,9 @@
     python -m data_preprocess.download bright --output data/raw/bright
     python -m data_preprocess.bright --input data/raw/bright --output data/bright [--long] [--task biology ...]
 
-The input has documents/, long_documents/ and examples/ as released (parquet, or JSON lines, gzipped or not). ``<task>/``
-gets collection.jsonl ({"id", "contents"}), topics.jsonl ({"id", "query", "excluded_ids"}), qrels.trec and excluded.json;
-with --long ``<task>_long/`` gets the same from the unsplit documents.
+The input has documents/, long_documents/ and examples/ as released (parquet, or JSON lines, gzipped or not).
+``<task>/`` gets collection.jsonl ({"id", "contents"}), topics.jsonl ({"id", "query", "excluded_ids"}), qrels.trec and
+excluded.json; with --long ``<task>_long/`` gets the same from the unsplit documents.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The embedded demo -> conversations, collection, qrels, parquet: ``python -m data_preprocess.demo --output data/demo``."""
+"""The embedded demo: ``python -m data_preprocess.demo --output data/demo``."""
 
 import argparse
 from pathlib import Path

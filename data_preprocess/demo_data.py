@@ -132,8 +132,8 @@ def write_attribution(path: Path, articles: dict[str, Article]) -> None:
     licence = "[CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)"
     lines = [
         "# Attribution\n",
-        "The passages in collection.jsonl are summaries of articles of the English Wikipedia, by its contributors, under",
-        f"{licence}; what is derived from them is under the same licence.",
+        "The passages in collection.jsonl are summaries of articles of the English Wikipedia, by its contributors, "
+        f"under\n{licence}; what is derived from them is under the same licence.",
         f"They come from the Python package {DISTRIBUTION} (version {version}). "
         "Changed: the title stands in front of the text.",
         "The authors of each article are listed in the history of its page:\n",

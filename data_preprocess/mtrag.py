@@ -1,4 +1,4 @@
-"""MTRAG -> conversations, collection, qrels, parquet: ``python -m data_preprocess.mtrag --input DIR --output DIR``."""
+"""MTRAG: ``python -m data_preprocess.mtrag --input DIR --output DIR``."""
 
 import argparse
 from pathlib import Path

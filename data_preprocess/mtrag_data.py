@@ -1,8 +1,8 @@
 """MTRAG (Katsis et al., TACL 2025): its files and its queries.
 
-Two layouts of the input are known: three files (queries.jsonl, corpus.jsonl, qrels.trec, each gzipped or not), and IBM's
-repository (data_preprocess/mtrag_ibm.py). MTRAG has no split of its own: ours is by conversation, by a seeded hash.
-``all.json`` and ``all.trec`` have every query, for baselines that need no training.
+Two layouts of the input are known: three files (queries.jsonl, corpus.jsonl, qrels.trec, each gzipped or not), and
+IBM's repository (data_preprocess/mtrag_ibm.py). MTRAG has no split of its own: ours is by conversation, by a seeded
+hash. ``all.json`` and ``all.trec`` have every query, for baselines that need no training.
 """
 
 import re

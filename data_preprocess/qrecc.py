@@ -1,4 +1,4 @@
-"""QReCC -> conversations, collection, qrels, parquet: ``python -m data_preprocess.qrecc --input DIR --output DIR``."""
+"""QReCC: ``python -m data_preprocess.qrecc --input DIR --output DIR``."""
 
 import argparse
 from pathlib import Path

@@ -52,7 +52,7 @@ class Files:
         if missing:
             raise ValueError(
                 f"QReCC lacks {missing}: get the turns from {TURNS_URL} and the passages from {PASSAGES_URL} "
-                "(python -m data_preprocess.download qrecc fetches all), or pass --without-train or --without-collection"
+                "(or all by python -m data_preprocess.download qrecc), or pass --without-train or --without-collection"
             )
         return Files(None if without_train else self.train, self.test, None if without_collection else self.archive)
 
@@ -140,7 +140,7 @@ def passages(archive: Path, bad: BadRecords) -> Iterator[tuple[str, str]]:
 
 
 def convert(files: Files, folder: OutputFolder, prompt: PromptOptions, held_out: int, seed: int) -> None:
-    """Writes what there are files for: train and ``held_out`` validation conversations from it, test, the collection."""
+    """Writes what there are files for: train, ``held_out`` validation conversations from it, test, the collection."""
     train, test, archive = files.train, files.test, files.archive
     splits = ["train", "validation"] if held_out else ["train"]
     if train is not None:

@@ -74,7 +74,7 @@ RELEASES: dict[str, tuple[Release, ...]] = {
 
 
 def package_file(package: str, pattern: str) -> Path | None:
-    """The first file of ``pattern`` in the folder of an installed package, which is not imported; None if there is none."""
+    """The first file of ``pattern`` in an installed package, which is not imported; None if there is none."""
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations or []) if spec else []
     return next((path for folder in folders for path in sorted(Path(folder).glob(pattern))), None)

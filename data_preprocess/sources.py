@@ -134,7 +134,7 @@ class Source:
         return self.member or self.path.as_posix()
 
     def stamp(self) -> dict[str, Any]:
-        """What distinguishes versions of this file: name, bytes and time of change (hashing 27 GB would take minutes)."""
+        """What distinguishes versions of this file: name, bytes, time of change (hashing 27 GB takes minutes)."""
         stat = self.path.stat()
         name = f"{self.path.name}!{self.member}" if self.member else self.path.name
         return {"name": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -173,7 +173,7 @@ def open_source(source: Source) -> Iterator[Stream]:
 
 @contextmanager
 def _progress(stream: Stream, description: str | None) -> Iterator[Callable[[int], None]]:
-    """A bar over the stream's bytes, none if ``description`` is None. The yielded function takes the count of records."""
+    """A bar over the stream's bytes, none without ``description``. The yielded function takes the count of records."""
     total, hidden = stream.total_bytes, description is None
     with tqdm(desc=description, total=total, unit="B", unit_scale=True, mininterval=1.0, disable=hidden) as bar:
 

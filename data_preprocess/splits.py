@@ -41,7 +41,7 @@ def held_out_conversations(
 
 
 def partition(conv_ids: Iterable[object], fractions: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Maps each conversation (as a string) to a split; a split's size is its fraction, rounded, and the last gets the rest.
+    """Maps each conversation (as a string) to a split. Sizes are the fractions, rounded; the last split gets the rest.
 
     Raises:
         ValueError: a fraction is negative, or they do not add up to 1.

@@ -65,7 +65,7 @@ class Endpoint:
 def model_answers(
     questions: Sequence[Question], endpoint: Endpoint, path: Path, parallel: int, dropped: Counter[str]
 ) -> list[Question]:
-    """The questions, each with the model's answer; empty answers are dropped and counted. ``path`` keeps the answers."""
+    """The questions with the model's answers, which ``path`` keeps; empty answers are dropped and counted."""
     known = answered(path, endpoint.model)
     rest = [question for question in questions if question.qid not in known]
     path.parent.mkdir(parents=True, exist_ok=True)

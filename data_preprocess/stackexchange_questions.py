@@ -51,7 +51,7 @@ class Filters:
 def read_questions(
     inputs: Iterable[Source], sites: frozenset[str], filters: Filters, bad: BadRecords, dropped: Counter[str]
 ) -> Iterator[Question]:
-    """Questions in the order of the input, each text once; ``dropped`` counts the dropped ones of the sites by reason."""
+    """Questions in the order of the input, each text once; ``dropped`` counts the others of the sites by reason."""
     seen: set[str] = set()
     for source in inputs:
         for site, text, answers in raw_questions(source, bad):

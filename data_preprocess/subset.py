@@ -1,8 +1,8 @@
 """The first questions of a conversations file with their qrels.
 
-    python -m data_preprocess.subset --input data/demo/test.json --qrels data/demo/test.trec --limit 100 --output outputs/demo
+    python -m data_preprocess.subset --input data/demo/test.json --qrels data/demo/test.trec --limit 100 --output DIR
 
-Writes DIR/test.json, the first N lines as they are, and DIR/test.trec, the lines of the qrels whose query is among them.
+Writes DIR/test.json, the first N lines unchanged, and DIR/test.trec, the lines of the qrels whose query is among them.
 """
 
 import argparse
@@ -31,38 +31,36 @@ def build_parser() -> argparse.ArgumentParser:
 def subset(conversations: Path, qrels: Path, limit: int | None, output: Path, name: str = "test") -> dict[str, int]:
     """Writes ``<output>/<name>.json`` and ``<output>/<name>.trec``; returns the counts of their lines.
 
-    Returns:
-        "questions", "qrels", and "questions without qrels".
-
     Raises:
         ValueError: the limit is below 1, there is no question, or a line has no qid or is malformed.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be at least 1, got {limit}: leave it out for all questions")
-    qids = dict.fromkeys(_qids(conversations, limit), False)  # -> whether the qrels have it
-    if not qids:
+    found = dict.fromkeys(_qids(conversations, limit), False)  # -> whether the qrels have it
+    if not found:
         raise ValueError(f"{conversations} has no question: give a conversations file, one turn per line")
-    count = 0
-    with qrels.open(encoding="utf-8") as source, atomic_write(output / f"{name}.trec") as kept:
-        for line in source:
-            qid = next(iter(line.split()), None)
-            if qid in qids:
-                qids[qid] = True
-                kept.write(line.rstrip("\n") + "\n")
-                count += 1
-    with conversations.open(encoding="utf-8") as lines, atomic_write(output / f"{name}.json") as file:
+    num_qrels = 0
+    with qrels.open("rb") as lines, atomic_write(output / f"{name}.trec", "wb") as file:
+        for line in lines:
+            qid = b"".join(line.split(maxsplit=1)[:1])
+            if qid in found:
+                found[qid] = True
+                file.write(line.removesuffix(b"\n") + b"\n")
+                num_qrels += 1
+    with conversations.open("rb") as lines, atomic_write(output / f"{name}.json", "wb") as file:
         file.writelines(islice(lines, limit))
-    return {"questions": len(qids), "qrels": count, "questions without qrels": list(qids.values()).count(False)}
+    without = list(found.values()).count(False)
+    return {"questions": len(found), "qrels": num_qrels, "questions without qrels": without}
 
 
-def _qids(conversations: Path, limit: int | None) -> list[str]:
+def _qids(conversations: Path, limit: int | None) -> list[bytes]:
     qids = []
     for number, record in read_jsonl(conversations):
         if limit is not None and number > limit:
             break
         if not isinstance(record.get("qid"), str):
             raise ValueError(f"{conversations}:{number}: needs 'qid' (a string), got {record.get('qid')!r}")
-        qids.append(record["qid"])
+        qids.append(record["qid"].encode())
     return qids
 
 

@@ -1,4 +1,4 @@
-"""TopiOCQA -> conversations, collection, qrels, parquet: ``python -m data_preprocess.topiocqa --input DIR --output DIR``."""
+"""TopiOCQA: ``python -m data_preprocess.topiocqa --input DIR --output DIR``."""
 
 import argparse
 from pathlib import Path

@@ -38,7 +38,7 @@ class Row:
 
 
 def parquet_schema(with_positives: bool = False) -> Any:
-    """The columns that GRPO training reads: those of the reference, ``context``, and (for similarity rewards) ``positives``."""
+    """The columns that GRPO training reads: the reference's, ``context``, and ``positives`` for similarity rewards."""
     text, texts = pa.string(), pa.list_(pa.string())
     extra = [("split", text), ("index", pa.int64()), ("answer", text), ("question", text), ("query_id", text)]
     extra += [("context", texts)] + ([("positives", texts)] if with_positives else [])
@@ -201,7 +201,7 @@ def write_collection(
 
 
 class OutputFolder:
-    """A data set's output folder. A step makes some of its files, unless the same inputs and options have made them before."""
+    """A data set's output folder. A step makes some of its files, unless they were made from the same inputs."""
 
     def __init__(self, path: Path, skip_bad: int = 0) -> None:
         self.path = path

@@ -145,7 +145,7 @@ def test_turns_that_stand_alone_bring_their_context(name: str, run: Run, tmp_pat
             {"Truth_passages": "http://x"},
             r"record 3: field 'Truth_passages' must be a list of strings, got 'http://x'",
         ),
-        (2, {"Truth_passages": ["a b"]}, r"record 3: field 'qid' or 'gold_docids' holds white space"),
+        (2, {"Truth_passages": ["a b"]}, r"record 3: field 'qid' or 'gold_docids' has white space"),
         (
             2,
             {"Turn_no": 5},
