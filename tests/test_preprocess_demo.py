@@ -107,7 +107,7 @@ def test_a_small_demo(
         (
             "test",
             _turn("x?", "Hamlet"),
-            r"test\.jsonl:1, turns\[0\]: field 'article': 'Hamlet' serves split train, too \(.*train\.jsonl:1, turns\[0\]\)",
+            r"test\.jsonl:1, turns\[0\]: field 'article': 'Hamlet' is in split train, too \(.*train\.jsonl:1, turns\[0\]\)",
         ),
         ("test", _turn("x?", "hamlet"), r"test\.jsonl:1, turns\[0\]: field 'article' names no summary: 'hamlet'"),
         ("validation", _turn("", "Nile"), r"validation\.jsonl:1, turns\[0\]: field 'question' is blank"),
