@@ -1,8 +1,9 @@
 """Collections of any size from real sentences, with queries of about fifty terms that have a gold passage.
 
-``python -m benchmarks.collection --passages 1000000 --queries 2000 --output /tmp/million`` writes collection.jsonl and queries.jsonl. The
-sentences are those of --source (a collection.jsonl of {"id", "contents"}), or of the Wikipedia summaries of the embedded default. A passage is some
-sentences drawn at random, as long as passages of Wikipedia are; a query is one sentence of its gold passage among sentences of others.
+``python -m benchmarks.collection --passages 1000000 --queries 2000 --output DIR`` writes collection.jsonl and
+queries.jsonl. The sentences are those of --source (a collection.jsonl of {"id", "contents"}), by default of the embedded
+Wikipedia summaries. A passage is some random sentences, as long as passages of Wikipedia are; a query is one sentence of
+its gold passage among sentences of others.
 """
 
 import argparse
@@ -13,34 +14,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import add_source, script_parser
 from convsearch.cli import run
 from convsearch.files import atomic_write, read_jsonl
+from data_preprocess.demo_data import find_summaries, read_articles
+from retriever_server.text.analyzer import analyze
 
-WORDS = (60, 130)  # a passage: TopiOCQA's are 100 words at most, and 70 terms on average
+WORDS = (60, 130)  # of a passage: TopiOCQA's have at most 100 words, and 70 terms on average
 QUERY_TERMS = 50
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m benchmarks.collection",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    top.add_argument("--passages", type=int, default=100_000, help="how many")
-    top.add_argument("--queries", type=int, default=1000, help="how many")
-    top.add_argument(
-        "--source", type=Path, help="collection.jsonl whose sentences are used; the embedded summaries by default"
-    )
-    top.add_argument("--output", type=Path, required=True, help="folder")
-    top.add_argument("--seed", type=int, default=1)
-    return top
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser("collection", __doc__)
+    parser.add_argument("--passages", type=int, default=100_000, help="how many")
+    parser.add_argument("--queries", type=int, default=1000, help="how many")
+    add_source(parser)
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser
 
 
 def sentences(source: Path | None) -> list[str]:
     """Distinct sentences of 4 to 60 words, in order of appearance."""
     if source is None:
-        from data_preprocess.demo import find_summaries, read_articles
-
         texts: Iterator[str] = (article.contents for article in read_articles(find_summaries()).values())
     else:
         texts = (record["contents"] for _, record in read_jsonl(source))
@@ -65,8 +61,6 @@ def passages(pool: list[str], count: int, seed: int) -> Iterator[list[str]]:
 
 def generate(output: Path, num_passages: int, num_queries: int, source: Path | None, seed: int) -> None:
     """Writes ``collection.jsonl`` and ``queries.jsonl`` ({"query", "gold_docids"}) into the folder ``output``."""
-    from retriever_server.text.analyzer import analyze
-
     pool, draw = sentences(source), random.Random(seed + 1)
     golds = set(draw.sample(range(num_passages), min(num_queries, num_passages)))
     with atomic_write(output / "collection.jsonl") as collection, atomic_write(output / "queries.jsonl") as queries:
@@ -81,8 +75,16 @@ def generate(output: Path, num_passages: int, num_queries: int, source: Path | N
                 queries.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def kept_collection(work: Path, num_passages: int, num_queries: int, source: Path | None) -> Path:
+    """The folder below ``work`` with this collection, which is made if it is missing."""
+    folder = work / f"{num_passages}_{num_queries}_{source.stem if source else 'summaries'}"
+    if not (folder / "queries.jsonl").exists():
+        generate(folder, num_passages, num_queries, source, seed=1)
+    return folder
+
+
 def main() -> None:
-    args = parser().parse_args()
+    args = build_parser().parse_args()
     generate(args.output, args.passages, args.queries, args.source, args.seed)
     print(f"{args.output}: {args.passages} passages and {min(args.queries, args.passages)} queries")
 

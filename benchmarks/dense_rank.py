@@ -1,41 +1,47 @@
 """Dense gold ranks against a flat search of depth 100: ``python -m benchmarks.dense_rank --passages 50000 --queries 64``.
 
-CPU: ours (int8 codes, exact products where they leave a doubt) and faiss IndexFlatIP on the same vectors, with equal thread counts, in turns; the
-best of each counts, and of faiss's two ways (products by BLAS or by its own loops; which it takes by default depends on the version) the faster.
-``--device cuda``: half precision with exact products, against torch's float32 product and top-k, and what share of the device's measured
-half-precision product rate and read bandwidth it reaches. ratio = time of the peer / ours. ``equal``: queries whose rank (or "beyond 100") is that
-of the peer's list, whose passages are put in order by the exact score where theirs are too close to tell.
+CPU: ours (int8 codes, exact products for doubtful cases) and faiss IndexFlatIP on the same vectors, with equal thread
+counts, in turns. The best time of each counts, and of faiss's two ways the faster (products by BLAS or by its own loops;
+its default depends on the version). ``--device cuda``: half precision with exact products, against torch's float32
+product and top-k, and its share of the device's measured half-precision product rate and read bandwidth.
+
+ratio = time of the peer / ours. ``equal``: queries whose rank (or "beyond 100") is that of the peer's list; passages whose
+scores are too close in that list are ordered by the exact score.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
-from convsearch.cli import run as run_main
+import numpy as np
+import torch
 
-DEPTH = 100
+from benchmarks import add_threads, script_parser
+from convsearch.cli import run
+from retriever_server.dense.codes import Codes
+from retriever_server.dense.device import Device
+from retriever_server.dense.flat import Flat, count_beating
+
+DEPTH, FAISS = 100, "faiss IndexFlatIP"
 
 
 def generate(passages: int, queries: int, dim: int, seed: int) -> tuple[Any, Any, Any]:
-    """(vectors, queries, gold rows): vectors in clusters around a common direction, as encoders make them; queries near their golds, more or less."""
-    import numpy as np
+    """(vectors, queries, gold rows): vectors in clusters around a common direction, like those of encoders.
 
+    The queries are more or less near to their golds.
+    """
     rng = np.random.default_rng(seed)
     common = rng.standard_normal(dim, np.float32)
     centres = rng.standard_normal((max(1, passages // 200), dim), np.float32) * 0.5
     vectors = np.empty((passages, dim), np.float32)
     for start in range(0, passages, 10_000):
         block = vectors[start : start + 10_000]
-        block[:] = (
-            rng.standard_normal(block.shape, np.float32) * 0.5
-            + centres[rng.integers(len(centres), size=len(block))]
-            + common
-        )
+        noise = rng.standard_normal(block.shape, np.float32) * 0.5
+        block[:] = noise + centres[rng.integers(len(centres), size=len(block))] + common
     golds = rng.integers(passages, size=queries)
-    noise = rng.uniform(0.2, 2.5, (queries, 1)).astype(np.float32)
-    return vectors, vectors[golds] + rng.standard_normal((queries, dim), np.float32) * noise, golds
+    spread = rng.uniform(0.2, 2.5, (queries, 1)).astype(np.float32)
+    return vectors, vectors[golds] + rng.standard_normal((queries, dim), np.float32) * spread, golds
 
 
 def alternate(
@@ -67,56 +73,46 @@ def equal_ranks(scanner: Any, queries: Any, golds: Any, counts: Any, listed: Any
     return equal
 
 
-def on_cpu(args: argparse.Namespace) -> str:
-    import numpy as np
-    import torch
-
-    torch.set_num_threads(args.threads)
-    from retriever_server.dense.flat import Flat, count_beating
-
-    vectors, queries, golds = generate(args.passages, args.queries, args.dim, args.seed)
-    scanner = Flat(vectors)
-    calls: dict[str, Callable[[], Any]] = {
-        f"ours ({scanner.coarse})": lambda: count_beating(vectors, queries, golds[:, None].tolist(), DEPTH, scanner)
-    }
-    ours, theirs, peer = next(iter(calls)), "faiss IndexFlatIP", "faiss-cpu"
+def faiss_searches(vectors: Any, queries: Any, threads: int) -> tuple[str, dict[str, Callable[[], Any]]]:
+    """(name with version, name -> search) of faiss's two ways of making products; ("", {}) if it is not installed."""
     try:
         import faiss  # type: ignore[import-not-found, unused-ignore]
-
-        faiss.omp_set_num_threads(args.threads)
-        index: Any = faiss.IndexFlatIP(args.dim)
-        index.add(vectors)
-
-        def search(blas_from: int) -> Any:
-            faiss.cvar.distance_compute_blas_threshold = (
-                blas_from  # queries from which on faiss leaves the products to its BLAS
-            )
-            return index.search(queries, min(DEPTH, args.passages))
-
-        calls[f"{theirs}, BLAS"] = lambda: search(1)
-        calls[f"{theirs}, no BLAS"] = lambda: search(1 << 30)
-        peer = f"faiss-cpu-{faiss.__version__}"
     except ImportError:
         print("faiss is not installed: pip install faiss-cpu==1.15.1")
+        return "", {}
+    faiss.omp_set_num_threads(threads)
+    index: Any = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+
+    def search(blas_from: int) -> Any:
+        faiss.cvar.distance_compute_blas_threshold = blas_from  # least number of queries for its BLAS
+        return index.search(queries, min(DEPTH, len(vectors)))
+
+    calls = {f"{FAISS}, BLAS": lambda: search(1), f"{FAISS}, no BLAS": lambda: search(1 << 30)}
+    return f"faiss-cpu-{faiss.__version__}", calls
+
+
+def on_cpu(args: argparse.Namespace) -> str:
+    torch.set_num_threads(args.threads)
+    vectors, queries, golds = generate(args.passages, args.queries, args.dim, args.seed)
+    scanner = Flat(vectors)
+    ours, gold_lists = f"ours ({scanner.coarse})", golds[:, None].tolist()
+    peer, searches = faiss_searches(vectors, queries, args.threads)
+    calls = {ours: lambda: count_beating(vectors, queries, gold_lists, DEPTH, scanner), **searches}
     best, answers = alternate(calls, args.repeats)
     report(best, args.queries)
-    peers = [name for name in best if name.startswith(theirs)]
-    if not peers:
+    if not searches:
         brute = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :DEPTH]
         equal = equal_ranks(scanner, queries, golds, answers[ours], brute)
         return f"ratio=nan (faiss is not installed) equal={equal}/{args.queries} peers=numpy-{np.__version__}"
-    equal = equal_ranks(scanner, queries, golds, answers[ours], answers[peers[0]][1])
-    return f"ratio={min(best[name] for name in peers) / best[ours]:.2f} equal={equal}/{args.queries} peers={peer}"
+    equal = equal_ranks(scanner, queries, golds, answers[ours], answers[next(iter(searches))][1])
+    return f"ratio={min(best[name] for name in searches) / best[ours]:.2f} equal={equal}/{args.queries} peers={peer}"
 
 
 def on_device(args: argparse.Namespace) -> str:
-    import torch
 
     if not torch.cuda.is_available():
         return f"ratio=nan (torch sees no CUDA device) equal=0/{args.queries} peers=torch-{torch.__version__}"
-    from retriever_server.dense.codes import Codes
-    from retriever_server.dense.device import Device
-    from retriever_server.dense.flat import count_beating
 
     vectors, queries, golds = generate(args.passages, args.queries, args.dim, args.seed)
     scanner = Device(vectors, Codes.of(vectors), args.device)
@@ -131,11 +127,11 @@ def on_device(args: argparse.Namespace) -> str:
     best, answers = alternate(calls, args.repeats, torch.cuda.synchronize)
     report(best, args.queries)
     limit = max(best["half product"], best["read of the halves"])
-    print(
-        f"limit (the slower of one half-precision product and one read of the vectors): ours reaches {limit / best['ours (half)']:.2f} of it"
-    )
+    ours, theirs = best["ours (half)"], best["torch float32"]
+    share = f"ours reaches {limit / ours:.2f} of it"
+    print(f"limit (the slower of one half-precision product and one read of the vectors): {share}")
     equal = equal_ranks(scanner, queries, golds, answers["ours (half)"], answers["torch float32"].cpu().numpy())
-    return f"ratio={best['torch float32'] / best['ours (half)']:.2f} equal={equal}/{args.queries} peers=torch-{torch.__version__}"
+    return f"ratio={theirs / ours:.2f} equal={equal}/{args.queries} peers=torch-{torch.__version__}"
 
 
 def report(best: dict[str, float], queries: int) -> None:
@@ -143,18 +139,21 @@ def report(best: dict[str, float], queries: int) -> None:
         print(f"{name:<26} {seconds * 1e3:9.1f} ms {queries / seconds:10.0f} queries/s")
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser("dense_rank", "Dense gold ranks against a flat search of depth 100.")
+    add = parser.add_argument
+    add("--passages", type=int, default=50_000)
+    add("--queries", type=int, default=64)
+    add("--dim", type=int, default=768)
+    add_threads(parser, "threads of each")
+    add("--repeats", type=int, default=5, help="how often each runs; the best counts")
+    add("--device", default="cpu", help="cpu, or cuda")
+    add("--seed", type=int, default=1)
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dense_rank", description="Dense gold ranks against a flat search of depth 100."
-    )
-    parser.add_argument("--passages", type=int, default=50_000)
-    parser.add_argument("--queries", type=int, default=64)
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="times that each is run; the best counts")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     if min(args.passages, args.queries, args.dim, args.threads, args.repeats) < 1:
         raise ValueError("--passages, --queries, --dim, --threads and --repeats must be at least 1")
     print(f"{args.passages:,} x {args.dim} float32, {args.queries} queries, {args.threads} threads")
@@ -162,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run(main)

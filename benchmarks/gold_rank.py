@@ -1,65 +1,57 @@
 """Gold ranks: this engine against the reference server's path, bm25s and rank_bm25.
 
-``python -m benchmarks.gold_rank --passages 100000 --queries 200``. The reference path is a Lucene batch search of depth 100, after which each hit's
-id is read from its stored JSON. One collection, the same queries, as many threads for each; the contestants take
-turns, and the median round counts. The last line is ``ratio=… equal=n/n peers=…``: how many times the reference path's throughput, and on how many
-queries the ranks agree with Lucene's (with an exhaustive search where Lucene is not installed, and then the ratio is nan).
+``python -m benchmarks.gold_rank --passages 100000 --queries 200``. The reference path is a Lucene batch search of depth
+100, after which each hit's id is read from its stored JSON. All have the same collection, queries and number of threads;
+the contestants take turns, and the median round counts. The last line is ``ratio=… equal=n/n peers=…``: how many times the
+reference path's throughput, and on how many queries the ranks agree with Lucene's (with an exhaustive search if Lucene is
+not installed, and then the ratio is nan).
 """
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from benchmarks import add_source, add_threads, script_parser, timed
+from benchmarks.collection import kept_collection
 from convsearch.cli import Unavailable, run
+from convsearch.files import read_jsonl
+from retriever_server.bm25.build import build
+from retriever_server.bm25.index import Bm25Index
+from retriever_server.text.analyzer import TermIds, analyze
 
 DEPTH = 100
 Contestant = Callable[[Sequence[str]], object]
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m benchmarks.gold_rank",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    top.add_argument("--passages", type=int, default=100_000, help="collection size")
-    top.add_argument("--queries", type=int, default=200, help="queries a round")
-    top.add_argument("--rounds", type=int, default=3, help="rounds, each contestant once a round")
-    top.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of every contestant but rank_bm25"
-    )
-    top.add_argument(
-        "--source",
-        type=Path,
-        help="collection.jsonl whose sentences make the passages; the embedded summaries by default",
-    )
-    top.add_argument(
-        "--work",
-        type=Path,
-        default=Path("data/benchmarks"),
-        help="where collections and indexes are kept for the next run",
-    )
-    top.add_argument(
-        "--peers", nargs="*", default=["lucene", "bm25s", "bm25s_numba", "rank_bm25"], help="whom to run against"
-    )
-    return top
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser("gold_rank", __doc__)
+    add = parser.add_argument
+    add("--passages", type=int, default=100_000, help="collection size")
+    add("--queries", type=int, default=200, help="queries per round")
+    add("--rounds", type=int, default=3, help="rounds; each contestant runs once per round")
+    add_threads(parser, "threads of every contestant but rank_bm25")
+    add_source(parser)
+    work = "folder that keeps collections and indexes for the next run"
+    add("--work", type=Path, default=Path("data/benchmarks"), help=work)
+    add("--peers", nargs="*", default=[peer.__name__ for peer in PEERS], help="whom to run against")
+    return parser
 
 
 class Ours:
     """Bm25Index.gold_ranks."""
 
     def __init__(self, folder: Path, threads: int, golds: list[list[str]]) -> None:
-        from retriever_server.bm25.index import Bm25Index
-
-        start = time.monotonic()
-        Bm25Index.build(folder / "collection.jsonl", folder / "bm25", progress=False, processes=threads)
+        start, collections = time.monotonic(), [folder / "collection.jsonl"]
+        build(collections, folder / "bm25", 0.9, 0.4, progress=False, processes=threads)
         self.build_s = time.monotonic() - start
         self.index, self.golds = Bm25Index.load(folder / "bm25", threads), golds
 
@@ -77,20 +69,23 @@ def ranks_in(found: Sequence[Sequence[str]], golds: Sequence[Sequence[str]]) -> 
 
 
 def lucene(folder: Path, threads: int) -> tuple[str, Contestant]:
-    """The reference path; ValueError where the extra is neither installed nor in .venv/lucene, where scripts/test.sh puts it."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / ".venv" / "lucene"))
-    from retriever_server.lucene import LuceneIndex, build
+    """The reference path.
 
-    start = time.monotonic()
+    Raises:
+        ValueError: the extra is neither installed nor in .venv/lucene, where scripts/test.sh puts it.
+    """
+    sys.path.append(str(Path(__file__).resolve().parents[1] / ".venv" / "lucene"))
+    from retriever_server import lucene as library
+
     if not (folder / "lucene").exists():
-        build(folder / "collection.jsonl", folder / "lucene", threads=threads)
-        print(f"lucene: index built in {time.monotonic() - start:.1f} s")
-    index = LuceneIndex.load(folder / "lucene")
+        build_lucene = partial(library.build, folder / "collection.jsonl", folder / "lucene", threads=threads)
+        print(f"lucene: index built in {timed(build_lucene)[1]:.1f} s")
+    index = library.LuceneIndex.load(folder / "lucene")
     return "lucene", lambda queries: index.reference_path(queries, DEPTH, threads)
 
 
 def bm25s(folder: Path, threads: int) -> tuple[str, Contestant]:
-    """bm25s as it comes (numpy) over the same terms, top 100."""
+    """bm25s with its default backend (numpy) over the same terms, top 100."""
     return f"bm25s-{version('bm25s')}", _bm25s(folder, threads, "numpy")
 
 
@@ -101,9 +96,6 @@ def bm25s_numba(folder: Path, threads: int) -> tuple[str, Contestant]:
 
 def _bm25s(folder: Path, threads: int, backend: str) -> Contestant:
     import bm25s as library
-
-    from convsearch.files import read_jsonl
-    from retriever_server.text.analyzer import TermIds, analyze
 
     term_ids = TermIds()
     ids = [term_ids(record["contents"]) for _, record in read_jsonl(folder / "collection.jsonl")]
@@ -120,37 +112,32 @@ def _bm25s(folder: Path, threads: int, backend: str) -> Contestant:
 
 
 def rank_bm25(folder: Path, threads: int) -> tuple[str, Contestant]:
-    """rank_bm25's scores of every passage, in numpy and Python: a round takes its first two queries alone."""
-    import numpy as np
+    """rank_bm25's scores of every passage, in numpy and Python: a round runs only its first two queries."""
     from rank_bm25 import BM25Okapi
 
-    from convsearch.files import read_jsonl
-    from retriever_server.text.analyzer import analyze
+    terms = [analyze(record["contents"]) for _, record in read_jsonl(folder / "collection.jsonl")]
+    model = BM25Okapi(terms, k1=0.9, b=0.4)
 
-    model = BM25Okapi(
-        [analyze(record["contents"]) for _, record in read_jsonl(folder / "collection.jsonl")], k1=0.9, b=0.4
-    )
-    return f"rank_bm25-{version('rank_bm25')}", lambda queries: [
-        np.argsort(model.get_scores(analyze(query))) for query in queries[:2]
-    ]
+    def search(queries: Sequence[str]) -> object:
+        return [np.argsort(model.get_scores(analyze(query))) for query in queries[:2]]
+
+    return f"rank_bm25-{version('rank_bm25')}", search
+
+
+PEERS = (lucene, bm25s, bm25s_numba, rank_bm25)
 
 
 def compare(args: argparse.Namespace) -> str:
     """Runs everything, prints a table and returns the last line."""
-    from benchmarks.collection import generate
-
-    folder = args.work / f"{args.passages}_{args.queries}_{args.source.stem if args.source else 'summaries'}"
-    if not (folder / "queries.jsonl").exists():
-        generate(folder, args.passages, args.queries, args.source, seed=1)
+    folder = kept_collection(args.work, args.passages, args.queries, args.source)
     rows = [json.loads(line) for line in (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines()]
     queries, golds = [row["query"] for row in rows], [row["gold_docids"] for row in rows]
     ours = Ours(folder, args.threads, golds)
-    print(
-        f"{args.passages} passages, {len(queries)} queries, {args.threads} threads; our index built or found in {ours.build_s:.1f} s"
-    )
+    sizes = f"{args.passages} passages, {len(queries)} queries, {args.threads} threads"
+    print(f"{sizes}; our index built or found in {ours.build_s:.1f} s")
     contestants: dict[str, Contestant] = {"gold_ranks": ours}
     reason = "not asked for"
-    for peer in (lucene, bm25s, bm25s_numba, rank_bm25):
+    for peer in PEERS:
         if peer.__name__ in args.peers:
             try:
                 name, call = peer(folder, args.threads)
@@ -160,15 +147,14 @@ def compare(args: argparse.Namespace) -> str:
                 reason = str(error) if peer is lucene else reason
     seconds, answers = rounds(contestants, queries, args.rounds)
     ours_s = statistics.median(seconds["gold_ranks"])
-    print(f"\n{'contestant':<20}{'ms a query':>12}{'ours is faster by':>20}")
+    print(f"\n{'contestant':<20}{'ms per query':>12}{'ours is faster by':>20}")
     for name, taken in seconds.items():
         print(f"{name:<20}{1000 * statistics.median(taken):>12.3f}{statistics.median(taken) / ours_s:>20.1f}")
     ranks = answers["gold_ranks"]
     reference = ranks_in(answers["lucene"], golds) if "lucene" in answers else ours.exhaustive(queries)
     equal = sum(a == b for a, b in zip(ranks, reference, strict=True))
-    print(
-        f"gold within the first {DEPTH}: {sum(rank is not None for rank in ranks)} of {len(ranks)}, first: {ranks.count(1)}"
-    )
+    found = sum(rank is not None for rank in ranks)
+    print(f"gold within the first {DEPTH}: {found} of {len(ranks)}, first: {ranks.count(1)}")
     ratio = f"{statistics.median(seconds['lucene']) / ours_s:.1f}" if "lucene" in seconds else f"nan (lucene: {reason})"
     return f"ratio={ratio} equal={equal}/{len(ranks)} peers={','.join(list(contestants)[1:]) or 'none'}"
 
@@ -176,22 +162,20 @@ def compare(args: argparse.Namespace) -> str:
 def rounds(
     contestants: dict[str, Contestant], queries: Sequence[str], count: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds a query of each round, after one that warms up; and each contestant's answers."""
+    """Seconds per query of each round, after a warm-up round; and each contestant's answers."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     answers: dict[str, Any] = {}
     for number in range(count + 1):
         print(f"round {number} of {count}", flush=True)
         for name, call in contestants.items():
-            start = time.monotonic()
-            answers[name] = call(queries)
-            taken = time.monotonic() - start
+            answers[name], taken = timed(partial(call, queries))
             if number:
                 seconds[name].append(taken / min(len(queries), 2 if name.startswith("rank_bm25") else len(queries)))
     return seconds, answers
 
 
 def main() -> None:
-    print(compare(parser().parse_args()))
+    print(compare(build_parser().parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Many clients at one server: ``python -m benchmarks.server_load --index outputs/demo/bm25 --clients 64 --seconds 300``.
 
-Real sockets, one keep-alive connection a client, no pause between its requests. The queries are pieces of the passages that the server
-itself finds, so that no other file is needed; their ranks are asked for once while nothing else runs, and an answer under load that
-differs from them is an error. A client that gets 503 sleeps for Retry-After (and up to as much again) and asks once more.
-Latencies are those of answered requests. Growth of memory is that of the anonymous pages (a memory-mapped index that is being read in is
-no growth) from the start, after the first ranks, to the end; of all pages where only /metrics can be asked.
+Real sockets, one keep-alive connection per client, no pause between its requests. The queries are pieces of passages that
+the server itself finds, so that no other file is needed. The server answers with their ranks once while nothing else runs;
+under load a different answer is an error. A client that gets 503 sleeps for Retry-After (up to twice as long) and asks
+again. Latencies are those of answered requests. Growth of memory is from the start, after the first ranks, to the end: of
+the anonymous pages (a memory-mapped index that is being read is no growth), or of all pages if only /metrics is known.
 """
 
 import argparse
 import http.client
 import json
+import math
 import random
 import re
 import statistics
@@ -25,18 +26,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks import script_parser
 from convsearch.cli import run
 
 HEADERS = {"content-type": "application/json"}
-SEEDS = (
-    "who wrote the book",
-    "history of the city",
-    "what is the population",
-    "first album of the band",
-    "how does it work",
-    "battle of the war",
-)
-TRUTH_S = 600  # for the ranks that are asked for before the load
+SEEDS = ("who wrote the book", "history of the city", "what is the population", "first album of the band",
+         "how does it work", "battle of the war")  # fmt: skip
+TRUTH_S = 600  # for the ranks before the load
 
 
 @dataclass
@@ -71,23 +67,14 @@ class Connection:
 @contextmanager
 def own_server(folder: str, arguments: list[str]) -> Iterator[tuple[str, int]]:
     """(url, process id) of a server of the index folder."""
-    command = [
-        sys.executable,
-        "-m",
-        "retriever_server",
-        "--index_path",
-        folder,
-        "--port",
-        "0",
-        "--exit-with-parent",
-        *arguments,
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[1])
+    command = [sys.executable, "-m", "retriever_server", "--index_path", folder, "--port", "0", "--exit-with-parent"]
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True, cwd=root)
     assert process.stdout is not None
     try:
         ready = process.stdout.readline().split()
         if len(ready) < 2 or not ready[1].startswith("http://"):
-            raise ValueError(f"the server of {folder} did not start: its reason stands above")
+            raise ValueError(f"the server of {folder} did not start: see its message above")
         yield ready[1], process.pid
     finally:
         process.terminate()
@@ -105,28 +92,25 @@ def memory_mib(connection: Connection, pid: int | None) -> tuple[float, float]:
     return (float(found[0]) / 2**20 if found else float("nan")), float("nan")
 
 
-def make_requests(
-    connection: Connection, count: int, items: int, words: int, depth: int, rng: random.Random
-) -> list[tuple[bytes, Any]]:
-    """(body, ranks that it must be answered with), from passages that a few searches bring up."""
+def make_requests(connection: Connection, args: argparse.Namespace, rng: random.Random) -> list[tuple[bytes, Any]]:
+    """(body, ranks of the right answer), from passages that a few searches find."""
     status, _, answer = connection.post("/search", json.dumps({"queries": SEEDS, "k": 50, "contents": True}).encode())
     if status != 200:
         raise ValueError(f"the server answers a search with status {status}: {answer}")
-    passages = sorted(
-        {(hit["docid"], hit["contents"]) for hits in answer["results"] for hit in hits if hit["contents"].split()}
-    )
+    hits = [hit for found in answer["results"] for hit in found if hit["contents"].split()]
+    passages = sorted({(hit["docid"], hit["contents"]) for hit in hits})
     if not passages:
         raise ValueError("the first searches found no passage: this benchmark needs a collection of English text")
     made = []
-    for _ in range(count):
-        asked = []
-        for number in range(items):
+    for _ in range(args.requests):
+        items = []
+        for number in range(args.items):
             (gold, text), (_, noise) = rng.choice(passages), rng.choice(passages)
-            own, other = text.split(), noise.split()
-            start = rng.randrange(max(1, len(own) - words // 2))
-            query = own[start : start + words // 2] + rng.choices(other, k=words - words // 2)
-            asked.append({"id": str(number), "query": " ".join(query), "gold_docids": [gold]})
-        body = json.dumps({"items": asked, "depth": depth}).encode()
+            own, other, half = text.split(), noise.split(), args.words // 2
+            start = rng.randrange(max(1, len(own) - half))
+            query = own[start : start + half] + rng.choices(other, k=args.words - half)
+            items.append({"id": str(number), "query": " ".join(query), "gold_docids": [gold]})
+        body = json.dumps({"items": items, "depth": args.depth}).encode()
         status, _, answer = connection.post("/rank", body)
         if status != 200 or answer["errors"]:
             raise ValueError(f"the server answers a request for ranks with status {status}: {str(answer)[:200]}")
@@ -160,15 +144,13 @@ def client(url: str, requests: list[tuple[bytes, Any]], end: float, seed: int, t
 
 def load(url: str, pid: int | None, args: argparse.Namespace) -> None:
     watcher = Connection(url)
-    requests = make_requests(watcher, args.requests, args.items, args.words, args.depth, random.Random(args.seed))
+    requests = make_requests(watcher, args, random.Random(args.seed))
     memory = [memory_mib(watcher, pid)]
     tallies = [Tally() for _ in range(args.clients)]
     began = time.monotonic()
     end = began + args.seconds
-    threads = [
-        threading.Thread(target=client, args=(url, requests, end, args.seed + 1 + i, tally))
-        for i, tally in enumerate(tallies)
-    ]
+    clients = ((url, requests, end, args.seed + 1 + i, tally) for i, tally in enumerate(tallies))
+    threads = [threading.Thread(target=client, args=arguments) for arguments in clients]
     for thread in threads:
         thread.start()
     time.sleep(args.seconds / 2)
@@ -182,57 +164,52 @@ def load(url: str, pid: int | None, args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace, tallies: list[Tally], took_s: float, memory: list[tuple[float, float]]) -> None:
-    latencies = sorted(latency for tally in tallies for latency in tally.latencies_s)
+    latencies_ms = sorted(1000 * latency for tally in tallies for latency in tally.latencies_s) or [float("nan")]
+    answered = [len(tally.latencies_s) for tally in tallies]
     statuses = sum((tally.statuses for tally in tallies), Counter[str]())
     refused = statuses.pop("503", 0)
     errors = sum(statuses.values())
-    p50_ms, p99_ms = (
-        1000 * latencies[min(len(latencies) - 1, int(q * len(latencies)))] if latencies else float("nan")
-        for q in (0.5, 0.99)
-    )
-    fewest, most = min(len(tally.latencies_s) for tally in tallies), max(len(tally.latencies_s) for tally in tallies)
-    rows = [
-        ("clients x items a request", f"{args.clients} x {args.items}"),
-        ("seconds", f"{took_s:.1f}"),
-        ("requests answered", f"{len(latencies)}"),
-        ("of one client, fewest - most", f"{fewest} - {most}"),
-        ("items a second", f"{len(latencies) * args.items / took_s:.0f}"),
-        (
-            "latency p50, p99, mean (ms)",
-            f"{p50_ms:.1f}, {p99_ms:.1f}, {1000 * statistics.mean(latencies or [float('nan')]):.1f}",
-        ),
-        ("503", f"{refused}"),
-        ("other errors", f"{errors} {dict(statuses) if statuses else ''}".strip()),
-        ("RSS start, middle, end (MiB)", ", ".join(f"{total:.0f}" for total, _ in memory)),
-        ("of it anonymous (MiB)", ", ".join(f"{anonymous:.0f}" for _, anonymous in memory)),
-    ]
-    for name, value in rows:
+    last = len(latencies_ms) - 1
+    p50_ms, p99_ms = (latencies_ms[min(last, int(q * len(latencies_ms)))] for q in (0.5, 0.99))
+    rows = {
+        "clients x items per request": f"{args.clients} x {args.items}",
+        "seconds": f"{took_s:.1f}",
+        "requests answered": f"{sum(answered)}",
+        "of one client, fewest - most": f"{min(answered)} - {max(answered)}",
+        "items per second": f"{sum(answered) * args.items / took_s:.0f}",
+        "latency p50, p99, mean (ms)": f"{p50_ms:.1f}, {p99_ms:.1f}, {statistics.mean(latencies_ms):.1f}",
+        "503": f"{refused}",
+        "other errors": f"{errors} {dict(statuses) if statuses else ''}".strip(),
+        "RSS start, middle, end (MiB)": ", ".join(f"{total:.0f}" for total, _ in memory),
+        "of it anonymous (MiB)": ", ".join(f"{anonymous:.0f}" for _, anonymous in memory),
+    }
+    for name, value in rows.items():
         print(f"{name:30} {value}")
-    kind = 0 if memory[0][1] != memory[0][1] else 1  # nan: the anonymous part is not known
-    print(
-        f"errors={errors} p50_ms={p50_ms:.1f} p99_ms={p99_ms:.1f} rss_growth_mib={memory[-1][kind] - memory[0][kind]:.1f}"
-    )
+    kind = 0 if math.isnan(memory[0][1]) else 1  # nan: the anonymous part is not known
+    growth = memory[-1][kind] - memory[0][kind]
+    print(f"errors={errors} p50_ms={p50_ms:.1f} p99_ms={p99_ms:.1f} rss_growth_mib={growth:.1f}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser("server_load", "Many clients at one server.")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--url", help="a running server")
+    where.add_argument("--index", metavar="DIR", help="start a server of this index folder")
+    add = parser.add_argument
+    add("--clients", type=int, default=64)
+    add("--seconds", type=float, default=300)
+    add("--items", type=int, default=8, help="queries per request")
+    add("--words", type=int, default=50, help="words per query")
+    add("--depth", type=int, default=100)
+    add("--requests", type=int, default=100, help="different requests")
+    add("--seed", type=int, default=1)
+    flags = 'of the server that is started, for example "--max_queue 256 --max_items 64"'
+    add("--server", default="", metavar="FLAGS", help=flags)
+    return parser
 
 
 def main() -> None:
-    top = argparse.ArgumentParser(prog="python -m benchmarks.server_load", description="Many clients at one server.")
-    where = top.add_mutually_exclusive_group(required=True)
-    where.add_argument("--url", help="a server that runs")
-    where.add_argument("--index", metavar="DIR", help="start one of this index folder")
-    top.add_argument("--clients", type=int, default=64)
-    top.add_argument("--seconds", type=float, default=300)
-    top.add_argument("--items", type=int, default=8, help="queries a request (default: 8)")
-    top.add_argument("--words", type=int, default=50, help="words a query (default: 50)")
-    top.add_argument("--depth", type=int, default=100)
-    top.add_argument("--requests", type=int, default=100, help="different requests (default: 100)")
-    top.add_argument("--seed", type=int, default=1)
-    top.add_argument(
-        "--server",
-        default="",
-        metavar="FLAGS",
-        help='of the server that is started, such as "--max_queue 256 --max_items 64"',
-    )
-    args = top.parse_args()
+    args = build_parser().parse_args()
     if min(args.clients, args.items, args.words, args.depth, args.requests) < 1 or args.seconds <= 0:
         raise ValueError("--clients, --items, --words, --depth, --requests and --seconds must be above 0")
     if args.url:

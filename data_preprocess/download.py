@@ -1,9 +1,10 @@
-"""Fetches the public releases: resumable, checked, and plain about what to fetch by hand.
+"""Fetches the public releases; checks them, resumes broken transfers, and says what to fetch by hand.
 
     python -m data_preprocess.download topiocqa --output data/raw/topiocqa
 
-A broken transfer goes on where it stopped (HTTP Range, guarded by the file's ETag). Checksums stand in the table where the publishers or
-ir_datasets give them; for Zenodo they are asked of its record; else the computed SHA-256 is printed and kept beside the file.
+A broken transfer continues where it stopped (HTTP Range, guarded by the file's ETag). The table of releases has the
+checksums that the publishers or ir_datasets give; Zenodo's are read from its record; else the computed SHA-256 is
+printed and written beside the file.
 """
 
 import argparse
@@ -33,7 +34,7 @@ _NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ssl.SSLErro
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """An unfinished download: ``<target>.part`` and, in ``<target>.part.etag``, which version of the file it is a part of."""
+    """An unfinished download: ``<target>.part``, and in ``<target>.part.etag`` the version of the file."""
 
     path: Path
 
@@ -46,7 +47,7 @@ class Part:
         return self.path.with_name(f"{self.path.name}.etag")
 
     def range_headers(self) -> dict[str, str]:
-        """The headers that ask for the rest; empty where there is nothing, or nothing safe, to go on from."""
+        """The headers of a request for the rest; empty if the part is missing or its version is not known."""
         if not self.path.exists() or not self.etag_path.exists():
             return {}
         size, etag = self.path.stat().st_size, self.etag_path.read_text(encoding="utf-8")
@@ -58,7 +59,7 @@ class Part:
 
 
 def _transfer(url: str, part: Part, timeout_s: float) -> None:
-    """One attempt: appends to the part what the server sends. Raises the network's error when the transfer breaks."""
+    """One attempt: appends to the part what the server sends. Raises the network's error if the transfer breaks."""
     headers = {"User-Agent": "convsearch-data-preprocess", **part.range_headers()}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s) as response:
         resumed = response.status == 206
@@ -82,31 +83,22 @@ def _fetch(url: str, target: Path, timeout_s: float, first_wait_s: float) -> Non
     """Transfers the file into its part, with bounded retries.
 
     Raises:
-        Unavailable: the server stays away, or refuses; names what to fetch by hand.
+        Unavailable: the server does not answer, or refuses; names what to fetch by hand.
     """
     part, wait_s = Part.of(target), first_wait_s
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return _transfer(url, part, timeout_s)
         except urllib.error.HTTPError as error:
-            if (
-                error.code == 416 and part.path.exists()
-            ):  # nothing is left to fetch: If-Range has seen to it that the part is of this version
+            if error.code == 416 and part.path.exists():  # nothing is left to fetch; If-Range guards the version
                 return None
-            if (error.code < 500 and error.code != 429) or attempt == ATTEMPTS:
-                raise cli.Unavailable(
-                    f"cannot fetch {url} ({error.code} {error.reason}): fetch it by hand and put it at {target}"
-                ) from error
+            final, problem = error.code < 500 and error.code != 429, f"{error.code} {error.reason}"
         except _NETWORK_ERRORS as error:
-            if attempt == ATTEMPTS:
-                reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-                raise cli.Unavailable(
-                    f"cannot fetch {url} ({reason}): fetch it by hand and put it at {target}"
-                ) from error
-        print(
-            f"{target.name}: the transfer broke off; attempt {attempt + 1} of {ATTEMPTS} in {wait_s:g} s",
-            file=sys.stderr,
-        )
+            final, problem = False, str(getattr(error, "reason", None) or str(error) or type(error).__name__)
+        if final or attempt == ATTEMPTS:
+            raise cli.Unavailable(f"cannot fetch {url} ({problem}): fetch it by hand and put it at {target}")
+        following = f"attempt {attempt + 1} of {ATTEMPTS} in {wait_s:g} s"
+        print(f"{target.name}: the transfer broke off; {following}", file=sys.stderr)
         time.sleep(wait_s)
         wait_s *= 2
     raise AssertionError("every attempt returns or raises")
@@ -115,12 +107,8 @@ def _fetch(url: str, target: Path, timeout_s: float, first_wait_s: float) -> Non
 def checksums_of(path: Path, algorithms: set[str]) -> dict[str, str]:
     """{algorithm: hexadecimal digest}, in one pass."""
     digests = {name: hashlib.new(name) for name in algorithms}
-    with (
-        open(path, "rb") as file,
-        tqdm(
-            total=path.stat().st_size, desc=f"checking {path.name}", unit="B", unit_scale=True, mininterval=1.0
-        ) as bar,
-    ):
+    size, title = path.stat().st_size, f"checking {path.name}"
+    with open(path, "rb") as file, tqdm(total=size, desc=title, unit="B", unit_scale=True, mininterval=1.0) as bar:
         while chunk := file.read(_CHUNK_BYTES):
             for digest in digests.values():
                 digest.update(chunk)
@@ -129,7 +117,7 @@ def checksums_of(path: Path, algorithms: set[str]) -> dict[str, str]:
 
 
 def published_checksum(release: Release, timeout_s: float) -> str | None:
-    """ "md5:..." of a file from its Zenodo record; None where the record cannot be had or does not name the file."""
+    """ "md5:..." of a file from its Zenodo record; None if the record is not available or does not name the file."""
     if release.record_url is None:
         return None
     try:
@@ -156,30 +144,26 @@ def _verify(path: Path, release: Release, timeout_s: float) -> tuple[str, str]:
         raise ValueError(f"{release.url}: got {size:,} bytes, published are {release.size_bytes:,}")
     if expected and found[algorithm] != digest:
         raise ValueError(f"{release.url}: its {algorithm} is {found[algorithm]}, published is {digest}")
-    return found[
-        "sha256"
-    ], f"{algorithm} as published" if expected else "no published checksum to check against; note this one"
+    checked = f"{algorithm} as published" if expected else "no published checksum to check against; note this one"
+    return found["sha256"], checked
 
 
 def download(
     release: Release, folder: Path, *, timeout_s: float = TIMEOUT_S, first_wait_s: float = FIRST_WAIT_S
 ) -> Path:
-    """Brings one file into ``folder``, or reuses the one there, and says which. A file put there by hand is checked like a download.
+    """Fetches one file into ``folder`` or reuses the one there, and prints which. Checks a file put there by hand, too.
 
     Raises:
         Unavailable: no network, or the server refuses.
-        ValueError: the size or the checksum is not the published one; a downloaded file is removed, one put there by hand is left.
+        ValueError: the size or the checksum is not the published one; a downloaded file is removed, one put there by
+            hand stays.
     """
     target = folder / release.path
     kept, part = target.with_name(f"{target.name}.sha256"), Part.of(target)
-    if (
-        target.exists()
-        and kept.exists()
-        and (release.size_bytes is None or target.stat().st_size == release.size_bytes)
-    ):
+    by_hand = target.exists()
+    if by_hand and kept.exists() and release.size_bytes in (None, target.stat().st_size):
         print(f"reused {target} (sha256 {kept.read_text(encoding='utf-8').split()[0]})")
         return target
-    by_hand = target.exists()
     if not by_hand:
         target.parent.mkdir(parents=True, exist_ok=True)
         _fetch(release.url, target, timeout_s, first_wait_s)
@@ -187,9 +171,8 @@ def download(
         sha256, checked = _verify(target if by_hand else part.path, release, timeout_s)
     except ValueError as error:
         if by_hand:
-            raise ValueError(
-                f"{error}: {target} is not the published file; remove it and run the same command again"
-            ) from error
+            problem = f"{target} is not the published file; remove it and run the same command again"
+            raise ValueError(f"{error}: {problem}") from error
         part.clear()
         raise ValueError(f"{error}: removed; run the same command again") from error
     if not by_hand:
@@ -197,9 +180,8 @@ def download(
     part.clear()
     with atomic_write(kept) as file:
         file.write(f"{sha256}  {target.name}\n")
-    print(
-        f"{'checked' if by_hand else 'fetched'} {target}: {target.stat().st_size:,} bytes, sha256 {sha256} ({checked})"
-    )
+    verb, size = "checked" if by_hand else "fetched", target.stat().st_size
+    print(f"{verb} {target}: {size:,} bytes, sha256 {sha256} ({checked})")
     return target
 
 

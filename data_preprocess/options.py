@@ -1,59 +1,55 @@
-"""The flags that all data sets share."""
+"""The flags that the data sets share."""
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from convsearch.prompts import STYLES
-from data_preprocess.writers import PromptOptions
+from convsearch.prompts import STYLES, PromptStyle
 
 DEFAULT_SEED = 13
 
 
-def add_common_options(
-    parser: argparse.ArgumentParser, *, validation_conversations: int | None = None, seeded: bool = True
-) -> None:
-    """Adds the shared flags. ``validation_conversations``: the default of that flag, None leaves it out; ``seeded``: with --seed."""
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder to write to; what is up to date in it is reused",
-    )
-    parser.add_argument(
-        "--prompt-style",
-        choices=STYLES,
-        default="paper",
-        help="wording of the prompt in the parquet files (default: paper)",
-    )
-    parser.add_argument(
-        "--max-history-turns",
-        type=count,
-        metavar="N",
-        help="keep only the newest N turns of the history in the prompt (default: all)",
-    )
-    parser.add_argument(
-        "--skip-bad",
-        type=count,
-        default=0,
-        metavar="N",
-        help="leave out and list at most N malformed records (default: 0)",
-    )
-    if seeded:
-        parser.add_argument(
-            "--seed",
-            type=int,
-            default=DEFAULT_SEED,
-            help=f"seed of the split by conversation (default: {DEFAULT_SEED})",
-        )
-    if validation_conversations is not None:
-        parser.add_argument(
-            "--validation-conversations",
-            type=count,
-            default=validation_conversations,
-            metavar="N",
-            help=f"conversations of TRAIN to hold out for validation (default: {validation_conversations}; 0: none)",
-        )
+@dataclass(frozen=True, slots=True)
+class PromptOptions:
+    """How the prompt column is rendered; ``max_history_turns`` None keeps the whole history."""
+
+    style: PromptStyle = "paper"
+    max_history_turns: int | None = None
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "PromptOptions":
+        return cls(arguments.prompt_style, arguments.max_history_turns)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"prompt_style": self.style, "max_history_turns": self.max_history_turns}
+
+
+def data_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of ``python -m data_preprocess.<name>`` with --output and --skip-bad."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(f"python -m data_preprocess.{name}", None, description, formatter_class=form)
+    output = "folder to write to; what is up to date in it is reused"
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=output)
+    skip = "leave out and list at most N malformed records (default: 0)"
+    parser.add_argument("--skip-bad", type=count, default=0, metavar="N", help=skip)
+    return parser
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    style = "wording of the prompt in the parquet files (default: paper)"
+    parser.add_argument("--prompt-style", choices=STYLES, default="paper", help=style)
+    turns = "keep only the newest N turns of the history in the prompt (default: all)"
+    parser.add_argument("--max-history-turns", type=count, metavar="N", help=turns)
+
+
+def add_split_options(parser: argparse.ArgumentParser, validation_conversations: int | None = None) -> None:
+    """Adds --seed and, with the default ``validation_conversations``, the flag of that name."""
+    seed = f"seed of the split by conversation (default: {DEFAULT_SEED})"
+    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=seed)
+    if (default := validation_conversations) is not None:
+        held_out = f"conversations of TRAIN to hold out (default: {default}; 0: none)"
+        parser.add_argument("--validation-conversations", type=count, default=default, metavar="N", help=held_out)
 
 
 def count(text: str) -> int:
@@ -61,7 +57,3 @@ def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return int(text)
-
-
-def prompt_options(arguments: argparse.Namespace) -> PromptOptions:
-    return PromptOptions(arguments.prompt_style, arguments.max_history_turns)

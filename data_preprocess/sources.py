@@ -1,6 +1,7 @@
-"""Raw files as streams of records: plain, gzipped, or inside a zip; memory does not grow with their size.
+"""Raw files as streams of records: plain, gzipped, in a zip, or parquet; memory does not grow with their size.
 
-Whatever is wrong with a record is a ``RecordError`` that names file, record and field; ``BadRecords`` tolerates a stated number of them.
+Any fault of a record is a ``RecordError`` that names file, record and field; ``BadRecords`` tolerates a given number of
+them.
 """
 
 import csv
@@ -9,48 +10,52 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import ijson
+import pyarrow as pa
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 MAX_CELL_CHARS = (
     1 << 20
-)  # a longer cell of a .tsv file means an unclosed quote, which would swallow the rest of the file
+)  # a longer cell of a .tsv file means an unclosed quote, which would take in the rest of the file
 _TICK_RECORDS = 256
+_PARQUET_ROWS = 1024  # per block
 
 
 class RecordError(ValueError):
-    """One record is malformed; ``--skip-bad`` may tolerate it."""
+    """One record is malformed; ``--skip-bad`` can tolerate it."""
 
 
 @dataclass
 class BadRecords:
-    """Counts malformed records and stops at the one too many. ``BadRecords(limit=2)`` lets two pass."""
+    """Counts malformed records and stops above the limit. ``BadRecords(limit=2)`` tolerates two."""
 
     limit: int = 0
     messages: list[str] = field(default_factory=list)
 
     def add(self, error: RecordError) -> None:
-        """Notes the error.
+        """Records the error.
 
         Raises:
             ValueError: more than ``limit`` records are malformed.
         """
         self.messages.append(str(error))
         if self.limit == 0:
-            raise ValueError(f"{error}; mend it, or pass --skip-bad N to leave out at most N such records") from error
-        if len(self.messages) > self.limit:
-            raise ValueError(
-                f"{len(self.messages)} malformed records, but --skip-bad allows {self.limit}; the last one is {error}"
-            ) from error
+            raise ValueError(f"{error}; correct it, or leave out at most N such records with --skip-bad N") from error
+        count = len(self.messages)
+        if count > self.limit:
+            allowed = f"--skip-bad allows {self.limit}"
+            raise ValueError(f"{count} malformed records, but {allowed}; the last one is {error}") from error
 
     @contextmanager
     def tolerate(self) -> Iterator[None]:
-        """A RecordError inside the block is noted, and the block is left."""
+        """Records a RecordError of the block, whose rest is skipped."""
         try:
             yield
         except RecordError as error:
@@ -59,7 +64,7 @@ class BadRecords:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A JSON object and where it stands. ``Record({"a": "x"}, "train.json: record 3").text("a")`` is ``"x"``."""
+    """A JSON object and its place. ``Record({"a": "x"}, "train.json: record 3").text("a")`` is ``"x"``."""
 
     data: dict[str, Any]
     where: str
@@ -67,24 +72,28 @@ class Record:
     def error(self, name: str, problem: str) -> RecordError:
         return RecordError(f"{self.where}: field '{name}' {problem}")
 
+    def _wrong(self, name: str, expected: str) -> RecordError:
+        missing = name not in self.data
+        return self.error(name, "is missing" if missing else f"must be {expected}, got {_short(self.data[name])}")
+
     def text(self, name: str, *, blank: bool = False) -> str:
         """The string under ``name``, stripped; ``blank`` allows one without a visible character."""
         value = self.data.get(name)
         if not isinstance(value, str):
-            raise self.error(name, "is missing" if name not in self.data else f"must be a string, got {_short(value)}")
+            raise self._wrong(name, "a string")
         if not blank and not value.strip():
             raise self.error(name, "is blank")
         return value.strip()
 
     def optional_text(self, name: str) -> str | None:
-        """The string under ``name``, stripped; None where there is none or a blank one."""
+        """The string under ``name``, stripped; None if there is none or a blank one."""
         return self.text(name, blank=True) or None if self.data.get(name) is not None else None
 
     def docid(self, name: str) -> str:
         """A passage id: a string without white space, which TREC files could not hold."""
         docid = self.text(name)
         if len(docid.split()) != 1:
-            raise self.error(name, f"holds white space: {docid!r}")
+            raise self.error(name, f"has white space: {docid!r}")
         return docid
 
     def number(self, name: str) -> int:
@@ -92,26 +101,21 @@ class Record:
         if isinstance(value, str) and value.isdecimal():
             return int(value)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(
-                name, "is missing" if name not in self.data else f"must be a whole number, got {_short(value)}"
-            )
+            raise self._wrong(name, "a whole number")
+        return value
+
+    def _items(self, name: str, kind: type, expected: str) -> list[Any]:
+        value = self.data.get(name)
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            raise self._wrong(name, expected)
         return value
 
     def texts(self, name: str) -> list[str]:
-        value = self.data.get(name)
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise self.error(
-                name, "is missing" if name not in self.data else f"must be a list of strings, got {_short(value)}"
-            )
-        return [text.strip() for text in value]
+        return [text.strip() for text in self._items(name, str, "a list of strings")]
 
     def objects(self, name: str) -> list["Record"]:
-        value = self.data.get(name)
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            raise self.error(
-                name, "is missing" if name not in self.data else f"must be a list of objects, got {_short(value)}"
-            )
-        return [Record(entry, f"{self.where}, {name}[{number}]") for number, entry in enumerate(value)]
+        entries = enumerate(self._items(name, dict, "a list of objects"))
+        return [Record(entry, f"{self.where}, {name}[{number}]") for number, entry in entries]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,22 +130,19 @@ class Source:
 
     @property
     def suffix_path(self) -> str:
-        """The path by which a data set's files are recognised, with forward slashes."""
+        """The path that identifies a data set's file, with forward slashes."""
         return self.member or self.path.as_posix()
 
     def stamp(self) -> dict[str, Any]:
-        """What tells this file from another version of it: name, bytes and time of change (hashing 27 GB would take minutes)."""
+        """What distinguishes versions of this file: name, bytes, time of change (hashing 27 GB takes minutes)."""
         stat = self.path.stat()
-        return {
-            "name": f"{self.path.name}!{self.member}" if self.member else self.path.name,
-            "bytes": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
-        }
+        name = f"{self.path.name}!{self.member}" if self.member else self.path.name
+        return {"name": name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An open source with what a progress bar needs: its bytes, and how many of them have been read."""
+    """An open source with what a progress bar needs: how many bytes it has, and how many have been read."""
 
     file: io.BufferedReader
     total_bytes: int
@@ -150,7 +151,7 @@ class Stream:
 
 @contextmanager
 def open_source(source: Source) -> Iterator[Stream]:
-    """Opens a source for reading bytes; gzip and zip are unpacked on the way.
+    """Opens a source for reading bytes; unpacks gzip and zip.
 
     Raises:
         ValueError: the file is missing, or the archive is damaged.
@@ -172,15 +173,9 @@ def open_source(source: Source) -> Iterator[Stream]:
 
 @contextmanager
 def _progress(stream: Stream, description: str | None) -> Iterator[Callable[[int], None]]:
-    """A bar over the stream's bytes; the yielded function is called with the count of records so far. None as description: no bar."""
-    with tqdm(
-        total=stream.total_bytes,
-        desc=description,
-        unit="B",
-        unit_scale=True,
-        mininterval=1.0,
-        disable=description is None,
-    ) as bar:
+    """A bar over the stream's bytes, none without ``description``. The yielded function takes the count of records."""
+    total, hidden = stream.total_bytes, description is None
+    with tqdm(desc=description, total=total, unit="B", unit_scale=True, mininterval=1.0, disable=hidden) as bar:
 
         def tick(count: int) -> None:
             if count % _TICK_RECORDS == 0:
@@ -188,21 +183,20 @@ def _progress(stream: Stream, description: str | None) -> Iterator[Callable[[int
                 bar.update(stream.position() - bar.n)
 
         yield tick
-        bar.update(stream.total_bytes - bar.n)
+        bar.update(total - bar.n)
 
 
 def read_records(source: Source, bad: BadRecords, description: str | None = None) -> Iterator[Record]:
-    """Yields the objects of a JSON array or of JSON lines, whichever the file holds; a malformed line goes to ``bad``.
+    """Yields the objects of a JSON array or of JSON lines; a malformed line goes to ``bad``.
 
     Raises:
-        ValueError: the file holds neither, or an array that is no JSON from some record on.
+        ValueError: the file is neither, or its array is not JSON from some record on.
     """
     with open_source(source) as stream, _progress(stream, description) as tick:
         start = stream.file.peek(64).lstrip()[:1]
         if start not in (b"[", b"{", b""):
-            raise ValueError(
-                f"{source}: expected a JSON array or JSON lines, but it starts with {stream.file.peek(16)[:16]!r}"
-            )
+            found = f"it starts with {stream.file.peek(16)[:16]!r}"
+            raise ValueError(f"{source}: expected a JSON array or JSON lines, but {found}")
         records = _array(source, stream) if start == b"[" else _lines(source, stream, bad)
         for count, (where, value) in enumerate(records, start=1):
             tick(count)
@@ -213,17 +207,13 @@ def read_records(source: Source, bad: BadRecords, description: str | None = None
 
 
 def _array(source: Source, stream: Stream) -> Iterator[tuple[str, Any]]:
-    import ijson
-
     number = 0
     try:
-        for value in ijson.items(stream.file, "item", use_float=True):
-            number += 1
+        for number, value in enumerate(ijson.items(stream.file, "item", use_float=True), start=1):
             yield f"{source}: record {number}", value
     except ijson.JSONError as error:
-        raise ValueError(
-            f"{source}: record {number + 1}: not JSON ({' '.join(str(error).split())}); the file is cut off or damaged"
-        ) from error
+        problem = f"not JSON ({' '.join(str(error).split())}); the file is cut off or damaged"
+        raise ValueError(f"{source}: record {number + 1}: {problem}") from error
 
 
 def _lines(source: Source, stream: Stream, bad: BadRecords) -> Iterator[tuple[str, Any]]:
@@ -241,33 +231,49 @@ def _lines(source: Source, stream: Stream, bad: BadRecords) -> Iterator[tuple[st
 def read_table(
     source: Source, columns: tuple[str, ...], bad: BadRecords, description: str | None = None
 ) -> Iterator[Record]:
-    """Yields the rows of a tab-separated file as records under the names of ``columns``; a first row of these names is passed over."""
+    """Yields the rows of a tab-separated file as records of ``columns``; skips a first row of these names."""
     with open_source(source) as stream, _progress(stream, description) as tick:
         previous_limit = csv.field_size_limit(MAX_CELL_CHARS)
         rows = csv.reader(io.TextIOWrapper(stream.file, encoding="utf-8", newline=""), delimiter="\t")
-        count = 0
         try:
-            for row in rows:
-                count += 1
+            for count, row in enumerate(rows, start=1):
                 tick(count)
                 if count == 1 and row == list(columns):
                     continue
+                where = f"{source}:{rows.line_num}"
                 if len(row) == len(columns):
-                    yield Record(dict(zip(columns, row, strict=True)), f"{source}:{rows.line_num}")
+                    yield Record(dict(zip(columns, row, strict=True)), where)
                 else:
-                    bad.add(
-                        RecordError(
-                            f"{source}:{rows.line_num}: expected {len(columns)} columns ({', '.join(columns)}), got {len(row)}"
-                        )
-                    )
+                    expected = f"{len(columns)} columns ({', '.join(columns)})"
+                    bad.add(RecordError(f"{where}: expected {expected}, got {len(row)}"))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{source}:{rows.line_num + 1}: not a row of tab-separated UTF-8 ({error})") from error
         finally:
             csv.field_size_limit(previous_limit)
 
 
+def read_parquet_records(source: Source, columns: Sequence[str] = ()) -> Iterator[Record]:
+    """Yields the rows of a parquet file, block by block; only the named columns if any are named.
+
+    Raises:
+        ValueError: it is no parquet file, or lacks a column; names it.
+    """
+    try:
+        file = pq.ParquetFile(source.path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{source}: not a parquet file ({error})") from error
+    with file:
+        names = file.schema_arrow.names
+        for column in columns:
+            if column not in names:
+                raise ValueError(f"{source}: column {column!r} is missing; it has {', '.join(names)}")
+        blocks = file.iter_batches(batch_size=_PARQUET_ROWS, columns=[*columns] or None)
+        for number, row in enumerate((row for block in blocks for row in block.to_pylist()), start=1):
+            yield Record(row, f"{source}: row {number}")
+
+
 def find_sources(place: Path) -> list[Source]:
-    """Every file under a folder or inside a zip file; zip files in the folder are looked into, too, in the order of their names.
+    """Every file of a folder or zip file, then those of the zip files in the folder, in the order of their names.
 
     Raises:
         ValueError: there is no such folder or zip file, or a zip file is damaged.
@@ -289,7 +295,7 @@ def zip_members(path: Path) -> list[str]:
     """The names of the files in a zip file, in their order there.
 
     Raises:
-        ValueError: the file is missing or no whole zip file.
+        ValueError: the file is missing or a damaged zip file.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -301,7 +307,7 @@ def zip_members(path: Path) -> list[str]:
 
 
 def pick(sources: list[Source], *endings: str) -> Source | None:
-    """The first source whose path ends, from a folder boundary on, with one of ``endings``; earlier endings win."""
+    """The first source whose path ends with one of ``endings``, on a folder boundary; earlier endings win."""
     for ending in endings:
         for source in sources:
             if f"/{source.suffix_path}".endswith(f"/{ending}"):

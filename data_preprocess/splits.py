@@ -1,7 +1,9 @@
-"""Which conversation belongs to which split: by a seeded hash of its id, so that neither order nor platform matters."""
+"""Which conversation belongs to which split: by a seeded hash of its id, the same for any order and platform."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+
+from data_preprocess.sources import BadRecords, Record, Source, read_records
 
 
 def conversation_hash(conv_id: object, seed: int) -> str:
@@ -20,14 +22,26 @@ def hold_out(conv_ids: Iterable[object], count: int, seed: int) -> frozenset[str
     """
     shuffled = _shuffled(conv_ids, seed)
     if count < 0 or (count and count >= len(shuffled)):
-        raise ValueError(
-            f"--validation-conversations {count} leaves no conversation to train on (there are {len(shuffled)}); ask for fewer"
-        )
+        problem = f"leaves no conversation to train on (there are {len(shuffled)})"
+        raise ValueError(f"--validation-conversations {count} {problem}; hold out fewer")
     return frozenset(shuffled[:count])
 
 
+def held_out_conversations(
+    turns: Source, description: str, is_query: Callable[[Record], bool], count: int, seed: int
+) -> frozenset[str]:
+    """``count`` of the conversations that have a query (a first pass; the second one finds the malformed records)."""
+    unchecked = BadRecords(limit=1 << 62)
+    ids: set[int] = set()
+    for turn in read_records(turns, unchecked, description) if count else ():
+        with unchecked.tolerate():
+            if is_query(turn):
+                ids.add(turn.number("Conversation_no"))
+    return hold_out(ids, count, seed)
+
+
 def partition(conv_ids: Iterable[object], fractions: Mapping[str, float], seed: int) -> dict[str, str]:
-    """Maps each conversation (as a string) to a split; each split's size is its fraction, rounded, and the last takes what is left.
+    """Maps each conversation (as a string) to a split. Sizes are the fractions, rounded; the last split gets the rest.
 
     Raises:
         ValueError: a fraction is negative, or they do not add up to 1.

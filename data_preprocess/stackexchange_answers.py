@@ -1,4 +1,4 @@
-"""Answers by a model behind an OpenAI-compatible endpoint, one line each as they come: a killed run goes on where it stopped."""
+"""Answers by a model behind an OpenAI-compatible endpoint, one line each; a killed run continues where it stopped."""
 
 import json
 import os
@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from convsearch.cli import Unavailable
 from convsearch.files import named_errors
 from convsearch.prompts import render
@@ -24,7 +26,7 @@ _THINKING = re.compile(r"\A\s*(?:<think>)?.*?</think>\s*", re.DOTALL)  # what a 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """``Endpoint("http://127.0.0.1:8001/v1", "DeepSeek-R1", 8192)``; the key is $OPENAI_API_KEY, where it is set."""
+    """``Endpoint("http://127.0.0.1:8001/v1", "DeepSeek-R1", 8192)``; the key is $OPENAI_API_KEY, if it is set."""
 
     url: str
     model: str
@@ -34,7 +36,7 @@ class Endpoint:
         """The model's answer without its thinking.
 
         Raises:
-            Unavailable: no answer after some attempts, or a refusal that no further attempt would mend.
+            Unavailable: no answer after some attempts, or an error that further attempts would not change.
         """
         messages = render(Conversation("q", (), question, ()), "rqr")
         body = json.dumps({"model": self.model, "messages": list(messages), "max_tokens": self.max_tokens}).encode()
@@ -56,17 +58,14 @@ class Endpoint:
                 problem = f"{type(error).__name__}: {error}"
             if attempt + 1 < ATTEMPTS:
                 time.sleep(FIRST_WAIT_S * 2**attempt)
-        raise Unavailable(
-            f"{self.url} did not answer as {self.model} ({problem}): see to it and run the same command again"
-        )
+        remedy = "correct this and run the same command again"
+        raise Unavailable(f"{self.url} did not answer as {self.model} ({problem}): {remedy}")
 
 
 def model_answers(
     questions: Sequence[Question], endpoint: Endpoint, path: Path, parallel: int, dropped: Counter[str]
 ) -> list[Question]:
-    """The questions with the model's answer as their only one; empty answers are dropped and counted. ``path`` keeps what is answered."""
-    from tqdm import tqdm
-
+    """The questions with the model's answers, which ``path`` keeps; empty answers are dropped and counted."""
     known = answered(path, endpoint.model)
     rest = [question for question in questions if question.qid not in known]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,13 +73,10 @@ def model_answers(
     try:
         with named_errors(path), open(path, "a", encoding="utf-8") as file:
             answers = pool.map(lambda question: endpoint.answer(question.text), rest)
-            for question, answer in zip(
-                rest, tqdm(answers, desc="answers", total=len(rest), unit=" questions", leave=False), strict=True
-            ):
-                file.write(
-                    json.dumps({"qid": question.qid, "model": endpoint.model, "answer": answer}, ensure_ascii=False)
-                    + "\n"
-                )
+            bar = tqdm(answers, desc="answers", total=len(rest), unit=" questions", leave=False)
+            for question, answer in zip(rest, bar, strict=True):
+                record = {"qid": question.qid, "model": endpoint.model, "answer": answer}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
                 known[question.qid] = answer
     finally:
@@ -90,7 +86,7 @@ def model_answers(
 
 
 def answered(path: Path, model: str) -> dict[str, str]:
-    """qid -> answer of an earlier run; a half-written last line is cut off.
+    """qid -> answer of an earlier run; cuts off a half-written last line.
 
     Raises:
         ValueError: the file is another model's.
@@ -105,8 +101,7 @@ def answered(path: Path, model: str) -> dict[str, str]:
     for number, line in enumerate(whole.splitlines(), start=1):
         record = json.loads(line)
         if record["model"] != model:
-            raise ValueError(
-                f"{path}:{number}: an answer by {record['model']}, not {model}: name another --output, or move the file away"
-            )
+            remedy = "name another --output, or move the file away"
+            raise ValueError(f"{path}:{number}: an answer by {record['model']}, not {model}: {remedy}")
         found[record["qid"]] = record["answer"]
     return found

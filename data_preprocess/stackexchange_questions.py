@@ -1,4 +1,4 @@
-"""Questions out of the forms that RQR's data comes in, filtered as RQR filters them, and sampled by site."""
+"""StackExchange questions from the forms of RQR's data, filtered as RQR filters them, and sampled by site."""
 
 import hashlib
 import heapq
@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from data_preprocess.sources import BadRecords, Record, Source, read_records
+from data_preprocess.sources import BadRecords, Record, Source, read_parquet_records, read_records
 from data_preprocess.splits import conversation_hash
-from data_preprocess.tables import read_parquet_records
 
-SITES = ("stackoverflow", "biology", "chemistry", "codereview", "cs", "earthscience", "economics", "math", "robotics")
-ANY_SITE = "unnamed"  # of files that do not say; they are taken whatever --sites are
-# The reference's question texts carry its instruction; the prompt puts ours there again.
+ANY_SITE = "unnamed"  # of files without site names; --sites does not apply to them
+# The reference's question texts contain its instruction; our prompt adds it again.
 _INSTRUCTION = re.compile(
     r"\AInstructions:\n1\. Identify the essential problem\.\n.*?\n(?:Query|Question): ", re.DOTALL
 )
@@ -29,18 +27,18 @@ class Question:
     qid: str
     site: str
     text: str
-    answers: tuple[str, ...]  # none where a model is to answer
+    answers: tuple[str, ...]  # none if a model shall answer
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """RQR's: no pictures, no giants, an answer."""
+    """RQR's: no pictures, no very long questions, at least one answer."""
 
     max_chars: int = 16_000
     need_answer: bool = True
 
     def reason(self, text: str, answers: Iterable[str]) -> str | None:
-        """Why a question is dropped; None where it is not."""
+        """Why a question is dropped; None if it is not."""
         if ".png" in text:
             return "with_png"
         if len(text) > self.max_chars:
@@ -53,7 +51,7 @@ class Filters:
 def read_questions(
     inputs: Iterable[Source], sites: frozenset[str], filters: Filters, bad: BadRecords, dropped: Counter[str]
 ) -> Iterator[Question]:
-    """Questions in the order of the input, each text once; ``dropped`` counts the others of these sites by reason."""
+    """Questions in the order of the input, each text once; ``dropped`` counts the others of the sites by reason."""
     seen: set[str] = set()
     for source in inputs:
         for site, text, answers in raw_questions(source, bad):
@@ -98,9 +96,8 @@ def _preferences(record: Record) -> tuple[str, str, list[str]]:
     """stack-exchange-preferences: the first address names the site, ``selected`` the accepted answer."""
     addresses = record.texts("metadata")
     host = urlsplit(addresses[0]).hostname or "" if addresses else ""
-    accepted = [
-        answer.text("text", blank=True) for answer in record.objects("answers") if answer.data.get("selected") is True
-    ]
+    selected = (answer for answer in record.objects("answers") if answer.data.get("selected") is True)
+    accepted = [answer.text("text", blank=True) for answer in selected]
     return host.removeprefix("www.").partition(".")[0], record.text("question", blank=True), accepted
 
 
@@ -114,7 +111,7 @@ def _built(record: Record) -> tuple[str, str, list[str]]:
 
 
 def _mapping(source: Source) -> Iterator[tuple[str, str, list[str]]]:
-    """{question: answer or [answers]}, which build_dataset.py reads."""
+    """{question: answer or [answers]}, the input of build_dataset.py."""
     try:
         found: Any = json.loads(source.path.read_bytes())
     except ValueError as error:
@@ -129,7 +126,7 @@ def _mapping(source: Source) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def sample(questions: Iterable[Question], most: int, seed: int) -> list[Question]:
-    """At most ``most`` a site (0: all), by a seeded hash, so that the order of the shards does not matter; memory holds no others."""
+    """At most ``most`` per site (0: all), by a seeded hash, so that the order of the shards does not matter."""
     kept: dict[str, list[tuple[int, str, Question]]] = defaultdict(list)
     for question in questions:
         entry = (-int(conversation_hash(question.qid, seed), 16), question.qid, question)

@@ -1,20 +1,22 @@
-"""TopiOCQA-proxy: a retrieval task made of TopiOCQA's conversations alone, where gold passages and Wikipedia are not at hand.
+"""TopiOCQA-proxy: a retrieval task made from TopiOCQA's conversations alone, without gold passages and Wikipedia.
 
-One pseudo-passage for each (Topic, Topic_section) of both files: the topic, the section and all answers given under it, train first, in
-the order of the files; a turn's gold is its own pair. UNANSWERABLE turns have no topic: they are no queries and feed no passage, but stay
-in the history. A passage holds its own turns' answers, so these figures must never stand beside those of the real collection.
+There is one pseudo-passage for each (Topic, Topic_section) of both files: the topic, the section and all answers given
+under it, train first, in the order of the files; a turn's gold is its own pair. UNANSWERABLE turns have no topic: they
+are no queries and add to no passage, but stay in the history. A passage contains the answers to its own turns, so these
+figures must never stand beside those of the real collection.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
+from data_preprocess.options import PromptOptions
 from data_preprocess.sources import BadRecords, Source, read_records
 from data_preprocess.splits import hold_out
-from data_preprocess.topiocqa_turns import turn_record
+from data_preprocess.topiocqa_data import Files, turn_record
 from data_preprocess.writers import (
+    COLLECTION,
     UNANSWERABLE,
     OutputFolder,
-    PromptOptions,
     Row,
     read_golds,
     split_files,
@@ -26,22 +28,23 @@ Pair = tuple[str, str]
 
 
 class PseudoPassages:
-    """(topic, section) -> its answers; the ids count the pairs in the order in which they came. All of them are held: some 6 MB of text."""
+    """(topic, section) -> its answers; the ids count the pairs in order of appearance. Memory holds all: about 6 MB."""
 
     def __init__(self) -> None:
         self.answers: dict[Pair, list[str]] = {}
-        self._numbers: dict[Pair, int] = {}
+        self._docids: dict[Pair, str] = {}
 
-    def add(self, pair: Pair, answer: str) -> None:
-        self._numbers.setdefault(pair, len(self._numbers))
-        self.answers.setdefault(pair, []).append(answer)
+    def add(self, record: dict[str, Any]) -> None:
+        pair = record["topic"], record["topic_section"]
+        self._docids.setdefault(pair, f"proxy-{len(self._docids):05d}")
+        self.answers.setdefault(pair, []).append(record["answer"])
 
-    def docid(self, pair: Pair) -> str:
-        return f"proxy-{self._numbers[pair]:05d}"
+    def docid(self, record: dict[str, Any]) -> str:
+        return self._docids[record["topic"], record["topic_section"]]
 
     def passages(self) -> Iterator[tuple[str, str]]:
         for pair, answers in self.answers.items():
-            yield self.docid(pair), " ".join([*pair, *answers])
+            yield self._docids[pair], " ".join([*pair, *answers])
 
 
 def answered_turns(
@@ -59,23 +62,18 @@ def answered_turns(
 
 
 def convert(
-    dataset_train: Source,
-    dataset_dev: Source,
-    folder: OutputFolder,
-    prompt: PromptOptions,
-    validation_conversations: int,
-    seed: int,
+    files: Files, folder: OutputFolder, prompt: PromptOptions, validation_conversations: int, seed: int
 ) -> None:
-    """Writes train and validation (out of train), dev and the pseudo-passages."""
+    """Writes train and validation (from train), dev and the pseudo-passages."""
     splits = ["train", "validation", "dev"] if validation_conversations else ["train", "dev"]
-    datasets = {"train": dataset_train, "dev": dataset_dev}
+    datasets = dict(zip(("train", "dev"), files.conversations(), strict=True))
 
     def make(bad: BadRecords) -> dict[str, Any]:
         pseudo, train_convs = PseudoPassages(), set[int]()
         first_pass = BadRecords(bad.limit)
         for own_split, dataset in datasets.items():
             for record, _ in answered_turns(dataset, own_split, first_pass, f"proxy passages, {own_split}"):
-                pseudo.add((record["topic"], record["topic_section"]), record["answer"])
+                pseudo.add(record)
                 if own_split == "train":
                     train_convs.add(record["conv_id"])
         validation = hold_out(train_convs, validation_conversations, seed)
@@ -83,16 +81,14 @@ def convert(
         def rows() -> Iterator[Row]:
             for own_split, dataset in datasets.items():
                 for record, where in answered_turns(dataset, own_split, bad, f"topiocqa-proxy {own_split}"):
-                    record["gold_docids"] = [pseudo.docid((record["topic"], record["topic_section"]))]
+                    record["gold_docids"] = [pseudo.docid(record)]
                     held_out = own_split == "train" and str(record["conv_id"]) in validation
                     yield Row("validation" if held_out else own_split, record, where)
 
-        counts = write_splits(folder.path, splits, rows(), data_source="topiocqa-proxy", prompt=prompt, bad=bad)
+        counts = write_splits(folder.path, splits, rows(), "topiocqa-proxy", prompt, bad)
         golds = read_golds(folder.path, splits)
-        return counts | {
-            "collection": write_collection(folder.path / "collection.jsonl", pseudo.passages(), golds, bad)
-        }
+        counts["collection"] = write_collection(folder.path / COLLECTION, pseudo.passages(), golds, bad)
+        return counts
 
-    files = [name for split in splits for name in split_files(split)] + ["collection.jsonl"]
     options = prompt.as_dict() | {"proxy": True, "validation_conversations": validation_conversations, "seed": seed}
-    folder.step("proxy", files, datasets.values(), options, make)
+    folder.step("proxy", [*split_files(*splits), COLLECTION], datasets.values(), options, make)

@@ -1,8 +1,8 @@
-"""What every data set is turned into, written in one pass, whole or not at all, and not again where nothing has changed.
+"""Writes what every data set becomes: in one pass, atomically, and not again if nothing has changed.
 
-A split is three files: ``<split>.json`` (conversations, one turn a line), ``<split>.trec`` (qrels: ``qid 0 docid 1``) and
-``<split>.parquet`` (the rows of GRPO). A collection is ``collection.jsonl``: {"id", "contents"}. ``manifest.json`` notes from which inputs
-and options each file was made.
+A split is three files: ``<split>.json`` (conversations, one turn per line), ``<split>.trec`` (qrels: ``qid 0 docid 1``)
+and ``<split>.parquet`` (the rows of GRPO). A collection is ``collection.jsonl``: {"id", "contents"}. ``manifest.json``
+records the inputs and options of each file.
 """
 
 import json
@@ -11,19 +11,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from convsearch.files import atomic_write
-from convsearch.prompts import PromptStyle, render
+from convsearch.prompts import render
 from convsearch.types import Conversation
+from data_preprocess.options import PromptOptions
 from data_preprocess.sources import BadRecords, RecordError, Source
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 ROW_GROUP_ROWS = 1000
-FORMAT = 1  # raise it when the same input gives other output: older files are then made anew
+FORMAT = 1  # raise it if the same input gives other output: older files are then made again
 UNANSWERABLE = "UNANSWERABLE"
+COLLECTION = "collection.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,106 +37,45 @@ class Row:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
-class PromptOptions:
-    """How the prompt column is rendered; ``max_history_turns`` None keeps the whole history."""
-
-    style: PromptStyle = "paper"
-    max_history_turns: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"prompt_style": self.style, "max_history_turns": self.max_history_turns}
-
-
-def parquet_schema(with_positives: bool = False) -> "pa.Schema":
-    """The columns that GRPO training reads, those of the reference plus ``context``, and ``positives`` (texts) where similarities are paid for."""
-    import pyarrow as pa
-
-    text = pa.string()
+def parquet_schema(with_positives: bool = False) -> Any:
+    """The columns that GRPO training reads: the reference's, ``context``, and ``positives`` for similarity rewards."""
+    text, texts = pa.string(), pa.list_(pa.string())
+    extra = [("split", text), ("index", pa.int64()), ("answer", text), ("question", text), ("query_id", text)]
+    extra += [("context", texts)] + ([("positives", texts)] if with_positives else [])
     return pa.schema(
         [
             ("data_source", text),
             ("prompt", pa.list_(pa.struct([("role", text), ("content", text)]))),
             ("ability", text),
-            ("reward_model", pa.struct([("style", text), ("ground_truth", pa.list_(text))])),
-            (
-                "extra_info",
-                pa.struct(
-                    [
-                        ("split", text),
-                        ("index", pa.int64()),
-                        ("answer", text),
-                        ("question", text),
-                        ("query_id", text),
-                        ("context", pa.list_(text)),
-                        *([("positives", pa.list_(text))] if with_positives else []),
-                    ]
-                ),
-            ),
+            ("reward_model", pa.struct([("style", text), ("ground_truth", texts)])),
+            ("extra_info", pa.struct(extra)),
         ]
     )
 
 
 def grpo_row(record: dict[str, Any], data_source: str, split: str, index: int, prompt: PromptOptions) -> dict[str, Any]:
-    """One row of the parquet. The human rewrite, where there is one, has no place in it."""
+    """One row of the parquet, without the human rewrite."""
     messages = render(Conversation.from_record(record), prompt.style, prompt.max_history_turns)
+    extra = {"split": split, "index": index, "query_id": record["qid"]}
+    copied = ("answer", "question", "context", "positives")
     return {
         "data_source": data_source,
         "prompt": list(messages),
         "ability": "rewrite",
         "reward_model": {"style": "rule", "ground_truth": record["gold_docids"]},
-        "extra_info": {
-            "split": split,
-            "index": index,
-            "answer": record["answer"],
-            "question": record["question"],
-            "query_id": record["qid"],
-            "context": record["context"],
-            **({"positives": record["positives"]} if "positives" in record else {}),
-        },
+        "extra_info": extra | {name: record[name] for name in copied if name in record},
     }
-
-
-class _ParquetRows:
-    """Rows into row groups of a parquet file, so that memory holds one group."""
-
-    def __init__(self, file: IO[bytes], with_positives: bool) -> None:
-        import pyarrow.parquet as pq
-
-        self._schema = parquet_schema(with_positives)
-        self._writer = pq.ParquetWriter(file, self._schema)
-        self._rows: list[dict[str, Any]] = []
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-        if len(self._rows) == ROW_GROUP_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-        self._rows = []
-
-    def close(self) -> None:
-        """Writes what is left, and the footer."""
-        if self._rows:
-            self._flush()
-        self.release()
-
-    def release(self) -> None:
-        """Lets go of the file; nothing to do after ``close``."""
-        self._writer.close()
 
 
 @dataclass
 class SplitFiles:
-    """The open files of one split and the counts of what went into them."""
+    """The open files of one split and the counts of what went into them; memory holds one row group of the parquet."""
 
     name: str
     conversations: IO[str]
     qrels: IO[str]
-    parquet: _ParquetRows | None
+    parquet: Any  # pq.ParquetWriter, or None
+    rows: list[dict[str, Any]] = field(default_factory=list)
     seen_qids: set[str] = field(default_factory=set)
     conv_ids: set[str] = field(default_factory=set)
     golds: int = 0
@@ -145,26 +86,32 @@ class SplitFiles:
         Raises:
             RecordError: the query id is no TREC id, or came before; a field has the wrong form.
         """
-        record = row.record
-        if any(character.isspace() for docid in (record["qid"], *record["gold_docids"]) for character in docid):
-            raise RecordError(
-                f"{row.where}: field 'qid' or 'gold_docids' holds white space, which a TREC file cannot: {record['qid']!r}"
-            )
-        if record["qid"] in self.seen_qids:
-            raise RecordError(f"{row.where}: field 'qid' repeats {record['qid']!r}")
+        record, qid = row.record, row.record["qid"]
+        if any(character.isspace() for docid in (qid, *record["gold_docids"]) for character in docid):
+            problem = "has white space, which a TREC file cannot hold"
+            raise RecordError(f"{row.where}: field 'qid' or 'gold_docids' {problem}: {qid!r}")
+        if qid in self.seen_qids:
+            raise RecordError(f"{row.where}: field 'qid' repeats {qid!r}")
         try:
             Conversation.from_record(record)
         except ValueError as error:
             raise RecordError(f"{row.where}: {error}") from error
         if self.parquet is not None:
-            self.parquet.add(grpo_row(record, data_source, self.name, len(self.seen_qids), prompt))
+            self.rows.append(grpo_row(record, data_source, self.name, len(self.seen_qids), prompt))
+            if len(self.rows) == ROW_GROUP_ROWS:
+                self.flush()
         kept = {key: value for key, value in record.items() if not (key == "rewrite" and self.name == "train")}
         self.conversations.write(json.dumps(kept, ensure_ascii=False) + "\n")
-        for docid in record["gold_docids"]:
-            self.qrels.write(f"{record['qid']} 0 {docid} 1\n")
+        self.qrels.writelines(f"{qid} 0 {docid} 1\n" for docid in record["gold_docids"])
         self.golds += len(record["gold_docids"])
-        self.seen_qids.add(record["qid"])
+        self.seen_qids.add(qid)
         self.conv_ids.add(str(record["conv_id"]))
+
+    def flush(self) -> None:
+        """Writes the rows so far as a row group."""
+        if self.rows:
+            self.parquet.write_table(pa.Table.from_pylist(self.rows, schema=self.parquet.schema))
+            self.rows = []
 
     def counts(self) -> dict[str, int]:
         return {"queries": len(self.seen_qids), "conversations": len(self.conv_ids), "qrels": self.golds}
@@ -177,29 +124,30 @@ def _open_split(folder: Path, name: str, with_parquet: bool, with_positives: boo
         qrels = stack.enter_context(atomic_write(folder / f"{name}.trec"))
         parquet = None
         if with_parquet:
-            parquet = _ParquetRows(stack.enter_context(atomic_write(folder / f"{name}.parquet", "wb")), with_positives)
-            stack.callback(parquet.release)
-        yield SplitFiles(name, conversations, qrels, parquet)
-        if parquet is not None:
-            parquet.close()
+            file = stack.enter_context(atomic_write(folder / f"{name}.parquet", "wb"))
+            parquet = stack.enter_context(pq.ParquetWriter(file, parquet_schema(with_positives)))
+        files = SplitFiles(name, conversations, qrels, parquet)
+        yield files
+        files.flush()
 
 
-def split_files(split: str, with_parquet: bool = True) -> list[str]:
-    return [f"{split}.json", f"{split}.trec"] + ([f"{split}.parquet"] if with_parquet else [])
+def split_files(*splits: str, with_parquet: bool = True) -> list[str]:
+    endings = ("json", "trec", "parquet") if with_parquet else ("json", "trec")
+    return [f"{split}.{ending}" for split in splits for ending in endings]
 
 
 def write_splits(
     folder: Path,
     splits: Sequence[str],
     rows: Iterable[Row],
-    *,
     data_source: str,
     prompt: PromptOptions,
     bad: BadRecords,
+    *,
     without_parquet: Sequence[str] = (),
     with_positives: bool = False,
 ) -> dict[str, Any]:
-    """Sends each row to its split's files; returns {split: {"queries", "conversations", "qrels"}}.
+    """Writes each row to its split's files; returns {split: {"queries", "conversations", "qrels"}}.
 
     Raises:
         ValueError: more malformed rows than ``bad`` tolerates, or a split that stays empty.
@@ -214,14 +162,13 @@ def write_splits(
                 opened[row.split].add(row, data_source, prompt)
         for name, files in opened.items():
             if not files.seen_qids:
-                raise ValueError(
-                    f"no turn with a gold passage for split '{name}' of {data_source}: is this the right input?"
-                )
+                problem = f"no turn with a gold passage for split '{name}' of {data_source}"
+                raise ValueError(f"{problem}: is this the right input?")
         return {name: files.counts() for name, files in opened.items()}
 
 
 def read_golds(folder: Path, splits: Iterable[str]) -> set[str]:
-    """The gold passage ids of the given splits' qrels."""
+    """The gold passage ids of the qrels ``<split>.trec``."""
     golds: set[str] = set()
     for split in splits:
         with open(folder / f"{split}.trec", encoding="utf-8") as file:
@@ -232,7 +179,7 @@ def read_golds(folder: Path, splits: Iterable[str]) -> set[str]:
 def write_collection(
     path: Path, passages: Iterable[tuple[str, str]], golds: set[str], bad: BadRecords
 ) -> dict[str, Any]:
-    """Writes (id, contents) pairs; returns the counts of passages and blank passages. Memory holds no passage but the current one.
+    """Writes (id, contents) pairs; returns the counts of passages and blank passages. Memory holds one passage.
 
     Raises:
         ValueError: gold passages are missing from the collection (each counts as a malformed record), or it is empty.
@@ -247,17 +194,14 @@ def write_collection(
             blank += not contents.strip()
         if count == 0:
             raise ValueError(f"the collection for {path} has no passage: is this the right input?")
+        share = f"{len(missing):,} of {len(golds):,} golds are not"
         for docid in sorted(missing):
-            bad.add(
-                RecordError(
-                    f"{path.name}: gold passage {docid!r} is not in the collection ({len(missing):,} of {len(golds):,} golds are not)"
-                )
-            )
+            bad.add(RecordError(f"{path.name}: gold passage {docid!r} is not in the collection ({share})"))
     return {"passages": count, "blank": blank, "missing_golds": len(missing)}
 
 
 class OutputFolder:
-    """A data set's output folder. Each step makes some of its files, and is passed over when the same inputs and options made them."""
+    """A data set's output folder. A step makes some of its files, unless they were made from the same inputs."""
 
     def __init__(self, path: Path, skip_bad: int = 0) -> None:
         self.path = path
@@ -270,7 +214,7 @@ class OutputFolder:
         try:
             manifest = json.loads(self._manifest_path.read_text(encoding="utf-8"))
         except ValueError:
-            print(f"{self._manifest_path} is damaged: everything is made anew", file=sys.stderr)
+            print(f"{self._manifest_path} is damaged: everything is made again", file=sys.stderr)
             return {}
         steps = manifest.get("steps", {})
         return steps if isinstance(steps, dict) and manifest.get("format") == FORMAT else {}
@@ -281,13 +225,11 @@ class OutputFolder:
             file.write("\n")
 
     def _is_whole(self, entry: dict[str, Any]) -> bool:
-        return all(
-            (self.path / name).is_file() and (self.path / name).stat().st_size == size
-            for name, size in entry["files"].items()
-        )
+        paths = {self.path / name: size for name, size in entry["files"].items()}
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
     def _sweep(self, files: Sequence[str]) -> None:
-        """Removes the temporary files of runs that were killed: those whose process is no more."""
+        """Removes the temporary files of killed runs: those whose process no longer exists."""
         for name in files:
             for leftover in self.path.glob(f"{name}.tmp-*"):
                 pid = leftover.name.rpartition("-")[2]
@@ -295,7 +237,7 @@ class OutputFolder:
                     leftover.unlink(missing_ok=True)
 
     def _forget(self, steps: dict[str, Any], name: str, files: Sequence[str]) -> None:
-        """Takes from the manifest this step and whatever else made a file of the same name; removes files that will not be made again."""
+        """Takes this step and all others that made one of ``files`` from the manifest; removes their other files."""
         outdated = [step for step, entry in steps.items() if step == name or set(files) & set(entry["files"])]
         for step in outdated:
             for file in set(steps.pop(step)["files"]) - set(files):
@@ -311,18 +253,17 @@ class OutputFolder:
         options: dict[str, Any],
         make: Callable[[BadRecords], dict[str, Any]],
     ) -> dict[str, Any]:
-        """Runs ``make`` or reuses its files, says which, and returns its counts.
+        """Runs ``make`` or reuses its files, prints which, and returns its counts.
 
-        ``make`` gets the budget of malformed records. The manifest's entry goes before the files are touched and comes back when all are
-        whole, so that a broken run is never taken for a finished one.
+        ``make`` gets the budget of malformed records. The manifest loses the step's entry before the files change, and
+        gets it back when all are whole, so that a broken run never passes for a finished one.
         """
         key = json.loads(json.dumps({"inputs": [source.stamp() for source in inputs], "options": options}))
         steps = self._steps()
         entry: dict[str, Any] = steps.get(name, {"key": None, "files": {}, "counts": {}, "skipped": []})
         same = entry["key"] == key and set(entry["files"]) == set(files)
-        if same and self._is_whole(entry) and len(entry["skipped"]) <= self.skip_bad:
-            verb = "reused"
-        else:
+        verb = "reused"
+        if not (same and self._is_whole(entry) and len(entry["skipped"]) <= self.skip_bad):
             self._forget(steps, name, files)
             self._sweep(files)
             bad = BadRecords(self.skip_bad)
@@ -337,11 +278,26 @@ class OutputFolder:
         result: dict[str, Any] = entry["counts"]
         return result
 
+    def collection_step(
+        self,
+        inputs: Iterable[Source],
+        options: dict[str, Any],
+        passages: Callable[[BadRecords], Iterable[tuple[str, str]]],
+        splits: Iterable[str],
+    ) -> None:
+        """The step "collection": (id, contents) pairs, which must contain the gold passages of the splits' qrels."""
+
+        def make(bad: BadRecords) -> dict[str, Any]:
+            return write_collection(self.path / COLLECTION, passages(bad), read_golds(self.path, splits), bad)
+
+        self.step("collection", [COLLECTION], inputs, options, make)
+
 
 def _shown(counts: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{name}: {', '.join(f'{number:,} {what}' for what, number in value.items())}"
-        if isinstance(value, dict)
-        else f"{value:,} {name}"
-        for name, value in counts.items()
-    ).replace("_", " ")
+    parts = []
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            parts.append(f"{name}: {', '.join(f'{number:,} {what}' for what, number in value.items())}")
+        else:
+            parts.append(f"{value:,} {name}")
+    return "; ".join(parts).replace("_", " ")

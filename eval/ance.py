@@ -1,77 +1,58 @@
-"""ANCE over rewrites, with the flags of the reference's get_metrics_using_ance.py: ``python -m eval.ance --test_file_path rewrites.jsonl ...``.
+"""ANCE over rewrites: ``python -m eval.ance --test_file_path rewrites.jsonl ...``.
 
-The passages' vectors are an index folder of ours (``retriever_server.index dense``, or ``import-blocks`` for the reference's pickles); the queries are
-encoded here. ``--server URL`` searches through a server that has the index instead.
+The flags are those of the reference's get_metrics_using_ance.py. The passages' vectors are one of our index folders
+(``retriever_server.index dense``, or ``import-blocks`` for the reference's pickles); the queries are encoded here.
+``--server URL`` searches through a server that has the index instead.
 """
 
 import argparse
 from pathlib import Path
 
 from convsearch.cli import run
-from eval.queries import QUERY_TYPES
-from eval.search import Job, Search, search_and_score, through_server
+from eval.queries import QUERY_TYPES, Search
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The reference's flags, and ``--server``."""
     parser = argparse.ArgumentParser(
         prog="python -m eval.ance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--server", help="http://host:port of a running retriever_server with a dense index")
-    add("--test_file_path", nargs="+", required=True, help="rewrites (or conversations), one JSON object a line")
-    add(
-        "--test_type",
-        default="rewrite",
-        choices=tuple(QUERY_TYPES),
-        help="which text is searched for (default rewrite)",
-    )
+    add("--test_file_path", nargs="+", required=True, help="rewrites or conversations, one JSON object per line")
+    add("--test_type", default="rewrite", choices=[*QUERY_TYPES], help="which text is the query (default rewrite)")
     add("--trec_gold_qrel_file_path", required=True, help="TREC qrels")
     add("--qrel_output_dir", default=".", help="folder for the runs (default: here)")
     add("--output_trec_file", nargs="+", required=True, help="file name of the run of each test file")
-    add("--top_k", type=int, default=100, help="passages a query (default 100)")
+    add("--top_k", type=int, default=100, help="passages per query (default 100)")
     add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG (default 1)")
-    add(
-        "--pretrained_encoder_path",
-        help="the query encoder (default: the passages' own); with --server, the server's is used",
-    )
-    add(
-        "--passage_embeddings_dir_path",
-        help="the index folder of the passages' vectors; with --server, the server's are used",
-    )
-    add(
-        "--n_gpu",
-        type=int,
-        default=1,
-        help="CUDA devices that share the vectors, where there are any; 0: the CPU (default 1)",
-    )
-    add("--use_gpu", default="True", help="False: the CPU (default True, where there is a CUDA device)")
-    add("--per_gpu_test_batch_size", type=int, default=32, help="queries a forward pass (default 32)")
+    add("--pretrained_encoder_path", help="query encoder (default: the passages' own; not used with --server)")
+    add("--passage_embeddings_dir_path", help="index folder of the passages' vectors; not used with --server")
+    add("--n_gpu", type=int, default=1, help="CUDA devices that share the vectors, if any; 0: the CPU (default 1)")
+    add("--use_gpu", default="True", help="False: the CPU (default True: a CUDA device if there is one)")
+    add("--per_gpu_test_batch_size", type=int, default=32, help="queries per forward pass (default 32)")
     add("--max_concat_length", type=int, default=512, help="tokens of a query (default 512)")
-    ignored = parser.add_argument_group("accepted as the reference has them, without effect")
+    ignored = parser.add_argument_group("accepted for the reference's command lines, without effect")
     for name, value in (("seed", 42), ("max_query_length", 64), ("max_doc_length", 384), ("max_response_length", 64)):
         ignored.add_argument(f"--{name}", type=int, default=value)
     ignored.add_argument("--is_train")
-    return parser.parse_args(argv)
+    return parser
 
 
-def open_search(args: argparse.Namespace) -> Search:
-    """A search function over the server or the index folder.
+def open_index(args: argparse.Namespace) -> Search:
+    """A search function over the index folder.
 
     Raises:
         ValueError: there is no such folder, it is no dense index, or the encoder does not belong to it.
     """
-    if args.server is not None:
-        return through_server(args.server)
     folder = args.passage_embeddings_dir_path
     if folder is None:
-        raise ValueError(
-            "dense search needs --passage_embeddings_dir_path (an index folder), or --server URL of a server that has the index"
-        )
+        raise ValueError("dense search needs --passage_embeddings_dir_path (an index folder), or --server URL")
     if not (Path(folder) / "manifest.json").is_file():
         raise ValueError(
-            f"dense search: {folder} is no index folder; build one with `python -m retriever_server.index dense`, or, from the reference's pickled "
-            f"vectors, with `python -m retriever_server.index import-blocks --embeddings {folder} --output DIR`"
+            f"dense search: {folder} is no index folder; build one with `python -m retriever_server.index dense`, "
+            "or from the reference's pickles with "
+            f"`python -m retriever_server.index import-blocks --embeddings {folder} --output DIR`"
         )
     from retriever_server.dense.index import DenseIndex
 
@@ -88,7 +69,9 @@ def open_search(args: argparse.Namespace) -> Search:
 
 
 def main() -> None:
-    args = parse_args()
+    args = build_parser().parse_args()
+    from eval.search import Job, search_and_score, through_server
+
     job = Job(
         query_files=args.test_file_path,
         run_names=args.output_trec_file,
@@ -99,7 +82,7 @@ def main() -> None:
         rel_threshold=args.rel_threshold,
         tag="ance",
     )
-    search_and_score(open_search(args), job)
+    search_and_score(through_server(args.server) if args.server is not None else open_index(args), job)
 
 
 if __name__ == "__main__":

@@ -1,90 +1,68 @@
-"""BM25 over rewrites: ``python -m eval.bm25 --index_dir_path INDEX --query_file rewrites.jsonl --gold_qrel_file_path dev.trec --output_file_name run.trec``.
+"""BM25 over rewrites: ``python -m eval.bm25 --index_dir_path INDEX --query_file rewrites.jsonl ...``.
 
-Searches the queries of one or several files, writes a TREC run and its measures for each, and counts the rewrites that fell back to the raw question.
+Searches the queries of one or several files, writes a TREC run and its measures for each, and counts the rewrites that
+fell back to the raw question. The flags are those of the reference's get_metrics_using_bm25.py, and ours.
 """
 
 import argparse
 from pathlib import Path
 
 from convsearch.cli import run
-from eval.queries import QUERY_TYPES
-from eval.search import Job, Search, search_and_score, through_server
+from eval.queries import QUERY_TYPES, Search
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of the reference's get_metrics_using_bm25.py, and ours."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m eval.bm25", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--index_dir_path", help="index folder of retriever_server.index bm25")
-    add("--server", help="http://host:port of a running retriever_server, in place of --index_dir_path")
-    add(
-        "--query_file",
-        "--test_file_path",
-        nargs="+",
-        required=True,
-        help="rewrites (or conversations), one JSON object a line",
-    )
-    add(
-        "--query_type",
-        "--test_type",
-        default="rewrite",
-        choices=tuple(QUERY_TYPES),
-        help="which text is searched for (default rewrite)",
-    )
-    add(
-        "--gold_qrel_file_path", "--trec_gold_qrel_file_path", help="TREC qrels; needed unless --not_perform_evaluation"
-    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--index_dir_path", help="index folder of retriever_server.index bm25")
+    where.add_argument("--server", help="http://host:port of a running retriever_server, instead of --index_dir_path")
+    texts = "rewrites or conversations, one JSON object per line"
+    add("--query_file", "--test_file_path", nargs="+", required=True, help=texts)
+    which = "which text is the query (default rewrite)"
+    add("--query_type", "--test_type", default="rewrite", choices=[*QUERY_TYPES], help=which)
+    qrels = "TREC qrels; needed unless --not_perform_evaluation"
+    add("--gold_qrel_file_path", "--trec_gold_qrel_file_path", help=qrels)
     add("--not_perform_evaluation", action="store_true", help="write the run alone")
-    add("--top_n", "--top_k", type=int, default=100, help="passages a query (default 100)")
-    add("--bm25_k1", type=float, default=None, help="checked against the index, which is built for one k1")
-    add("--bm25_b", type=float, default=None, help="checked against the index, which is built for one b")
+    add("--top_n", "--top_k", type=int, default=100, help="passages per query (default 100)")
+    add("--bm25_k1", type=float, help="checked against the index, which is built for one k1")
+    add("--bm25_b", type=float, help="checked against the index, which is built for one b")
     add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG (default 1)")
-    add(
-        "--max_seq_length",
-        type=int,
-        default=None,
-        help="cut queries to so many words (the reference cuts at 512; default: no cut)",
-    )
+    add("--max_seq_length", type=int, help="first words of a query that count (the reference: 512; default: all)")
     add("--retrieval_output_path", "--qrel_output_dir", default=".", help="folder for the runs (default: here)")
-    add(
-        "--output_file_name",
-        "--output_trec_file",
-        nargs="+",
-        required=True,
-        help="file name of the run of each query file",
-    )
-    add("--split_num_chunk", type=int, default=1, help="accepted as the reference has it")
-    args = parser.parse_args(argv)
-    if (args.index_dir_path is None) == (args.server is None):
-        parser.error("give one of --index_dir_path and --server")
-    if args.gold_qrel_file_path is None and not args.not_perform_evaluation:
-        parser.error("give --gold_qrel_file_path, or --not_perform_evaluation")
-    return args
+    name = "file name of the run of each query file"
+    add("--output_file_name", "--output_trec_file", nargs="+", required=True, help=name)
+    add("--split_num_chunk", type=int, default=1, help="accepted for the reference's command lines, without effect")
+    return parser
 
 
-def open_search(args: argparse.Namespace) -> Search:
-    """A search function over the index folder or the server.
+def open_index(args: argparse.Namespace) -> Search:
+    """A search function over the index folder.
 
     Raises:
-        ValueError: the folder is no index, or was built with another k1 or b than the flags ask for.
+        ValueError: the folder is no index, or was built with another k1 or b than the flags say.
     """
-    if args.server:
-        return through_server(args.server)
     from retriever_server.bm25.index import Bm25Index
 
     index = Bm25Index.load(args.index_dir_path)
     for name, asked, built in (("k1", args.bm25_k1, index.k1), ("b", args.bm25_b, index.b)):
         if asked is not None and asked != built:
             raise ValueError(
-                f"--bm25_{name} {asked}, but {args.index_dir_path} was built with {name}={built}: build an index with --{name} {asked}"
+                f"--bm25_{name} {asked}, but {args.index_dir_path} was built with {name}={built}: "
+                f"build an index with --{name} {asked}"
             )
     return index.search
 
 
 def main() -> None:
-    args = parse_args()
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.gold_qrel_file_path is None and not args.not_perform_evaluation:
+        parser.error("give --gold_qrel_file_path, or --not_perform_evaluation")
+    from eval.search import Job, search_and_score, through_server
+
     job = Job(
         query_files=args.query_file,
         run_names=args.output_file_name,
@@ -95,7 +73,7 @@ def main() -> None:
         rel_threshold=args.rel_threshold,
         max_words=args.max_seq_length,
     )
-    search_and_score(open_search(args), job)
+    search_and_score(through_server(args.server) if args.server else open_index(args), job)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""BRIGHT's files as people have them: documents, topics, excluded ids, reasoned queries; parquet, JSON lines (gzipped or not) or one JSON value."""
+"""BRIGHT's files as people have them: documents, topics, excluded ids, reasoned queries.
+
+Each may be parquet, JSON lines (gzipped or not) or one JSON value.
+"""
 
 import gzip
 import json
@@ -7,20 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TASKS = {  # as the data set calls them -> short name of the published tables
-    "biology": "Bio",
-    "earth_science": "Ear",
-    "economics": "Eco",
-    "psychology": "Psy",
-    "robotics": "Rob",
-    "stackoverflow": "Sta",
-    "sustainable_living": "Sus",
-    "leetcode": "Lee",
-    "pony": "Pon",
-    "aops": "AoPS",
-    "theoremqa_questions": "ThQ",
-    "theoremqa_theorems": "ThT",
-}
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from convsearch.files import read_jsonl
+
 NOT_EXCLUDED = "N/A"  # how the data set says that a query excludes nothing
 Record = Mapping[str, Any]
 
@@ -40,11 +34,7 @@ def records(path: str | Path) -> Iterator[tuple[str, Record]]:
     Raises:
         ValueError: there is no such file, or it is of none of these forms; names file and line.
     """
-    from convsearch.files import read_jsonl
-
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    path = _existing(path)
     if path.suffix == ".parquet":
         yield from _parquet(path)
     elif _first_character(path) == "[":
@@ -58,19 +48,20 @@ def records(path: str | Path) -> Iterator[tuple[str, Record]]:
             yield f"{path}:{number}", record
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    return Path(path)
 
+
+def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path}: not a parquet file ({error})") from error
-    number = 0
-    for batch in file.iter_batches(batch_size=1024):
-        for record in batch.to_pylist():
-            yield f"{path}: row {number}", record
-            number += 1
+    batches = file.iter_batches(batch_size=1024)
+    for number, record in enumerate(record for batch in batches for record in batch.to_pylist()):
+        yield f"{path}: row {number}", record
 
 
 def _open(path: Path) -> Any:
@@ -98,45 +89,45 @@ def _field(where: str, record: Record, *names: str) -> str:
         value = record.get(name)
         if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
             return str(value)
-    raise ValueError(f"{where}: none of the fields {', '.join(names)} holds a text; it has {', '.join(record)}")
+    raise ValueError(f"{where}: none of the fields {', '.join(names)} is a text; it has {', '.join(record)}")
 
 
 def read_documents(path: str | Path) -> dict[str, str]:
-    """docid -> text, in the file's order. TheoremQA's own file is read as the documents of theoremqa_questions that its questions are.
+    """docid -> text, in the file's order; of TheoremQA's own file, its questions are the documents.
 
     Raises:
-        ValueError: a record has no id or text, an id stands for two texts, or there is none.
+        ValueError: a record has no id or text, an id has two texts, or there is none.
     """
     documents: dict[str, str] = {}
     for where, record in records(path):
         if "Question" in record:
             docid, text = "TheoremQA_" + _field(where, record, "id"), _field(where, record, "Question")
         else:
-            docid, text = (
-                _field(where, record, "id", "docid", "_id"),
-                _field(where, record, "contents", "content", "text"),
-            )
+            docid, text = _id(where, record, "docid"), _field(where, record, "contents", "content", "text")
         if documents.setdefault(docid, text) != text:
-            raise ValueError(f"{where}: the id {docid!r} stands for another text before: keep one of the two")
+            raise ValueError(f"{where}: the id {docid!r} had another text before: keep one of the two")
     if not documents:
         raise ValueError(f"{path}: no documents")
     return documents
 
 
+def _id(where: str, record: Record, name: str) -> str:
+    return _field(where, record, "id", name, "_id")
+
+
 def read_topics(path: str | Path) -> list[Topic]:
-    """Queries with their excluded ids, where the file has them.
+    """Queries with their excluded ids, if the file has them.
 
     Raises:
-        ValueError: a record has no id or text, an id stands twice, or there is none.
+        ValueError: a record has no id or text, an id occurs twice, or there is none.
     """
     topics: dict[str, Topic] = {}
     for where, record in records(path):
-        qid = _field(where, record, "id", "qid", "_id")
+        qid = _id(where, record, "qid")
         if qid in topics:
-            raise ValueError(f"{where}: query {qid!r} stands twice")
-        topics[qid] = Topic(
-            qid, _field(where, record, "query", "question", "text"), _ids(where, record.get("excluded_ids") or [])
-        )
+            raise ValueError(f"{where}: query {qid!r} occurs twice")
+        query, excluded = _field(where, record, "query", "question", "text"), record.get("excluded_ids") or []
+        topics[qid] = Topic(qid, query, _ids(where, excluded))
     if not topics:
         raise ValueError(f"{path}: no topics")
     return list(topics.values())
@@ -149,44 +140,38 @@ def _ids(where: str, value: Any) -> tuple[str, ...]:
 
 
 def read_excluded(path: str | Path) -> dict[str, tuple[str, ...]]:
-    """Query id -> ids of documents that it must not find: one JSON object {qid: [ids]}, or records with an id and excluded_ids."""
+    """Query id -> ids that it must not find, of one JSON object {qid: [ids]} or records {id, excluded_ids}."""
     if Path(path).suffix == ".json" and _first_character(Path(path)) == "{":
         return {qid: _ids(f"{path}: query {qid!r}", ids) for qid, ids in _json(Path(path)).items()}
     found = records(path)
-    return {
-        _field(where, record, "id", "qid", "_id"): _ids(where, record.get("excluded_ids") or [])
-        for where, record in found
-    }
+    return {_id(where, record, "qid"): _ids(where, record.get("excluded_ids") or []) for where, record in found}
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoned:
-    """Reasoned queries by the text that they were made of (the released form), by query id (``convsearch.infer``'s), or both."""
+    """Reasoned queries by the original text (the released form), by query id (``convsearch.infer``), or both."""
 
     by_text: Mapping[str, str]
     by_qid: Mapping[str, str]
 
     def of(self, topic: Topic) -> str | None:
-        """None where there is none, or it is blank."""
+        """The reasoned query of a topic; None if there is none, or a blank one."""
         found = self.by_qid.get(topic.qid) or self.by_text.get(topic.query) or self.by_text.get(topic.query.strip())
         return found if found and found.strip() else None
 
 
 def read_reasoned(path: str | Path) -> Reasoned:
-    """One JSON object {query: reasoned query}, or the lines of ``convsearch.infer --task rqr`` (qid, question, rewrite, fallback).
+    """One JSON object {query: reasoned query}, or the lines of ``convsearch.infer --task rqr``.
 
     Raises:
         ValueError: it is neither; names file and line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    path = _existing(path)
     if path.name.removesuffix(".gz").endswith(".json") and _first_character(path) == "{":
         found = _json(path)
         if not all(isinstance(text, str) for text in found.values()):
-            raise ValueError(
-                f"{path}: must be one object of texts, {{query: reasoned query}}; lines of JSON end in .jsonl"
-            )
+            form = "{query: reasoned query}; files of JSON lines end in .jsonl"
+            raise ValueError(f"{path}: must be one object of texts, {form}")
         return Reasoned({query.strip(): text for query, text in found.items()} | found, {})
     by_qid = {}
     for where, record in records(path):

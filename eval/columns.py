@@ -1,8 +1,12 @@
-"""Columns out of TREC files without a Python loop a line: pyarrow reads what is well formed, a plain loop finds what is not."""
+"""Columns of TREC files without a Python loop over lines.
+
+pyarrow reads what is well formed; a plain loop reads the rest and finds the faults.
+"""
 
 import gzip
 import re
 import zlib
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import csv
 
 LINE_LIMIT, ID_LIMIT = 1 << 20, 4096  # bytes
 _ROWS = 1 << 14
-_KEEP = np.array(
-    [(1 << (8 * bytes_)) - 1 for bytes_ in range(9)], np.uint64
-)  # masks of the first 0 to 8 bytes of a word
+_KEEP = np.array([(1 << (8 * count)) - 1 for count in range(9)], np.uint64)  # masks of a word's first 0 to 8 bytes
 GRADE_LIMIT = 1 << 31
 _LINE = re.compile(rb"[^\r\n]+")  # carriage returns end lines too, as they do for pyarrow
 _PLAIN = bytes.maketrans(b"\t\v\f\r", b"   \n")
@@ -53,9 +58,11 @@ class Columns:
     docid_hashes: npt.NDArray[np.uint64]  # [rows]; equal docids have equal hashes, others hardly ever
     values: npt.NDArray[Any]  # [rows], float64 scores or int64 grades
 
-    @classmethod
-    def of(cls, qids: Any, query_of_row: npt.ArrayLike, docids: Any, values: npt.NDArray[Any]) -> "Columns":
-        return cls(qids, np.asarray(query_of_row, np.int32), docids, _hashes(docids), values)
+
+def columns_of(qids: Iterable[str], rows: Sequence[int], docids: Sequence[str], values: Any, form: Format) -> Columns:
+    """The columns of plain lists; ``rows`` is ``query_of_row``."""
+    texts, numbers = pa.array(docids, pa.large_string()), np.array(values, np.int64 if form.integer else np.float64)
+    return Columns(pa.array(list(qids), pa.large_string()), np.asarray(rows, np.int32), texts, _hashes(texts), numbers)
 
 
 def _hashes(texts: Any) -> npt.NDArray[np.uint64]:
@@ -78,13 +85,11 @@ def _hashes(texts: Any) -> npt.NDArray[np.uint64]:
 
 
 def load(path: str | Path) -> Any:
-    """The file's bytes as a pyarrow buffer: memory-mapped, or unpacked where it is gzipped (whatever its name).
+    """The file's bytes as a pyarrow buffer: memory-mapped, or unpacked if it is gzipped (whatever its name).
 
     Raises:
         ValueError: the file is empty or its gzip stream is damaged.
     """
-    import pyarrow as pa
-
     path = Path(path)
     mappable = path.is_file() and path.stat().st_size > 0  # neither empty nor a pipe
     raw = pa.memory_map(str(path)).read_buffer() if mappable else pa.py_buffer(path.read_bytes())
@@ -92,9 +97,8 @@ def load(path: str | Path) -> Any:
         try:
             raw = pa.py_buffer(gzip.decompress(raw))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(
-                f"{path}: the gzip stream is damaged or cut short ({error}): write the file again"
-            ) from error
+            problem = "the gzip stream is damaged or cut short"
+            raise ValueError(f"{path}: {problem} ({error}): write the file again") from error
     if not _TEXT.search(raw):
         raise ValueError(f"{path} is empty: it has no line")
     return raw[3:] if raw[:3].to_pybytes() == b"\xef\xbb\xbf" else raw
@@ -104,7 +108,8 @@ def parse(path: str | Path, raw: Any, form: Format) -> Columns:
     """Reads the lines of a run or of qrels.
 
     Raises:
-        ValueError: a line has a wrong number of columns, is not UTF-8, too long, or its value is no finite number; names file and line.
+        ValueError: a line has a wrong number of columns, is not UTF-8, too long, or its value is no finite number;
+            names file and line.
     """
     columns = _fast(raw, form)
     return columns if columns is not None else _slow(path, raw, form)
@@ -121,46 +126,32 @@ def line_of_row(raw: Any, row: int) -> int:
 
 
 def _fast(raw: Any, form: Format) -> Columns | None:
-    """The columns by pyarrow, or None where something is wrong or unusual, which the slow reader then names or reads."""
-    import pyarrow as pa
-
+    """The columns by pyarrow, or None if something is wrong or unusual, which the slow reader then names or reads."""
     columns = _by_arrow(raw, form)
     return columns if columns is not None else _by_arrow(pa.py_buffer(_normalised(raw)), form)
 
 
 def _by_arrow(raw: Any, form: Format) -> Columns | None:
-    """The columns where single spaces part them; None where not all is well."""
-    import pyarrow as pa
-    from pyarrow import csv
-
+    """The columns if single spaces separate them; None if anything is wrong."""
     first = _LINE.search(raw)
     fields = first[0].split(b" ") if first else []
     if len(fields) not in form.columns:
         return None
     names = [str(number) for number in range(len(fields))]
     value = names[form.value_column]
-    kinds = (
-        [pa.int64()]
-        if form.integer
-        else [pa.int64(), pa.float64()]
-        if _WHOLE.fullmatch(fields[form.value_column])
-        else [pa.float64()]
-    )
+    # the reference's seven columns have whole numbers, which are read faster
+    kinds = [pa.int64()] if form.integer or _WHOLE.fullmatch(fields[form.value_column]) else []
+    kinds += [] if form.integer else [pa.float64()]
     table = None
-    for kind in kinds:  # the reference's seven columns have whole numbers, which are read faster
-        types = dict.fromkeys(names[: form.value_column], pa.binary()) | {
-            "0": pa.dictionary(pa.int32(), pa.string()),
-            "2": pa.large_string(),
-            value: kind,
-        }
+    for kind in kinds:
+        types = dict.fromkeys(names[: form.value_column], pa.binary())
+        types |= {"0": pa.dictionary(pa.int32(), pa.string()), "2": pa.large_string(), value: kind}
         with suppress(pa.ArrowInvalid):
             table = csv.read_csv(
                 pa.BufferReader(raw),
-                read_options=csv.ReadOptions(column_names=names),
-                parse_options=csv.ParseOptions(delimiter=" ", quote_char=False, double_quote=False, escape_char=False),
-                convert_options=csv.ConvertOptions(
-                    include_columns=list(types), column_types=types, null_values=[], check_utf8=False
-                ),
+                csv.ReadOptions(column_names=names),
+                csv.ParseOptions(delimiter=" ", quote_char=False, double_quote=False, escape_char=False),
+                csv.ConvertOptions(include_columns=[*types], column_types=types, null_values=[], check_utf8=False),
             )
             break
     if table is None:
@@ -168,23 +159,21 @@ def _by_arrow(raw: Any, form: Format) -> Columns | None:
     queries = table["0"].unify_dictionaries().combine_chunks()
     qids, docids = queries.dictionary.cast(pa.large_string()), table["2"].combine_chunks()
     values = table[value].combine_chunks().to_numpy().astype(np.int64 if form.integer else np.float64, copy=False)
-    with ThreadPoolExecutor(1) as pool:  # beside the checks
+    with ThreadPoolExecutor(1) as pool:  # while this thread checks
         hashes = pool.submit(_hashes, docids)
-        shifted = any(_shortest(table[name]) == 0 for name in ("1", "3") if name != value)  # by two spaces together
+        shifted = any(_shortest(table[name]) == 0 for name in ("1", "3") if name != value)  # two spaces in a row
         sound = not shifted and _are_words(qids) and _are_words(docids) and _in_range(values)
     return Columns(qids, queries.indices.to_numpy(), docids, hashes.result(), values) if sound else None
 
 
 def _shortest(texts: Any) -> int:
     """The least length of a binary column, in bytes."""
-    import pyarrow.compute as pc
-
     length: int = pc.min(pc.binary_length(texts)).as_py()
     return length
 
 
 def _normalised(raw: Any) -> bytes:
-    """The same rows parted by single spaces and newlines. Line numbers are lost: errors are told from the original."""
+    """The same rows with single spaces and newlines. Line numbers are lost: error messages use the original."""
     data: bytes = raw.to_pybytes().translate(_PLAIN)
     while b"  " in data:
         data = data.replace(b"  ", b" ")
@@ -192,9 +181,7 @@ def _normalised(raw: Any) -> bytes:
 
 
 def _are_words(ids: Any) -> bool:
-    """Whether no string is empty, too long, not UTF-8, or holds white space or control characters."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    """Whether no string is empty, too long, not UTF-8, or has white space or control characters."""
 
     lengths = pc.min_max(pc.binary_length(ids)).as_py()
     if lengths["min"] == 0 or lengths["max"] > ID_LIMIT:
@@ -210,7 +197,7 @@ def _are_words(ids: Any) -> bool:
 
 
 def _in_range(values: npt.NDArray[Any]) -> bool:
-    """Whether all scores are finite in float32, the precision in which trec_eval compares them, or all grades are small."""
+    """Whether all scores are finite in float32, in which trec_eval compares them, or all grades are small."""
     if values.dtype.kind == "i":
         return bool(((values > -GRADE_LIMIT) & (values < GRADE_LIMIT)).all())
     with np.errstate(over="ignore"):
@@ -219,60 +206,42 @@ def _in_range(values: npt.NDArray[Any]) -> bool:
 
 def _slow(path: str | Path, raw: Any, form: Format) -> Columns:
     """Line by line: raises at the first fault, else returns what pyarrow was too strict for (a score written +1.5)."""
-    import pyarrow as pa
-
     queries: dict[str, int] = {}
     rows, docids, values = [], [], []
     width, first = 0, 0
     for number, line in enumerate(raw.to_pybytes().splitlines(), start=1):
         where = f"{path}:{number}"
         if len(line) > LINE_LIMIT:
-            raise ValueError(
-                f"{where}: a line of {len(line):,} bytes, where at most {LINE_LIMIT:,} are read: this is no {form.noun} file"
-            )
+            long = f"a line of {len(line):,} bytes, where at most {LINE_LIMIT:,} are read"
+            raise ValueError(f"{where}: {long}: this is no {form.noun} file")
         fields = _fields(where, line, form)
         if not fields:
             continue
+        found = f"{where}: found {len(fields)} column{'s' * (len(fields) != 1)}"
         if len(fields) not in form.columns:
-            raise ValueError(
-                f"{where}: found {_count(len(fields))} where a line of a {form.noun} file has {form.expected}"
-            )
+            raise ValueError(f"{found} where a line of a {form.noun} file has {form.expected}")
         width, first = width or len(fields), first or number
         if len(fields) != width:
-            raise ValueError(
-                f"{where}: found {_count(len(fields))} where line {first} has {width}: give all lines the same form"
-            )
+            raise ValueError(f"{found} where line {first} has {width}: give all lines the same form")
         for name, text in (("qid", fields[0]), ("docid", fields[2])):
-            if len(text.encode()) > ID_LIMIT:
-                raise ValueError(
-                    f"{where}: a {name} of {len(text.encode()):,} bytes, where at most {ID_LIMIT:,} are read"
-                )
+            size = len(text.encode())
+            if size > ID_LIMIT:
+                raise ValueError(f"{where}: a {name} of {size:,} bytes, where at most {ID_LIMIT:,} are read")
         rows.append(queries.setdefault(fields[0], len(queries)))
         docids.append(fields[2])
         values.append(_value(where, fields[form.value_column], form))
-    return Columns.of(
-        pa.array(queries, pa.large_string()),
-        rows,
-        pa.array(docids, pa.large_string()),
-        np.array(values, np.int64 if form.integer else np.float64),
-    )
+    return columns_of(queries, rows, docids, values, form)
 
 
 def _fields(where: str, line: bytes, form: Format) -> list[str]:
     if b"\0" in line:
-        raise ValueError(
-            f"{where}: holds a NUL byte: this is a binary file (or UTF-16), not the text of a {form.noun} file"
-        )
+        kind = f"a binary file (or UTF-16), not the text of a {form.noun} file"
+        raise ValueError(f"{where}: holds a NUL byte: this is {kind}")
     try:
         return [field.decode() for field in line.split()]
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: not UTF-8 ({error.reason}): this is a binary file, or needs to be converted"
-        ) from error
-
-
-def _count(columns: int) -> str:
-    return f"{columns} column" if columns == 1 else f"{columns} columns"
+        remedy = "this is a binary file, or needs to be converted"
+        raise ValueError(f"{where}: not UTF-8 ({error.reason}): {remedy}") from error
 
 
 def _value(where: str, text: str, form: Format) -> float | int:
@@ -285,9 +254,9 @@ def _value(where: str, text: str, form: Format) -> float | int:
 
 
 def checked_value(where: str, value: float | int, form: Format) -> float | int:
-    """``value`` itself; ValueError where a score is not finite in float32, or a grade is out of all proportion."""
+    """``value``; ValueError if a score is not finite in float32, or a grade is far too large."""
     if form.integer and abs(value) >= GRADE_LIMIT:
-        raise ValueError(f"{where}: the grade must lie within +-{GRADE_LIMIT - 1:,}, got {value}")
+        raise ValueError(f"{where}: the grade must be within +-{GRADE_LIMIT - 1:,}, got {value}")
     if not form.integer and not _in_range(np.array([value], np.float64)):
         raise ValueError(f"{where}: the score must be a finite number within the range of float32, got {value!r}")
     return value

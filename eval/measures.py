@@ -1,17 +1,26 @@
 """Retrieval measures over columns: trec_eval's definitions, computed on whole arrays.
 
-Passages are ranked by score in float32, ties by docid in descending order, whatever the run's rank column says. Formulas:
-trec_eval 9 (m_recip_rank.c, m_ndcg_cut.c, m_recall.c, m_map.c, m_P.c, m_success.c); the tests hold them to pytrec_eval.
+Passages are ranked by score in float32, ties by docid in descending order; the run's rank column does not count.
+Formulas: trec_eval 9 (m_recip_rank.c, m_ndcg_cut.c, m_recall.c, m_map.c, m_P.c, m_success.c); the tests compare with
+pytrec_eval.
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from convsearch.files import atomic_write
+from eval import DEFAULT_MEASURES
 from eval.columns import Columns
+from eval.runs import read_qrels, read_unchecked_run
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -27,16 +36,18 @@ _NAME = re.compile(r"([a-z_]+?)(?:\(rel=(\d+)\))?(?:[@_.](\d+))?", re.IGNORECASE
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One measure: ``Measure("NDCG@3", "nDCG", cutoff=3, rel=None)``; ``rel`` is its own relevance threshold, if it has one."""
+    """``Measure("NDCG@3", "nDCG", cutoff=3, rel=None)``; ``rel`` is its own relevance threshold, if it has one."""
 
-    name: str  # as it was asked for
+    name: str  # as the user wrote it
     kind: Kind
     cutoff: int | None
     rel: int | None
 
 
 def parse_measures(text: str) -> list[Measure]:
-    """Reads names parted by spaces or commas: MRR, RR@10, nDCG@3, R@100, MAP, P@5, Success@1, R(rel=2)@10, recall_10, in any case.
+    """Reads names separated by spaces or commas, in any case.
+
+    Known are MRR, RR@10, nDCG@3, R@100, MAP, P@5, Success@1, R(rel=2)@10, recall_10 and their like.
 
     Raises:
         ValueError: a name is unknown, or lacks the cutoff that it needs; names the known ones.
@@ -51,24 +62,21 @@ def _parse_measure(name: str) -> Measure:
     match = _NAME.fullmatch(name)
     kind = _KINDS.get(match[1].lower()) if match else None
     if match is None or kind is None:
-        raise ValueError(
-            f"unknown measure {name!r}: there are MRR[@k], NDCG[@k], MAP[@k], R@k, P@k, Success@k, and (rel=N) before the @"
-        )
+        known = "MRR[@k], NDCG[@k], MAP[@k], R@k, P@k, Success@k, and (rel=N) before the @"
+        raise ValueError(f"unknown measure {name!r}: there are {known}")
     rel, cutoff = (int(group) if group else None for group in match.group(2, 3))
     if cutoff is None and kind in ("R", "P", "Success"):
         raise ValueError(f"measure {name!r} needs a cutoff of at least 1, as in {name}@10")
     if cutoff == 0 or rel == 0:
         raise ValueError(f"measure {name!r}: cutoff and rel must be at least 1")
     if kind == "nDCG" and rel is not None:
-        raise ValueError(
-            f"measure {name!r}: nDCG weighs the grades themselves, it has no threshold: leave (rel={rel}) out"
-        )
+        raise ValueError(f"measure {name!r}: nDCG weighs the grades and has no threshold: leave (rel={rel}) out")
     return Measure(name, kind, cutoff, rel)
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The run's rows that the qrels know, ordered by query and rank, and the qrels themselves. Queries are those of the qrels."""
+    """The run's rows that are in the qrels, by query and rank, and the qrels. Queries are those of the qrels."""
 
     num_queries: int
     query: Ints  # [rows], index of the query
@@ -79,7 +87,10 @@ class Judged:
 
 
 def judge(run: Columns, qrels: Columns) -> Judged:
-    """Looks the run's passages up in the qrels: a table of the qrels' hashes drops most rows, pyarrow and a search find the rest."""
+    """Looks the run's passages up in the qrels.
+
+    A table of the qrels' hashes drops most rows; pyarrow and a binary search find the rest.
+    """
     coded = qrels.docids.dictionary_encode()
     docids = coded.dictionary
     keys = qrels.query_of_row.astype(np.int64) * len(docids) + coded.indices.to_numpy()
@@ -93,18 +104,12 @@ def judge(run: Columns, qrels: Columns) -> Judged:
     rows, query, found = rows[known], query[known], found[known]
     rank = ranks(run, rows)
     order = np.lexsort((rank, query))
-    return Judged(
-        len(qrels.qids),
-        query[order],
-        rank[order],
-        grades[found][order],
-        qrels.query_of_row.astype(np.int64),
-        qrels.values,
-    )
+    qrel_query = qrels.query_of_row.astype(np.int64)
+    return Judged(len(qrels.qids), query[order], rank[order], grades[found][order], qrel_query, qrels.values)
 
 
 def _candidates(run: Columns, qrels: Columns) -> Ints:
-    """The rows whose docid may be in the qrels, by the low bits of its hash: all that are, and one in 32 of the others at most."""
+    """The rows whose docid may be in the qrels, by its hash's low bits: all that are, and at most 1 in 32 others."""
     size = 1 << max(10, (32 * len(qrels.docids) - 1).bit_length())
     table = np.zeros(size, np.bool_)
     table[(qrels.docid_hashes & np.uint64(size - 1)).view(np.int64)] = True
@@ -113,19 +118,15 @@ def _candidates(run: Columns, qrels: Columns) -> Ints:
 
 
 def _lookup(items: Any, values: Any) -> Ints:
-    """The place in ``values`` of each of ``items``, -1 where it has none."""
-    import pyarrow.compute as pc
-
+    """The place in ``values`` of each of ``items``, -1 if it has none."""
     places: Ints = pc.fill_null(pc.index_in(items, value_set=values), -1).to_numpy().astype(np.int64)
     return places
 
 
 def ranks(run: Columns, rows: Ints) -> Ints:
-    """The ranks of ``rows`` within their queries, from 1, in trec_eval's order: score in float32 and then docid, both descending."""
+    """The ranks of ``rows`` within their queries, from 1; trec_eval's order: float32 score, then docid, descending."""
     query, score = run.query_of_row, run.values.astype(np.float32)
-    firsts = np.flatnonzero(
-        np.concatenate([[True], query[1:] != query[:-1]])[: len(query)]
-    )  # where a stretch of equal queries begins
+    firsts = np.flatnonzero(_starts(query))
     descends = score[1:] < score[:-1]
     descends[firsts[1:] - 1] = True
     if len(firsts) == len(run.qids) and descends.all():
@@ -139,32 +140,28 @@ def ranks(run: Columns, rows: Ints) -> Ints:
 
 
 def _trec_order(run: Columns, query: npt.NDArray[np.int32], score: npt.NDArray[np.float32]) -> Ints:
-    """The permutation that sorts the rows; docids are compared for those rows alone whose score is not their own."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    """The permutation that sorts the rows; docids are compared only between rows with equal scores."""
 
     order: Ints = np.lexsort((-score, query)).astype(np.int64)
     tied = (query[order][1:] == query[order][:-1]) & (score[order][1:] == score[order][:-1])
     places = np.flatnonzero(np.concatenate([tied, [False]]) | np.concatenate([[False], tied]))
     if len(places):
         rows = order[places]
-        table = pa.table(
-            {"query": query[rows], "score": score[rows] + np.float32(0), "docid": run.docids.take(pa.array(rows))}
-        )
+        columns = {"query": query[rows], "score": score[rows] + np.float32(0), "docid": run.docids.take(pa.array(rows))}
         keys = [("query", "ascending"), ("score", "descending"), ("docid", "descending")]
-        order[places] = rows[pc.sort_indices(table, sort_keys=keys).to_numpy().astype(np.int64)]
+        order[places] = rows[pc.sort_indices(pa.table(columns), sort_keys=keys).to_numpy().astype(np.int64)]
     return order
 
 
 def compute(measure: Measure, judged: Judged, rel_threshold: int) -> Floats:
-    """The measure of every query of the qrels, [queries], in 0..1; 0 where the run lacks the query or nothing is relevant."""
+    """The measure of every query of the qrels, [queries], in 0..1; 0 without the query or a relevant passage."""
     cutoff = measure.cutoff or np.iinfo(np.int64).max
     if measure.kind == "nDCG":
         return _ndcg(judged, cutoff)
     threshold = measure.rel or rel_threshold
     relevant = judged.grade >= threshold
     query, rank = judged.query[relevant], judged.rank[relevant]
-    place = _place_in_group(query)  # how many relevant passages stand at this rank or above
+    place = _place_in_group(query)  # how many relevant passages have this rank or a better one
     within = rank <= cutoff
     query, rank, place = query[within], rank[within], place[within]
     if measure.kind == "RR":
@@ -204,6 +201,102 @@ def _ndcg(judged: Judged, cutoff: int) -> Floats:
 def _place_in_group(query: npt.NDArray[np.integer[Any]]) -> Ints:
     """1, 2, 3, ... within each stretch of equal queries."""
     rows = np.arange(len(query))
-    starts = np.concatenate([[True], query[1:] != query[:-1]])[: len(query)]
-    places: Ints = rows - np.maximum.accumulate(np.where(starts, rows, 0)) + 1
+    places: Ints = rows - np.maximum.accumulate(np.where(_starts(query), rows, 0)) + 1
     return places
+
+
+def _starts(query: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
+    """Whether a stretch of equal queries begins at each row."""
+    starts: npt.NDArray[np.bool_] = np.concatenate([[True], query[1:] != query[:-1]])[: len(query)]
+    return starts
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The measures of one run, query by query, in the order of ``qids``. All values are in 0..1."""
+
+    qids: tuple[str, ...]  # the queries that count
+    values: Mapping[str, Floats]  # measure name -> [queries]
+    missing: int  # queries of the qrels that the run lacks
+    unanswerable: int  # queries of the qrels that have no relevant passage
+    unjudged: int  # queries of the run that the qrels lack; they do not count
+
+    def means(self) -> dict[str, float]:
+        return {name: float(values.mean()) for name, values in self.values.items()}
+
+
+def evaluate(
+    run: Columns, qrels: Columns, measures: Sequence[Measure], rel_threshold: int = 1, skip_unanswerable: bool = False
+) -> Evaluation:
+    """Computes the measures of every query.
+
+    Raises:
+        ValueError: the run has none of the qrels' queries, no query has a relevant passage, or a threshold is below 1.
+    """
+    if rel_threshold < 1:
+        raise ValueError(f"the relevance threshold must be at least 1, got {rel_threshold}")
+    qids = qrels.qids.to_pylist()
+    shared = pc.sum(pc.is_in(run.qids, value_set=qrels.qids)).as_py() or 0
+    if len(run.qids) and not shared:
+        found = f"run: {_some(run.qids)}; qrels: {_some(qrels.qids)}"
+        raise ValueError(f"the run has none of the {len(qids)} queries of the qrels ({found})")
+    answerable = np.bincount(qrels.query_of_row[qrels.values >= rel_threshold], minlength=len(qids)) > 0
+    if not answerable.any():
+        lower = "lower the relevance threshold"
+        raise ValueError(f"no query of the qrels has a passage of grade {rel_threshold} or more: {lower}")
+    kept = np.flatnonzero(answerable) if skip_unanswerable else np.arange(len(qids))
+    judged = judge(run, qrels)
+    return Evaluation(
+        qids=tuple(qids[index] for index in kept),
+        values={measure.name: compute(measure, judged, rel_threshold)[kept] for measure in measures},
+        missing=len(qids) - shared,
+        unanswerable=len(qids) - int(answerable.sum()),
+        unjudged=len(run.qids) - shared,
+    )
+
+
+def _some(qids: Any) -> str:
+    return ", ".join(map(repr, qids[:2].to_pylist())) + (", ..." if len(qids) > 2 else "")
+
+
+def evaluate_files(
+    run: str | Path,
+    qrels: str | Path,
+    measures: str = DEFAULT_MEASURES,
+    rel_threshold: int = 1,
+    skip_unanswerable: bool = False,
+) -> Evaluation:
+    """Reads both files and computes the named measures. ``evaluate_files("run.trec", "dev.trec").means()["MRR"]``
+
+    Raises:
+        ValueError: a file or a measure is wrong; one sentence that names file and line.
+    """
+    parsed = parse_measures(measures)
+    with ThreadPoolExecutor(1) as pool:
+        judgements = pool.submit(read_qrels, qrels)
+        columns, refuse_duplicates = read_unchecked_run(run)
+        checked = pool.submit(refuse_duplicates)
+        evaluation = evaluate(columns, judgements.result(), parsed, rel_threshold, skip_unanswerable)
+        checked.result()
+    return evaluation
+
+
+def notes(evaluation: Evaluation) -> str:
+    """What a reader of the means has to know about the queries behind them."""
+    found = [f"{len(evaluation.qids)} queries"]
+    if evaluation.missing:
+        found.append(f"{evaluation.missing} of the qrels' queries missing from the run (each counts 0)")
+    if evaluation.unanswerable:
+        found.append(f"{evaluation.unanswerable} without a relevant passage (see --skip-unanswerable)")
+    if evaluation.unjudged:
+        found.append(f"{evaluation.unjudged} of the run's queries not in the qrels (left out)")
+    return ", ".join(found)
+
+
+def write_per_query(path: str | Path, qids: Sequence[str], columns: Mapping[str, Floats]) -> None:
+    """One line per query, tab-separated below a header: qid, then each column's value at full precision."""
+    values = [column.tolist() for column in columns.values()]
+    with atomic_write(path) as file:
+        file.write("\t".join(["qid", *columns]) + "\n")
+        for qid, *row in zip(qids, *values, strict=True):
+            file.write("\t".join([qid, *map(repr, row)]) + "\n")

@@ -1,59 +1,43 @@
-"""Which text of a rewrites or conversations file is searched for."""
+"""The queries of a rewrites or conversations file, and the type of the functions that search for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from convsearch.files import read_jsonl
 
 Record = dict[str, Any]
-
-
-def _rewrite(record: Record) -> Any:
-    return record.get("rewrite")
-
-
-def _question(record: Record) -> Any:
-    return record.get("question")
-
-
-def _previous(record: Record) -> Any:
-    context = record.get("context", [])
-    return " ".join([*context[-2:], record["question"]])
-
-
-def _all_history(record: Record) -> Any:
-    return " ".join([*record.get("context", []), record["question"]])
-
+Hits = list[tuple[str, float]]  # (docid, score) of one query, best first
+Search = Callable[[Sequence[str], int], list[Hits]]  # (queries, k) -> the best k passages of each
 
 QUERY_TYPES: dict[str, Callable[[Record], Any]] = {
-    "rewrite": _rewrite,
-    "question": _question,
-    "previous": _previous,
-    "all_history": _all_history,
+    "rewrite": lambda record: record.get("rewrite"),
+    "question": lambda record: record.get("question"),
+    "previous": lambda record: " ".join([*record.get("context", [])[-2:], record["question"]]),
+    "all_history": lambda record: " ".join([*record.get("context", []), record["question"]]),
 }
 
 
 def read_queries(path: str | Path, query_type: str) -> tuple[dict[str, str], int]:
-    """Query id -> text to search for, and how many lines carry a rewrite that fell back to the raw question.
+    """Query id -> text to search for, and how many rewrites fell back to the raw question.
 
     Raises:
-        ValueError: a line has no qid or not the text, or a qid stands twice; names file and line.
+        ValueError: a line has no qid or no text, or a qid occurs twice; names file and line.
     """
     queries: dict[str, str] = {}
     fallbacks = 0
     for number, record in read_jsonl(path):
-        qid = record.get("qid")
+        where, qid = f"{path}:{number}", record.get("qid")
         if not isinstance(qid, str) or not qid:
-            raise ValueError(f"{path}:{number}: field 'qid' must be a non-empty string, got {qid!r}")
+            raise ValueError(f"{where}: field 'qid' must be a non-empty string, got {qid!r}")
         if qid in queries:
-            raise ValueError(f"{path}:{number}: query {qid!r} stands twice")
+            raise ValueError(f"{where}: query {qid!r} occurs twice")
         if query_type != "rewrite" and not isinstance(record.get("question"), str):
-            raise ValueError(f"{path}:{number}: query {qid!r} has no field 'question'")
+            raise ValueError(f"{where}: query {qid!r} has no field 'question'")
         text = QUERY_TYPES[query_type](record)
         if not isinstance(text, str):
             raise ValueError(
-                f"{path}:{number}: query {qid!r} has no field 'rewrite'; write one with convsearch.infer, or choose another --query_type"
+                f"{where}: query {qid!r} has no field 'rewrite': run convsearch.infer, or choose another --query_type"
             )
         queries[qid] = text
         fallbacks += query_type == "rewrite" and record.get("fallback") is True

@@ -1,9 +1,10 @@
-"""BM25 as the published BRIGHT figures take it: the query's terms carry BM25 weights too, as if the query were a passage.
+"""BM25 as in the published BRIGHT figures: the query's terms carry BM25 weights too, as if the query were a passage.
 
-score(q, d) = sum over terms t of w(t, q) w(t, d), with w(t, x) = idf(t) tf(t, x) / (tf(t, x) + k1 (1 - b + b |x| / mean length)) and
-idf(t) = ln((N + 1) / (df(t) + 0.5)). Lengths are exact, those of queries count the terms that are in the collection. This is gensim's
-LuceneBM25Model on both sides of a sparse product, which BRIGHT's own script uses; against Lucene a long query's repeated terms saturate, its length
-counts, and the idf is squared.
+score(q, d) = sum over terms t of w(t, q) w(t, d), with
+w(t, x) = idf(t) tf(t, x) / (tf(t, x) + k1 (1 - b + b |x| / mean length)) and idf(t) = ln((N + 1) / (df(t) + 0.5)).
+Lengths are exact; a query's length counts the terms that are in the collection. This is gensim's LuceneBM25Model on
+both sides of a sparse product, which BRIGHT's own script uses. It differs from Lucene: a long query's repeated terms
+saturate, its length counts, and the idf is squared.
 """
 
 import math
@@ -12,10 +13,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_matrix
 
 from retriever_server.text.analyzer import TermIds, analyze
 
-BLOCK = 64  # queries a product
+BLOCK = 64  # queries per product
 
 
 class QueryWeightedBm25:
@@ -27,8 +29,6 @@ class QueryWeightedBm25:
         Raises:
             ValueError: there is no passage.
         """
-        from scipy.sparse import csr_matrix
-
         self.docids: list[str] = []
         terms, starts = TermIds(), [0]
         lengths: list[int] = []
@@ -54,15 +54,13 @@ class QueryWeightedBm25:
     def _weights(
         self, terms: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64] | int
     ) -> npt.NDArray[np.float64]:
-        """One weight a (term, count) of a text of that length."""
+        """One weight per (term, count) of a text of that length."""
         norm = self.k1 * (1 - self.b + self.b * lengths / self.mean_length)
         weights: npt.NDArray[np.float64] = self.idf[terms] * (counts / (counts + norm))
         return weights
 
     def scores(self, queries: Sequence[str]) -> npt.NDArray[np.float32]:
         """float32 [queries, passages]."""
-        from scipy.sparse import csr_matrix
-
         columns, values, starts = [], [], [0]
         for query in queries:
             bag = Counter(number for term in analyze(query) if (number := self.vocabulary.get(term)) is not None)
@@ -82,7 +80,6 @@ class QueryWeightedBm25:
             for row in self.scores(queries[start : start + BLOCK]):
                 best = np.argsort(-row, kind="stable")[:k]
                 best = best[row[best] > 0]
-                found.append(
-                    [(self.docids[i], float(score)) for i, score in zip(best.tolist(), row[best], strict=True)]
-                )
+                scores = row[best].tolist()
+                found.append([(self.docids[i], score) for i, score in zip(best.tolist(), scores, strict=True)])
         return found

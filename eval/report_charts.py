@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn by hand: their colours are the page's, so that one file serves light and dark."""
+"""Charts as inline SVG. Their colours are the page's, so that one file serves light and dark."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ WINDOW = 5  # steps of the running mean
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A series of a chart; ``colour`` is 1 or 2. With ``dots`` it is drawn point by point, else raw and as a running mean."""
+    """A series of a chart; ``colour`` is 1 or 2. It is drawn as dots, or raw and as a running mean."""
 
     name: str
     points: Points
@@ -23,7 +23,7 @@ class Line:
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers from the first at or below ``low`` to the first at or above ``high``: ``ticks(0.1, 1.9)`` is 0, 0.5, 1, 1.5, 2."""
+    """Round numbers that enclose ``low`` and ``high``: ``ticks(0.1, 1.9)`` is 0, 0.5, 1, 1.5, 2."""
     if not high > low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     rough = (high - low) / count
@@ -34,13 +34,13 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def running_mean(points: Points, window: int = WINDOW) -> list[tuple[float, float]]:
-    """Each value's mean with those before it, ``window`` at most."""
+    """The mean of each value and those before it, at most ``window`` of them."""
     values = [y for _, y in points]
     return [(x, sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1)) for i, (x, _) in enumerate(points)]
 
 
 def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Html:
-    """A figure of curves over the steps; its text form names the first, last, lowest and highest value of each series."""
+    """A figure of curves over the steps; its text form has the first, last, lowest and highest value of each series."""
     shown = [Line(line.name, [p for p in line.points if math.isfinite(p[1])], line.colour, line.dots) for line in lines]
     shown = [line for line in shown if line.points]
     if not shown:
@@ -53,37 +53,32 @@ def line_chart(title: str, unit: str, lines: Sequence[Line]) -> Html:
         across = LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
         return round(across, 1), round(TOP + (marks[-1] - y) / (marks[-1] - marks[0]) * (HEIGHT - TOP - BOTTOM), 1)
 
-    parts = [_grid(place(left, mark)[1], f"{mark:g}") for mark in marks]
-    parts += [_step_label(place(x, marks[0])[0], x) for x in _whole_steps(left, right)]
+    parts = [node for mark in marks for node in _rule(place(left, mark)[1], f"{mark:g}", WIDTH)]
+    for step in ticks(left, right, 5):
+        if left <= step <= right and step == int(step):
+            x = place(step, marks[0])[0]
+            parts.append(tag("text", f"{step:g}", x=x, y=HEIGHT - 8, text_anchor="middle"))
     for line in shown:
         parts += _drawn(line, place)
-    described = "; ".join(
-        f"{line.name}: from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}, lowest {min(y for _, y in line.points):.3g}, "
-        f"highest {max(y for _, y in line.points):.3g}"
-        for line in shown
-    )
-    svg = tag(
-        "svg",
-        tag("title", f"{title}, {unit}"),
-        tag("desc", described),
-        parts,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-    )
+    svg = _svg(f"{title}, {unit}", "; ".join(map(_described, shown)), parts, WIDTH, HEIGHT)
     return tag("figure", tag("h3", title, " ", tag("span", unit, class_="unit small")), svg, class_="chart")
 
 
-def _grid(y: float, label: str) -> Html:
-    rule = tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="axis")
-    return Html(rule + tag("text", label, x=LEFT - 6, y=y + 4, text_anchor="end"))
+def _described(line: Line) -> str:
+    values = [y for _, y in line.points]
+    ends = f"from {values[0]:.3g} to {values[-1]:.3g}"
+    return f"{line.name}: {ends}, lowest {min(values):.3g}, highest {max(values):.3g}"
 
 
-def _step_label(x: float, step: float) -> Html:
-    return tag("text", f"{step:g}", x=x, y=HEIGHT - 8, text_anchor="middle")
+def _svg(title: str, described: str, parts: Sequence[Html], width: int, height: int) -> Html:
+    head = tag("title", title), tag("desc", described)
+    return tag("svg", head, parts, viewBox=f"0 0 {width} {height}", role="img")
 
 
-def _whole_steps(left: float, right: float) -> list[float]:
-    return [mark for mark in ticks(left, right, 5) if left <= mark <= right and mark == int(mark)]
+def _rule(y: float, label: str, width: int) -> list[Html]:
+    """A horizontal line with its label at the left."""
+    line = tag("line", x1=LEFT, x2=width - RIGHT, y1=y, y2=y, class_="axis")
+    return [line, tag("text", label, x=LEFT - 6, y=y + 4, text_anchor="end")]
 
 
 def _path(points: Points) -> str:
@@ -92,80 +87,57 @@ def _path(points: Points) -> str:
 
 def _drawn(line: Line, place: Place) -> list[Html]:
     curve = [place(*point) for point in line.points]
-    if line.dots:
-        dots = [
-            tag(
-                "circle",
-                tag("title", f"{line.name}, step {x:g}: {y:.4g}"),
-                cx=at[0],
-                cy=at[1],
-                r=4,
-                class_=f"d{line.colour}",
-            )
-            for at, (x, y) in zip(curve, line.points, strict=True)
-        ]
-        return [tag("path", d=_path(curve), class_=f"curve raw s{line.colour}"), *dots]
-    smooth = [place(*point) for point in running_mean(line.points)]
-    return [
-        tag("path", d=_path(curve), class_=f"curve raw s{line.colour}"),
-        tag("path", d=_path(smooth), class_=f"curve s{line.colour}"),
-    ]
+    raw = tag("path", d=_path(curve), class_=f"curve raw s{line.colour}")
+    if not line.dots:
+        smooth = [place(*point) for point in running_mean(line.points)]
+        return [raw, tag("path", d=_path(smooth), class_=f"curve s{line.colour}")]
+    dots = [raw]
+    for (cx, cy), (x, y) in zip(curve, line.points, strict=True):
+        tip = tag("title", f"{line.name}, step {x:g}: {y:.4g}")
+        dots.append(tag("circle", tip, cx=cx, cy=cy, r=4, class_=f"d{line.colour}"))
+    return dots
 
 
 def stacked(title: str, names: Sequence[str], columns: Sequence[tuple[str, Sequence[float]]]) -> Html:
-    """Shares (each column's sum to 1) as stacked bars, the first name at the bottom; ``columns``: (label, share of each name)."""
+    """Shares (each column's sum to 1) as stacked bars, the first name at the bottom.
+
+    Args:
+        columns: (label, share of each name).
+    """
     width, height = 1000, 260
     slot = (width - LEFT - RIGHT) / len(columns)
     bar = max(0.5, min(slot - 3, 64)) if slot > 4 else slot
     span = height - TOP - BOTTOM
-    parts = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = round(TOP + (1 - share) * span, 1)
-        parts.append(tag("line", x1=LEFT, x2=width - RIGHT, y1=y, y2=y, class_="axis"))
-        parts.append(tag("text", f"{share:.0%}", x=LEFT - 6, y=y + 4, text_anchor="end"))
+    shares = (0, 0.25, 0.5, 0.75, 1)
+    parts = [node for s in shares for node in _rule(round(TOP + (1 - s) * span, 1), f"{s:.0%}", width)]
     every = max(1, math.ceil(len(columns) / 12))
-    for i, (label, shares) in enumerate(columns):
-        x, y = LEFT + i * slot + (slot - bar) / 2, TOP + span
-        for j, share in enumerate(shares):
+    for i, (label, found) in enumerate(columns):
+        x, y = LEFT + i * slot + (slot - bar) / 2, float(TOP + span)
+        for j, share in enumerate(found):
             y -= share * span
             if share:
                 tip = tag("title", f"{label}: {names[j]} {share:.1%}")
-                parts.append(
-                    tag(
-                        "rect",
-                        tip,
-                        x=round(x, 2),
-                        y=round(y, 2),
-                        width=round(bar, 2),
-                        height=round(share * span, 2),
-                        class_=f"r{j + 1}",
-                    )
-                )
+                sides = {"width": round(bar, 2), "height": round(share * span, 2)}
+                parts.append(tag("rect", tip, x=round(x, 2), y=round(y, 2), **sides, class_=f"r{j + 1}"))
         if i % every == 0:
-            parts.append(
-                tag("text", label.removeprefix("step "), x=round(x + bar / 2, 1), y=height - 8, text_anchor="middle")
-            )
+            middle, shown = round(x + bar / 2, 1), label.removeprefix("step ")
+            parts.append(tag("text", shown, x=middle, y=height - 8, text_anchor="middle"))
+    (first, before), (last, after) = columns[0], columns[-1]
     described = "; ".join(
-        f"{name}: {columns[0][1][j]:.0%} in {columns[0][0]}, {columns[-1][1][j]:.0%} in {columns[-1][0]}"
-        for j, name in enumerate(names)
+        f"{name}: {before[j]:.0%} in {first}, {after[j]:.0%} in {last}" for j, name in enumerate(names)
     )
-    svg = tag("svg", tag("title", title), tag("desc", described), parts, viewBox=f"0 0 {width} {height}", role="img")
-    return tag(
-        "figure",
-        tag("div", tag("div", svg, class_="wide"), class_="scroll", tabindex="0"),
-        legend([(name, f"r{j + 1}") for j, name in enumerate(names)]),
-        class_="chart",
-    )
+    wide = tag("div", _svg(title, described, parts, width, height), class_="wide")
+    key = legend([(name, f"r{j + 1}") for j, name in enumerate(names)])
+    return tag("figure", tag("div", wide, class_="scroll", tabindex="0"), key, class_="chart")
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> Html:
-    return tag(
-        "ul", [tag("li", tag("span", class_=f"swatch {style}"), name) for name, style in entries], class_="legend"
-    )
+    items = [tag("li", tag("span", class_=f"swatch {style}"), name) for name, style in entries]
+    return tag("ul", items, class_="legend")
 
 
 def interval_bar(mean: float, low: float, high: float, top: float) -> Html:
-    """A row's mean as a dot on its interval, both in units of ``top``, the right edge; the numbers stand in the next cell."""
+    """A row's mean as a dot on its interval, in units of ``top``, the right edge. The next cell has the numbers."""
     x = [round(4 + value / top * 152, 1) for value in (low, mean, high)]
     parts = [
         tag("line", x1=4, x2=156, y1=9, y2=9, class_="axis"),

@@ -1,18 +1,18 @@
-"""What a report shows, read from a run folder (as scripts/job_cpu.sh leaves it, or of convsearch.grpo alone)."""
+"""What a report shows, read from a run folder (of scripts/job_cpu.sh, or of convsearch.grpo alone)."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from convsearch.files import read_jsonl
-
-if TYPE_CHECKING:
-    from eval.columns import Columns
-    from eval.significance import Floats
+from eval.columns import Columns
+from eval.measures import Floats, evaluate, parse_measures
+from eval.runs import read_qrels, read_run
 
 Record = dict[str, Any]
 MEASURES = "MRR NDCG@3 R@10 R@100"
@@ -25,11 +25,7 @@ SYSTEMS = {
     "sft": "after SFT",
     "grpo": "after GRPO",
 }
-REWRITERS = (
-    "grpo",
-    "sft",
-    "zero_shot",
-)  # the first that has both a run and its rewrites is the one that is looked into
+REWRITERS = ("grpo", "sft", "zero_shot")  # the report looks into the first that has both a run and its rewrites
 BUCKETS = ("rank 1", "2 - 10", "11 - 100", "not found", "no rewrite")  # of samples; a run has the first four
 _UPPER = (1, 10, 100)
 
@@ -39,14 +35,14 @@ class Results:
     """The runs of a folder, measured; every array is [queries] in the order of ``qids``."""
 
     qids: tuple[str, ...]
-    values: Mapping[str, Mapping[str, "Floats"]]  # system -> measure -> values
-    runs: Mapping[str, "Columns"]  # system -> its run
+    values: Mapping[str, Mapping[str, Floats]]  # system -> measure -> values
+    runs: Mapping[str, Columns]  # system -> its run
     golds: Mapping[str, list[str]]
     retriever: str  # the tag of the runs: bm25, ance, ...
-    disagreements: tuple[str, ...]  # figures of results.json that the runs do not give
+    disagreements: tuple[str, ...]  # figures of results.json that differ from the runs'
 
     def ranks(self, system: str) -> list[int | None]:
-        """The gold passage's 1-based rank, None where the run lacks it."""
+        """The gold passage's rank from 1, None if the run lacks it."""
         return [round(1 / value) if value else None for value in self.values[system]["MRR"].tolist()]
 
 
@@ -70,22 +66,18 @@ def reciprocal(rank: int | None) -> float:
 
 
 def bucket(rank: int | None) -> int:
-    """The place in BUCKETS of a rank: 0 rank 1, 1 up to 10, 2 up to 100 (and below), 3 not found."""
+    """The place in BUCKETS of a rank: 0 for rank 1, 1 up to rank 10, 2 for other ranks, 3 for not found."""
     if rank is None:
         return 3
     return next((i for i, upper in enumerate(_UPPER) if rank <= upper), 2)
 
 
 def read_results(folder: Path) -> Results | None:
-    """Measures every ``<system>.trec`` of the folder against its ``test.trec``; None where there is nothing to measure.
+    """Measures every ``<system>.trec`` of the folder against its ``test.trec``; None if there is nothing to measure.
 
     Raises:
         ValueError: a file is wrong; names file and line.
     """
-    from eval.measures import parse_measures
-    from eval.metrics import evaluate
-    from eval.runs import read_qrels, read_run
-
     if not (folder / "test.trec").is_file():
         return None
     paths = {path.stem: path for path in sorted(folder.glob("*.trec")) if path.stem != "test"}
@@ -102,10 +94,8 @@ def read_results(folder: Path) -> Results | None:
         evaluation = evaluate(runs[name], qrels, parse_measures(MEASURES))
         values[name], qids = evaluation.values, evaluation.qids
     golds: dict[str, list[str]] = {}
-    names = qrels.qids.to_pylist()
-    for query, docid, grade in zip(
-        qrels.query_of_row.tolist(), qrels.docids.to_pylist(), qrels.values.tolist(), strict=True
-    ):
+    names, docids = qrels.qids.to_pylist(), qrels.docids.to_pylist()
+    for query, docid, grade in zip(qrels.query_of_row.tolist(), docids, qrels.values.tolist(), strict=True):
         if grade > 0:
             golds.setdefault(names[query], []).append(docid)
     with paths[stems[-1]].open(encoding="utf-8") as file:
@@ -113,21 +103,19 @@ def read_results(folder: Path) -> Results | None:
     return Results(qids, values, runs, golds, retriever, tuple(_disagreements(folder / "results.json", values)))
 
 
-def _disagreements(path: Path, values: Mapping[str, Mapping[str, "Floats"]]) -> list[str]:
+def _disagreements(path: Path, values: Mapping[str, Mapping[str, Floats]]) -> list[str]:
     if not path.is_file():
         return []
     try:
         written = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): make it anew with `python -m eval.summary`") from error
+        raise ValueError(f"{path} is not JSON ({error}): make it again with `python -m eval.summary`") from error
     found = []
     for name, measured in values.items():
         for measure, scores in measured.items():
-            says = written.get(name, {}).get(measure)
-            if says is not None and abs(says - scores.mean()) > 1e-9:
-                found.append(
-                    f"{name}, {measure}: results.json has {100 * says:.2f}, the run gives {100 * scores.mean():.2f}"
-                )
+            says, mean = written.get(name, {}).get(measure), scores.mean()
+            if says is not None and abs(says - mean) > 1e-9:
+                found.append(f"{name}, {measure}: results.json has {100 * says:.2f}, the run gives {100 * mean:.2f}")
     return found
 
 
@@ -141,8 +129,7 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 def rank_shares(folder: Path, most: int = 60) -> list[tuple[str, list[float]]]:
-    """Shares of BUCKETS among the samples, ("step 12", shares) or ("steps 1 - 10", shares) where there are more than ``most`` dumps."""
-    import pyarrow.parquet as pq
+    """Shares of BUCKETS among the samples: ("step 12", shares); ("steps 1 - 10", shares) beyond ``most`` dumps."""
 
     files = sorted((folder / "grpo" / "rollouts").glob("*.parquet")) or sorted((folder / "rollouts").glob("*.parquet"))
     per = -(-len(files) // most) if files else 1
@@ -189,7 +176,7 @@ def cases(results: Results, baseline: str, system: str, rewrites: Path, most: in
     return [case(qid) for qid in wins], [case(qid) for qid in losses]
 
 
-def _hits(run: "Columns", qid: str, count: int) -> Sequence[tuple[str, float]]:
+def _hits(run: Columns, qid: str, count: int) -> Sequence[tuple[str, float]]:
     index = run.qids.index(qid).as_py()
     if index < 0:
         return []

@@ -1,12 +1,15 @@
-"""HTML that cannot be injected into: text is escaped unless it was built here."""
+"""HTML that is safe from injection: text is escaped unless this module made it."""
 
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from convsearch import files
 
 
 class Html(str):
-    """Markup that is taken as it is; every other string is text."""
+    """Markup, which is not escaped; every other string is text."""
 
     __slots__ = ()
 
@@ -17,7 +20,10 @@ Node = str | Html | Iterable["Node"] | None
 
 
 def tag(name: str, *children: Node, **attributes: Any) -> Html:
-    """``tag("p", "a < b", class_="x")`` is ``<p class="x">a &lt; b</p>``; None leaves an attribute out, ``_`` stands for ``-``."""
+    """``tag("p", "a < b", class_="x")`` is ``<p class="x">a &lt; b</p>``.
+
+    None leaves an attribute out; ``_`` in its name becomes ``-``.
+    """
     words = [
         f'{key.rstrip("_").replace("_", "-")}="{text(str(value))}"' if value is not True else key
         for key, value in attributes.items()
@@ -30,7 +36,10 @@ def tag(name: str, *children: Node, **attributes: Any) -> Html:
 
 
 def text(node: Node) -> Html:
-    """Escapes what is not markup and joins what is a sequence; None is nothing. Half surrogate pairs have no UTF-8 form and become '?'."""
+    """Escapes what is not markup and joins what is a sequence; None is nothing.
+
+    Half a surrogate pair has no UTF-8 form and becomes '?'.
+    """
     if node is None:
         return Html("")
     if isinstance(node, Html):
@@ -41,34 +50,38 @@ def text(node: Node) -> Html:
 
 
 def table(head: Sequence[Node], rows: Iterable[Sequence[Node]], caption: Node = None, numeric_from: int = 1) -> Html:
-    """A table whose first column names its rows; columns from ``numeric_from`` on stand to the right. It scrolls where it is too wide."""
+    """A table whose first column names its rows; columns from ``numeric_from`` on are flush right."""
 
-    def cell(name: str, index: int, content: Node, scope: str | None = None) -> Html:
-        return tag(name, content, class_="num" if index >= numeric_from else None, scope=scope)
+    def line(contents: Sequence[Node], names: Sequence[str], scopes: Sequence[str | None]) -> Html:
+        cells = enumerate(zip(contents, names, scopes, strict=True))
+        return tag("tr", [tag(n, c, class_="num" if i >= numeric_from else None, scope=s) for i, (c, n, s) in cells])
 
-    lines = [
-        tag(
-            "tr",
-            [cell("th" if i == 0 else "td", i, content, "row" if i == 0 else None) for i, content in enumerate(row)],
-        )
-        for row in rows
-    ]
-    header = tag("thead", tag("tr", [cell("th", i, content, "col") for i, content in enumerate(head)]))
-    return tag(
-        "div",
-        tag("table", tag("caption", caption) if caption else None, header, tag("tbody", lines)),
-        class_="scroll",
-        tabindex="0",
-    )
+    others = len(head) - 1
+    lines = [line(row, ["th"] + ["td"] * others, ["row"] + [None] * others) for row in rows]
+    header = tag("thead", line(head, ["th"] * len(head), ["col"] * len(head)))
+    content = tag("table", tag("caption", caption) if caption else None, header, tag("tbody", lines))
+    return tag("div", content, class_="scroll", tabindex="0")
+
+
+def section(title: str, about: Node, *content: Node) -> Html:
+    anchor = title.lower().replace(" ", "-")
+    head = tag("h2", title, id=anchor), tag("p", about, class_="muted small")
+    return tag("section", head, content, class_="panel", aria_labelledby=anchor)
+
+
+def stylesheet() -> str:
+    """The look of all pages, then that of reports."""
+    paths = Path(files.__file__).with_name("pages.css"), Path(__file__).with_name("report.css")
+    return "".join(path.read_text(encoding="utf-8") for path in paths)
 
 
 def page(title: str, style: str, *body: Node) -> str:
-    """A whole document that needs nothing from outside."""
-    if "</" in style:
-        raise AssertionError("a style sheet cannot close its own element")
+    """A self-contained document."""
+    assert "</" not in style, "a style sheet cannot close its own element"
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     head = (
         '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<link rel="icon" href="data:,">\n'
+        f"{tag('title', title)}\n<style>\n{style}</style>"
     )
-    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}{tag("title", title)}\n<style>\n{style}</style>\n</head>\n{tag("body", body)}\n</html>\n'
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n{tag("body", body)}\n</html>\n'

@@ -1,17 +1,19 @@
-"""The parts of a report, each a piece of HTML or nothing where the run has nothing for it."""
+"""The sections of a report; a section is left out if the run has nothing for it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from convsearch.files import read_jsonl
 from eval import report_charts as charts
 from eval import report_data as data
-from eval.report_html import Html, Node, table, tag
-
-if TYPE_CHECKING:
-    from retriever_server.searcher import Searcher
+from eval.report_html import Html, Node, section, table, tag
+from eval.significance import stars
+from eval.tables import percent
+from retriever_server.playground.highlight import marked
+from retriever_server.searcher import Searcher
 
 Record = dict[str, Any]
 # metric of metrics.jsonl -> (title, unit); a metric and its val_ twin share a chart
@@ -26,58 +28,15 @@ CURVES = {
     "grad_norm": ("Gradient norm", "before clipping"),
     "loss": ("Loss", "a token"),
 }
-# MRR, NDCG@3, R@10, R@100 in percent of arXiv 2505.15776, tables 1 and 2: (data, retriever) -> system -> figures
-PAPER: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
-    ("TopiOCQA", "bm25"): {
-        "raw question": (2.1, 1.8, 4.0, 9.2),
-        "Llama3.2-3B": (4.8, 4.0, 8.6, 20.7),
-        "Llama3.2-3B, ConvSearch-R1": (37.8, 36.2, 59.6, 80.1),
-        "Qwen2.5-3B": (8.8, 7.5, 17.3, 36.1),
-        "Qwen2.5-3B, ConvSearch-R1": (35.2, 33.5, 57.8, 79.9),
-    },
-    ("TopiOCQA", "ance"): {
-        "raw question": (4.1, 3.8, 7.5, 13.8),
-        "Llama3.2-3B": (12.8, 11.7, 22.6, 38.1),
-        "Llama3.2-3B, ConvSearch-R1": (50.5, 50.1, 72.0, 86.3),
-        "Qwen2.5-3B": (19.2, 18.3, 33.0, 46.7),
-        "Qwen2.5-3B, warm-up only": (22.2, 20.6, 38.7, 58.3),
-        "Qwen2.5-3B, ConvSearch-R1": (51.4, 51.3, 72.0, 85.7),
-    },
-    ("QReCC", "bm25"): {
-        "raw question": (6.5, 5.5, 11.1, 21.5),
-        "human rewrite": (39.8, 36.3, 62.7, 98.5),
-        "Llama3.2-3B": (22.5, 21.0, 33.7, 49.8),
-        "Llama3.2-3B, ConvSearch-R1": (55.9, 54.3, 77.2, 89.0),
-        "Qwen2.5-3B": (27.3, 25.0, 42.3, 64.6),
-        "Qwen2.5-3B, ConvSearch-R1": (56.5, 54.8, 76.3, 88.1),
-    },
-    ("QReCC", "ance"): {
-        "raw question": (10.2, 9.3, 15.7, 22.7),
-        "human rewrite": (38.4, 35.6, 58.6, 78.1),
-        "Llama3.2-3B": (19.1, 17.4, 30.4, 44.1),
-        "Llama3.2-3B, ConvSearch-R1": (50.2, 48.1, 70.6, 82.8),
-        "Qwen2.5-3B": (29.3, 27.2, 44.2, 59.0),
-        "Qwen2.5-3B, warm-up only": (39.9, 37.5, 59.3, 73.8),
-        "Qwen2.5-3B, ConvSearch-R1": (49.7, 47.7, 69.8, 81.6),
-    },
-}
+
+PAPER: dict[str, dict[str, list[float]]] = json.loads(
+    Path(__file__).with_name("paper_published.json").read_text(encoding="utf-8")
+)["rows"]  # "data set, retriever" -> system -> MRR, NDCG@3, R@10, R@100 in percent
 TEST_SETS = {"TopiOCQA": ("topiocqa-dev_", (2514,)), "QReCC": ("QReCC-Test_", (8124, 8209))}
 
 
-def section(title: str, about: Node, *content: Node) -> Html:
-    anchor = title.lower().replace(" ", "-")
-    return tag(
-        "section",
-        tag("h2", title, id=anchor),
-        tag("p", about, class_="muted small"),
-        content,
-        class_="panel",
-        aria_labelledby=anchor,
-    )
-
-
 def paper_set(qids: Sequence[str], golds: Mapping[str, Sequence[str]]) -> str | None:
-    """The paper's test set that these queries are, whole: a part of one, or passages that stand in for its own, compare with nothing."""
+    """The paper's test set that these queries are; None for a part of one, and for proxy passages."""
     for name, (prefix, sizes) in TEST_SETS.items():
         stand_in = any(docid.startswith("proxy-") for docids in golds.values() for docid in docids)
         if len(qids) in sizes and all(qid.startswith(prefix) for qid in qids) and not stand_in:
@@ -86,24 +45,17 @@ def paper_set(qids: Sequence[str], golds: Mapping[str, Sequence[str]]) -> str | 
 
 
 def results_section(results: data.Results, comparison: Mapping[str, list[Record]]) -> Html:
-    """Every system with its intervals, marked where it differs from the first; beside it the paper's, where they are of the same data."""
-    from eval.compare_output import stars
-
+    """Every system with its intervals, marked if it differs from the first; below, the paper's for the same data."""
     baseline, measures = next(iter(results.values)), data.MEASURES.split()
     means = {(row["run"], row["measure"]): row for row in comparison["means"]}
     tests = {(row["run"], row["measure"]): row for row in comparison["comparisons"]}
     top = max(row["high"] for row in comparison["means"] if row["measure"] == "MRR") or 1.0
 
     def cell(system: str, measure: str) -> Html:
-        row = means[system, measure]
-        mark = stars(tests[system, measure]["permutation_p_holm"]) if (system, measure) in tests else ""
-        figure = tag("strong", _percent(row["mean"])), tag("span", mark, class_="stars")
-        return tag(
-            "span",
-            figure,
-            tag("br"),
-            tag("span", f"{_percent(row['low'])} – {_percent(row['high'])}", class_="muted small"),
-        )
+        row, test = means[system, measure], tests.get((system, measure))
+        mark = tag("span", stars(test["permutation_p_holm"]) if test else "", class_="stars")
+        interval = tag("span", f"{percent(row['low'], 1)} – {percent(row['high'], 1)}", class_="muted small")
+        return tag("span", tag("strong", percent(row["mean"], 1)), mark, tag("br"), interval)
 
     rows: list[list[Node]] = []
     for system in results.values:
@@ -111,110 +63,78 @@ def results_section(results: data.Results, comparison: Mapping[str, list[Record]
         bar = charts.interval_bar(row["mean"], row["low"], row["high"], top)
         rows.append([system, bar, *(cell(system, measure) for measure in measures)])
     about = (
-        f"{len(results.qids):,} questions, retriever {results.retriever}, percent, with 95 % bootstrap intervals over the questions. "
-        f"Against the {baseline}: *\u00a0p\u00a0<\u00a00.05, **\u00a0p\u00a0<\u00a00.01, ***\u00a0p\u00a0<\u00a00.001, "
-        "permutation test, Holm's correction over the table."
+        f"{len(results.qids):,} questions, retriever {results.retriever}, percent, with 95 % bootstrap intervals over "
+        f"the questions. Against the {baseline}: *\u00a0p\u00a0<\u00a00.05, **\u00a0p\u00a0<\u00a00.01, "
+        "***\u00a0p\u00a0<\u00a00.001, permutation test, Holm's correction over the table."
     )
     parts: list[Node] = [table(["", "MRR", *measures], rows, numeric_from=2)]
     parts += [tag("p", "These do not agree: ", fault, class_="bad") for fault in results.disagreements]
     data_set = paper_set(results.qids, results.golds)
-    figures = PAPER.get((data_set or "", results.retriever))
+    figures = PAPER.get(f"{data_set}, {results.retriever}")
     if figures:
         lines = [[name, *(f"{value:.1f}" for value in values)] for name, values in figures.items()]
-        parts.append(
-            table(["", *measures], lines, f"The paper's figures: {data_set}, {results.retriever} (arXiv 2505.15776)")
-        )
+        caption = f"The paper's figures: {data_set}, {results.retriever} (arXiv 2505.15776)"
+        parts.append(table(["", *measures], lines, caption))
     else:
-        parts.append(
-            tag(
-                "p",
-                "The paper's figures are not shown: they are of the whole test sets of TopiOCQA and QReCC.",
-                class_="muted small",
-            )
-        )
+        why = "The paper's figures are not shown: they are of the whole test sets of TopiOCQA and QReCC."
+        parts.append(tag("p", why, class_="muted small"))
     return section("Results", about, parts)
 
 
 def differences_section(system: str, comparison: Mapping[str, list[Record]]) -> Html:
-    """The system looked into against every other, on MRR."""
+    """The system that the report looks into against every other, on MRR."""
     rows: list[list[Node]] = []
     for row in comparison["comparisons"]:
         if row["measure"] != "MRR":
             continue
         low, high = -row["high"], -row["low"]
         sign = "good" if low > 0 else "bad" if high < 0 else "muted"
+        difference = tag("strong", _signed(-row["difference"]), class_=sign)
         effect = "–" if row["effect_size"] is None else f"{-row['effect_size']:+.2f}".replace("-", "−")
-        p = row["permutation_p_holm"]
-        rows.append(
-            [
-                f"against {row['run']}",
-                tag("strong", _signed(-row["difference"]), class_=sign),
-                f"{_signed(low)} to {_signed(high)}",
-                "< 0.001" if p < 0.001 else f"{p:.3f}",
-                effect,
-                f"{row['losses']} / {row['ties']} / {row['wins']}",
-            ]
-        )
-    about = "Difference of the MRR in points with its 95 % interval, p of a paired permutation test (Holm), mean / sd of the differences."
-    return section(
-        f"{system[0].upper()}{system[1:]} against the others",
-        about,
-        table(["", "MRR", "interval", "p", "effect", "better / same / worse"], rows),
+        p = "< 0.001" if row["permutation_p_holm"] < 0.001 else f"{row['permutation_p_holm']:.3f}"
+        interval, counts = f"{_signed(low)} to {_signed(high)}", f"{row['losses']} / {row['ties']} / {row['wins']}"
+        rows.append([f"against {row['run']}", difference, interval, p, effect, counts])
+    about = (
+        "Difference of the MRR in points with its 95 % interval, p of a paired permutation test (Holm), "
+        "mean / sd of the differences."
     )
+    found = table(["", "MRR", "interval", "p", "effect", "better / same / worse"], rows)
+    return section(f"{system[0].upper()}{system[1:]} against the others", about, found)
 
 
 def breakdown_section(name: str, cells: Sequence[Record], systems: Sequence[str]) -> Html:
-    """MRR by turn number, topic switch, history length, ..."""
-    groups = list(dict.fromkeys(cell["group"] for cell in cells))
+    """MRR by turn number, topic switch, history length and so on."""
     counts = {cell["group"]: cell["queries"] for cell in cells}
     means = {(cell["group"], cell["run"]): cell["mean"] for cell in cells if cell["measure"] == "MRR"}
-    head: list[Node] = [
-        "",
-        *(tag("span", f"{group or '?'}", tag("br"), tag("span", f"n = {counts[group]}")) for group in groups),
-    ]
-    rows = [[system, *(_percent(means[group, system]) for group in groups)] for system in systems]
+    groups = (tag("span", f"{group or '?'}", tag("br"), tag("span", f"n = {n}")) for group, n in counts.items())
+    head: list[Node] = ["", *groups]
+    rows = [[system, *(percent(means[group, system], 1) for group in counts)] for system in systems]
     return section(f"By {name}", "MRR in percent; n is how many questions stand in a column.", table(head, rows))
 
 
 def curves_section(records: Sequence[Record], shares: Sequence[tuple[str, Sequence[float]]]) -> list[Html]:
     """Training curves, the gold passage's rank over time, and the figures behind them."""
-    figures = []
+    figures, parts = [], []
     for name, (title, unit) in CURVES.items():
-        lines = [
-            charts.Line("training", _points(records, name)),
-            charts.Line("held-out", _points(records, f"val_{name}"), colour=2, dots=True),
-        ]
-        figures.append(charts.line_chart(title, unit, lines))
+        training = charts.Line("training", _points(records, name))
+        held_out = charts.Line("held-out", _points(records, f"val_{name}"), colour=2, dots=True)
+        figures.append(charts.line_chart(title, unit, [training, held_out]))
     figures = [figure for figure in figures if figure]
-    parts = []
     if figures:
-        key = charts.legend(
-            [
-                (f"training: each step, and the mean of {charts.WINDOW} steps", "curve-1"),
-                ("held-out conversations", "curve-2"),
-            ]
-        )
-        parts.append(
-            section(
-                "Training",
-                "Over the optimiser steps.",
-                key,
-                tag("div", figures, class_="grid"),
-                _figures_table(records),
-            )
-        )
+        mean = f"training: each step, and the mean of {charts.WINDOW} steps"
+        key = charts.legend([(mean, "curve-1"), ("held-out conversations", "curve-2")])
+        grid = tag("div", figures, class_="grid")
+        parts.append(section("Training", "Over the optimiser steps.", key, grid, _figures_table(records)))
     if shares:
         about = "Where the retriever put the gold passage for the samples of each step."
-        parts.append(
-            section("Gold rank over time", about, charts.stacked("Share of samples by gold rank", data.BUCKETS, shares))
-        )
+        chart = charts.stacked("Share of samples by gold rank", data.BUCKETS, shares)
+        parts.append(section("Gold rank over time", about, chart))
     return parts
 
 
 def _points(records: Sequence[Record], name: str) -> list[tuple[float, float]]:
-    return [
-        (record["step"] + 1, float(record[name])) for record in records if isinstance(record.get(name), int | float)
-    ]
+    found = ((record["step"] + 1, record.get(name)) for record in records)
+    return [(step, float(value)) for step, value in found if isinstance(value, int | float)]
 
 
 def _figures_table(records: Sequence[Record], most: int = 100) -> Html:
@@ -246,16 +166,16 @@ def movement_section(results: data.Results, baseline: str, system: str) -> Html:
         rows.append([name, *cells, str(sum(counts[i]))])
     totals: list[Node] = ["all", *(str(sum(counts[i][j] for i in range(4))) for j in range(4)), str(len(pairs))]
     about = f"The gold passage's rank: rows by the {baseline}, columns {system}. Green moved up, red moved down."
-    shares = tag("p", tag("strong", f"{better}", class_="good"), " questions better, ", f"{len(pairs) - better - worse} the same, ",
-                 tag("strong", f"{worse}", class_="bad"), " worse.")  # fmt: skip
+    good, bad = tag("strong", f"{better}", class_="good"), tag("strong", f"{worse}", class_="bad")
+    shares = tag("p", good, " questions better, ", f"{len(pairs) - better - worse} the same, ", bad, " worse.")
     return section("Rank movement", about, shares, table(["", *names, "all"], [*rows, totals]))
 
 
-def cases_section(title: str, about: str, chosen: Sequence[data.Case], index: "Searcher | None") -> Html:
+def cases_section(title: str, about: str, chosen: Sequence[data.Case], index: Searcher | None) -> Html:
     return section(title, about, [_case(case, number, index) for number, case in enumerate(chosen, start=1)])
 
 
-def _case(case: data.Case, number: int, index: "Searcher | None") -> Html:
+def _case(case: data.Case, number: int, index: Searcher | None) -> Html:
     record = case.record
     kind = "good" if case.gain > 0 else "bad"
     head = (
@@ -275,17 +195,14 @@ def _case(case: data.Case, number: int, index: "Searcher | None") -> Html:
 
 
 def _talk(record: Record) -> Html:
-    context = [str(line) for line in record.get("context", [])]
-    lines = [("QA"[i % 2], line) for i, line in enumerate(context)] + [("Q", str(record["question"]))]
-    last = len(lines) - 1
-    items = [
-        tag("li", tag("span", who, class_="who"), tag("strong", said) if i == last else said)
-        for i, (who, said) in enumerate(lines)
-    ]
+    said = [*map(str, record.get("context", [])), tag("strong", str(record["question"]))]
+    last = len(said) - 1
+    speakers = ["Q" if i == last else "QA"[i % 2] for i in range(len(said))]
+    items = [tag("li", tag("span", who, class_="who"), text) for who, text in zip(speakers, said, strict=True)]
     return tag("ol", items, class_="talk")
 
 
-def _passages(case: data.Case, rewrite: str, index: "Searcher | None") -> list[Html]:
+def _passages(case: data.Case, rewrite: str, index: Searcher | None) -> list[Html]:
     found = [docid for docid, _ in case.hits]
     shown: list[tuple[str, str]] = [(docid, f"{place}") for place, docid in enumerate(found, start=1)]
     shown += [(docid, _rank(case.after)) for docid in case.golds if docid not in found]
@@ -303,18 +220,12 @@ def _passages(case: data.Case, rewrite: str, index: "Searcher | None") -> list[H
 
 
 def _marked(query: str, passage: str, most: int = 600) -> list[Node]:
-    from retriever_server.playground.highlight import marked
-
     cut = passage if len(passage) <= most else passage[:most].rsplit(" ", 1)[0] + " …"
     return [tag("mark", piece) if hit else piece for piece, hit in marked(query, cut)]
 
 
 def _rank(rank: int | None) -> str:
     return "not found" if rank is None else f"rank {rank}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
 
 
 def _signed(value: float) -> str:

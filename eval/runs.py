@@ -1,4 +1,4 @@
-"""TREC runs and qrels: read into columns, checked; written so that trec_eval sees the order that was meant."""
+"""TREC runs and qrels: read into columns, checked; written so that trec_eval sees the order of the list."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,19 +9,19 @@ import numpy as np
 import numpy.typing as npt
 
 from convsearch.files import atomic_write
-from eval.columns import QRELS, RUN, Columns, Format, checked_value, line_of_row, load, parse
+from eval.columns import QRELS, RUN, Columns, Format, checked_value, columns_of, line_of_row, load, parse
 
 Results = Iterable[tuple[str, Sequence[tuple[str, float]]]]  # (qid, [(docid, score), best first])
 
 
 def read_run(path: str | Path) -> Columns:
-    """Reads a run: six TREC columns, the reference's seven (qid Q0 docid rank ORDER score tag), or JSON {qid: {docid: score}}.
+    """Reads a run: six TREC columns, the reference's seven (qid Q0 docid rank ORDER score tag), or JSON.
 
-    Plain or gzipped, parted by spaces or tabs, with any line ends. Of the seven columns the fifth counts, as in the
-    reference's evaluation.
+    JSON is {qid: {docid: score}}. The file is plain or gzipped, its columns separated by spaces or tabs, with any line
+    ends. Of the seven columns the fifth counts, as in the reference's evaluation.
 
     Raises:
-        ValueError: the file is empty, binary or malformed, a score is not finite, or a passage stands twice under one
+        ValueError: the file is empty, binary or malformed, a score is not finite, or a passage occurs twice under one
             query; names file and line (JSON: the key).
     """
     run, check = read_unchecked_run(path)
@@ -30,7 +30,7 @@ def read_run(path: str | Path) -> Columns:
 
 
 def read_unchecked_run(path: str | Path) -> tuple[Columns, Callable[[], None]]:
-    """As ``read_run``; that no passage stands twice is left to the second value, for another thread to call."""
+    """As ``read_run``; the second value checks that no passage occurs twice, for another thread to call."""
     return _read(path, RUN)
 
 
@@ -51,30 +51,23 @@ def from_mapping(mapping: Mapping[str, Mapping[str, float]], form: Format = RUN,
     Raises:
         ValueError: something is no object, no number or not finite.
     """
-    import pyarrow as pa
-
     query_of_row: list[int] = []
     docids: list[str] = []
     values: list[float] = []
-    wanted = "a whole number" if form.integer else "a number"
+    expected = "a whole number" if form.integer else "a number"
     for number, (qid, scored) in enumerate(mapping.items()):
+        where = f"{name}: query {qid!r}"
         if not isinstance(scored, Mapping):
-            raise ValueError(
-                f"{name}: query {qid!r} must hold an object {{docid: {form.value_name}}}, got {type(scored).__name__}"
-            )
+            found = type(scored).__name__
+            raise ValueError(f"{where} must hold an object {{docid: {form.value_name}}}, got {found}")
         for docid, value in scored.items():
-            where = f"{name}: query {qid!r}, passage {docid!r}"
+            cell = f"{where}, passage {docid!r}"
             if isinstance(value, bool) or not isinstance(value, int if form.integer else int | float):
-                raise ValueError(f"{where}: the {form.value_name} must be {wanted}, got {value!r}")
-            values.append(checked_value(where, value, form))
+                raise ValueError(f"{cell}: the {form.value_name} must be {expected}, got {value!r}")
+            values.append(checked_value(cell, value, form))
         query_of_row += [number] * len(scored)
         docids += scored
-    return Columns.of(
-        pa.array(mapping, pa.large_string()),
-        query_of_row,
-        pa.array(docids, pa.large_string()),
-        np.array(values, np.int64 if form.integer else np.float64),
-    )
+    return columns_of(mapping, query_of_row, docids, values, form)
 
 
 def _read(path: str | Path, form: Format) -> tuple[Columns, Callable[[], None]]:
@@ -90,9 +83,8 @@ def _refuse_duplicates(path: str | Path, raw: Any, columns: Columns) -> None:
     if twice is not None:
         first, second = line_of_row(raw, twice[0]), line_of_row(raw, twice[1])
         qid, docid = columns.qids[columns.query_of_row[twice[0]]].as_py(), columns.docids[twice[0]].as_py()
-        raise ValueError(
-            f"{path}:{second}: passage {docid!r} of query {qid!r} stands on line {first} already: keep one of the two lines"
-        )
+        remedy = f"is on line {first} already: keep one of the two lines"
+        raise ValueError(f"{path}:{second}: passage {docid!r} of query {qid!r} {remedy}")
 
 
 def _from_json(path: str | Path, raw: Any, form: Format) -> Columns:
@@ -100,7 +92,7 @@ def _from_json(path: str | Path, raw: Any, form: Format) -> Columns:
         known: dict[str, Any] = {}
         for key, value in pairs:
             if key in known:
-                raise ValueError(f"{path}: the key {key!r} stands twice in one object: keep one of the two")
+                raise ValueError(f"{path}: the key {key!r} occurs twice in one object: keep one of the two")
             known[key] = value
         return known
 
@@ -117,7 +109,7 @@ def _from_json(path: str | Path, raw: Any, form: Format) -> Columns:
 
 
 def _first_duplicate(columns: Columns) -> tuple[int, int] | None:
-    """The first two rows of the same query and passage; None where every row is another."""
+    """The first two rows of the same query and passage; None if all rows differ."""
     ordered = _row_hashes(columns)
     ordered.sort()
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
@@ -139,20 +131,20 @@ def _row_hashes(columns: Columns) -> npt.NDArray[np.uint64]:
 
 
 def write_run(path: str | Path, results: Results, tag: str) -> int:
-    """Writes the six TREC columns and returns the number of lines; the file is whole or not there.
+    """Writes the six TREC columns atomically and returns the number of lines.
 
-    The order of the list is the ranking. Where scores tie or rise, or differ by less than float32 can tell (trec_eval
-    would then go by docid), they are lowered by the smallest step: written scores strictly decrease, even as float32.
+    The order of the list is the ranking. Scores that tie or rise, or differ by less than float32 can tell (trec_eval
+    would then order by docid), are lowered by the smallest step: written scores strictly decrease, even as float32.
 
     Raises:
-        ValueError: an id is empty or holds white space, a query or passage stands twice, or a score is not finite.
+        ValueError: an id is empty or contains white space, a query or passage occurs twice, or a score is not finite.
     """
     _checked_id("tag", tag)
     lines, seen = 0, set()
     with atomic_write(path) as file:
         for qid, hits in results:
             if _checked_id("qid", qid) in seen:
-                raise ValueError(f"{path}: query {qid!r} stands twice in the results: search each query once")
+                raise ValueError(f"{path}: query {qid!r} occurs twice in the results: search each query once")
             seen.add(qid)
             if len({_checked_id("docid", docid) for docid, _ in hits}) != len(hits):
                 raise ValueError(f"{path}: query {qid!r} has the same passage twice in its results")
@@ -172,7 +164,9 @@ def _checked_id(kind: str, text: str) -> str:
 
 
 def decreasing(scores: Sequence[float]) -> npt.NDArray[np.float32]:
-    """The largest float32 scores that strictly decrease and are nowhere above ``scores``. ``[2, 2, 1]`` -> ``[2, 1.9999999, 1]``.
+    """The largest float32 scores that strictly decrease and are nowhere above ``scores``.
+
+    ``[2, 2, 1]`` -> ``[2, 1.9999999, 1]``.
 
     The bits of a float32, read as an integer with the sign mirrored, count the numbers in order; so the k-th result is
     the least of (j-th number's count + j) for j <= k, minus k.

@@ -1,16 +1,20 @@
-"""Query files -> runs -> measures, whatever retriever answers: what eval.bm25 and eval.ance share."""
+"""Query files -> runs -> measures with any retriever: what eval.bm25 and eval.ance share."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convsearch.files import atomic_write
-from eval.metrics import evaluate_files, notes, table
-from eval.queries import read_queries
+from tqdm import tqdm
 
-Search = Callable[[Sequence[str], int], list[list[tuple[str, float]]]]
-BATCH = 256  # queries a call, so that the progress bar moves
+from convsearch.files import atomic_write
+from convsearch.retriever.client import RetrieverClient
+from eval.measures import evaluate_files, notes
+from eval.queries import Hits, Search, read_queries
+from eval.runs import write_run
+from eval.tables import measure_table
+
+BATCH = 256  # queries per call, so that the progress bar moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,24 +32,21 @@ class Job:
     tag: str = "bm25"
 
     def __post_init__(self) -> None:
-        if len(self.query_files) != len(self.run_names):
-            raise ValueError(
-                f"{len(self.query_files)} query files and {len(self.run_names)} run names: give one name a file"
-            )
+        files, names = len(self.query_files), len(self.run_names)
+        if files != names:
+            raise ValueError(f"{files} query files and {names} run names: give one name per file")
         if self.top_k < 1:
-            raise ValueError(f"{self.top_k} passages a query were asked for; it must be at least 1")
+            raise ValueError(f"the passages per query must be at least 1, got {self.top_k}")
 
 
 def through_server(url: str) -> Search:
     """Searches a running retriever_server."""
-    from convsearch.retriever.client import RetrieverClient
-
     client = RetrieverClient(url)
     return lambda queries, k: [[(hit.docid, hit.score) for hit in hits] for hits in client.search(queries, k)]
 
 
 def search_and_score(search: Search, job: Job) -> None:
-    """Writes a run for each query file and, next to it, ``<run>.metrics.json``; prints both and how many rewrites fell back."""
+    """Writes for each query file a run and ``<run>.metrics.json``; prints both and how many rewrites fell back."""
     for path, name in zip(job.query_files, job.run_names, strict=True):
         output = job.output_dir / name
         fallbacks = _search_file(search, path, output, job)
@@ -53,19 +54,15 @@ def search_and_score(search: Search, job: Job) -> None:
         if job.qrels is None:
             continue
         evaluation = evaluate_files(output, job.qrels, rel_threshold=job.rel_threshold)
-        print(f"{table(evaluation.means())}\n({notes(evaluation)})")
+        print(f"{measure_table(evaluation.means())}\n({notes(evaluation)})")
         with atomic_write(output.with_suffix(".metrics.json")) as file:
             json.dump(evaluation.means() | {"fallbacks": fallbacks}, file, indent=1)
 
 
 def _search_file(search: Search, path: str, output: Path, job: Job) -> int:
-    from tqdm import tqdm
-
-    from eval.runs import write_run
-
     queries, fallbacks = read_queries(path, job.query_type)
     texts = [" ".join(text.split()[: job.max_words]) for text in queries.values()]
-    hits: list[list[tuple[str, float]]] = []
+    hits: list[Hits] = []
     for start in tqdm(range(0, len(texts), BATCH), desc=f"searching {Path(path).name}", unit="batch", leave=False):
         hits += search(texts[start : start + BATCH], job.top_k)
     write_run(output, zip(queries, hits, strict=True), job.tag)

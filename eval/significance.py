@@ -1,7 +1,7 @@
-"""Paired statistics over queries: bootstrap intervals, t-test, sign-flip permutation test, Holm's correction, effect size.
+"""Paired statistics over queries: bootstrap intervals, t-test, permutation test, Holm's correction, effect size.
 
-Everything works on differences [queries, comparisons] at once. Sources: Smucker, Allan and Carterette (CIKM 2007) for the
-paired tests in retrieval, Efron's percentile interval, Holm (1979), Cohen's d of paired differences (d_z).
+Everything works on differences [queries, comparisons] at once. Sources: Smucker, Allan and Carterette (CIKM 2007) for
+the paired tests in retrieval, Efron's percentile interval, Holm (1979), Cohen's d of paired differences (d_z).
 """
 
 from dataclasses import dataclass
@@ -9,19 +9,26 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtr
 
 Floats = npt.NDArray[np.float64]
+LEVELS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 _CELLS = 1 << 22  # draws x queries held in memory at a time
+
+
+def stars(p: float) -> str:
+    """The mark of the strictest level that ``p`` is below; "" if it is below none."""
+    return next((mark for level, mark in LEVELS if p < level), "")
 
 
 @dataclass(frozen=True, slots=True)
 class PairedTests:
-    """One entry a comparison, [comparisons]. p-values are two-sided, and not corrected."""
+    """One entry per comparison, [comparisons]. p-values are two-sided, and not corrected."""
 
     difference: Floats  # mean of the paired differences
     t_p: Floats
     permutation_p: Floats
-    effect_size: Floats  # mean / standard deviation of the differences; 0 where there is no difference, inf where it never varies
+    effect_size: Floats  # mean / standard deviation of the differences; 0 if the mean is 0, inf if they never vary
 
 
 def bootstrap_intervals(values: Floats, draws: int, seed: int, confidence: float) -> tuple[Floats, Floats]:
@@ -61,14 +68,16 @@ def paired_tests(differences: Floats, draws: int, seed: int) -> PairedTests:
 
 
 def _t_test(effect: Floats, queries: int) -> Floats:
-    from scipy.special import stdtr
 
     p: Floats = 2 * stdtr(queries - 1, -np.abs(effect) * np.sqrt(queries))
     return p
 
 
 def _permutation_test(differences: Floats, draws: int, seed: int) -> Floats:
-    """How often a random flip of signs gives a sum as far from 0: over all flips where they are at most ``draws``, else (hits + 1) / (draws + 1)."""
+    """How often a random flip of signs gives a sum as far from 0.
+
+    Exact over all flips if there are at most ``draws`` of them, else (hits + 1) / (draws + 1).
+    """
     queries = len(differences)
     observed = np.abs(differences.sum(axis=0)) - 1e-12 * np.abs(differences).sum(axis=0)  # sums differ by rounding
     exact = queries < 63 and 1 << queries <= draws
@@ -96,7 +105,7 @@ def _blocks(total: int, queries: int) -> list[int]:
 
 
 def holm(p_values: Any) -> Floats:
-    """Holm's step-down correction over all of ``p_values``, in their shape. ``[0.01, 0.04, 0.03]`` -> ``[0.03, 0.06, 0.06]``."""
+    """Holm's step-down correction over all ``p_values``, in their shape: [0.01, 0.04, 0.03] -> [0.03, 0.06, 0.06]."""
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, axis=None)
     factors = np.arange(p.size, 0, -1)

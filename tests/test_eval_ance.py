@@ -75,9 +75,9 @@ def test_two_files_are_searched_and_measured(folder: Path, monkeypatch: pytest.M
 
 
 def test_queries_are_cut_at_max_concat_length(folder: Path) -> None:
-    short = ance.open_search(ance.parse_args(flags(folder, "--max_concat_length", "4")[1:]))
+    short = ance.open_index(ance.build_parser().parse_args(flags(folder, "--max_concat_length", "4")[1:]))
     assert short(["who wrote hamlet"], 3) == short(["who wrote"], 3)
-    whole = ance.open_search(ance.parse_args(flags(folder, "--use_gpu", "False")[1:]))
+    whole = ance.open_index(ance.build_parser().parse_args(flags(folder, "--use_gpu", "False")[1:]))
     assert whole(["who wrote hamlet"], 3) != whole(["who wrote"], 3)
 
 
@@ -87,8 +87,8 @@ def test_other_folders_are_refused_with_what_to_do(folder: Path, tmp_path: Path)
         (["--pretrained_encoder_path", str(tmp_path / "none")], "there is no folder"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            ance.open_search(ance.parse_args(flags(folder, *more)[1:]))
-    args = ance.parse_args(flags(folder)[1:])
+            ance.open_index(ance.build_parser().parse_args(flags(folder, *more)[1:]))
+    args = ance.build_parser().parse_args(flags(folder)[1:])
     args.passage_embeddings_dir_path = None
     with pytest.raises(ValueError, match="needs --passage_embeddings_dir_path"):
-        ance.open_search(args)
+        ance.open_index(args)

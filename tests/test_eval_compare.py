@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from convsearch.cli import run
 from eval.breakdowns import labels_of, means_by
-from eval.compare import compare, main, over_seeds
+from eval.compare import main
 from eval.compare_output import as_latex, as_text
+from eval.comparison import compare, over_seeds
 from eval.significance import bootstrap_intervals, holm, paired_tests
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +168,7 @@ def test_command_json_and_text(files: list[Path]) -> None:
 
 
 def compare_of(files: list[Path]) -> dict[str, list[dict[str, object]]]:
-    from eval.metrics import evaluate_files
+    from eval.measures import evaluate_files
 
     return compare({path.name: evaluate_files(path, files[0], "MRR").values for path in files[1:]}, draws=1000)
 

@@ -18,9 +18,9 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval import DEFAULT_MEASURES
 from eval.columns import QRELS, RUN
-from eval.measures import parse_measures
-from eval.metrics import DEFAULT_MEASURES, evaluate, evaluate_files
+from eval.measures import evaluate, evaluate_files, parse_measures
 from eval.runs import from_mapping
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -97,14 +97,14 @@ FAULTS = {
     "infinite": (GOOD + b"q1 Q0 d2 2 -inf t\n", ":2: the score must be a finite number"),
     "beyond float32": (GOOD + b"q1 Q0 d2 2 1e39 t\n", ":2: the score must be a finite number within the range of float32, got 1e+39"),
     "word": (GOOD + b"q1 Q0 d2 2 high t\n", ":2: the score must be a number, got 'high'"),
-    "duplicate": (b"\n" + GOOD + b"q2 Q0 d1 1 2 t\r\n" + GOOD, ":4: passage 'd1' of query 'q1' stands on line 2 already"),
+    "duplicate": (b"\n" + GOOD + b"q2 Q0 d1 1 2 t\r\n" + GOOD, ":4: passage 'd1' of query 'q1' is on line 2 already"),
     "huge line": (GOOD + b"x" * 3_000_000, ":2: a line of 3,000,000 bytes, where at most 1,048,576 are read"),
     "huge id": (GOOD + b"q1 Q0 " + b"x" * 5000 + b" 1 1 t\n", ":2: a docid of 5,000 bytes, where at most 4,096"),
     "bad json": (b'{"q1":\n {"d1": }}', ":2: not valid JSON"),
     "json list": (b'{"q1": [1]}', "query 'q1' must hold an object {docid: score}, got list"),
     "json text": (b'{"q1": {"d1": "2"}}', "query 'q1', passage 'd1': the score must be a number, got '2'"),
     "json nan": (b'{"q1": {"d1": NaN}}', "query 'q1', passage 'd1': the score must be a finite number"),
-    "json twice": (b'{"q1": {"d1": 2, "d1": 3}}', "the key 'd1' stands twice"),
+    "json twice": (b'{"q1": {"d1": 2, "d1": 3}}', "the key 'd1' occurs twice"),
     "json empty": (b'{"q1": {}}', "is empty"),
     "json latin-1": ('{"é": {}}'.encode("latin-1"), "not UTF-8"),
 }  # fmt: skip
@@ -126,9 +126,9 @@ def test_faults_of_a_run(fault: str, tmp_path: Path) -> None:
     [
         ("q1 0 d1 1\nq1 0 d2 1.5\n", ":2: the grade must be a whole number, got '1.5'"),
         ("q1 0 d1 1\nq1 0 d2\n", ":2: found 3 columns where a line of a qrels file has 4 (qid 0 docid grade)"),
-        ("q1 0 d1 1\nq1 0 d2 1\nq1 0 d1 0\n", ":3: passage 'd1' of query 'q1' stands on line 1 already"),
-        ("q1 0 d1 99999999999\n", ":1: the grade must lie within"),
-        ("q1 0 d1 99999999999999999999999\n", ":1: the grade must lie within"),
+        ("q1 0 d1 1\nq1 0 d2 1\nq1 0 d1 0\n", ":3: passage 'd1' of query 'q1' is on line 1 already"),
+        ("q1 0 d1 99999999999\n", ":1: the grade must be within"),
+        ("q1 0 d1 99999999999999999999999\n", ":1: the grade must be within"),
         ('{"q1": {"d1": 1.0}}', "query 'q1', passage 'd1': the grade must be a whole number, got 1.0"),
         ('{"q1": {"d1": true}}', "the grade must be a whole number, got True"),
     ],
@@ -182,7 +182,7 @@ def test_duplicates_are_found_and_nothing_else(
         assert len(rows(read_run(path))) == len(pairs)
         return
     line = seconds[0] + 1
-    with pytest.raises(ValueError, match=rf":{line}: .* stands on line {pairs.index(pairs[seconds[0]]) + 1} already"):
+    with pytest.raises(ValueError, match=rf":{line}: .* is on line {pairs.index(pairs[seconds[0]]) + 1} already"):
         read_run(path)
 
 
@@ -241,7 +241,7 @@ def test_written_lines(tmp_path: Path) -> None:
         ([("q 1", [("d1", 1.0)])], "a qid in a run must be one word without white space, got 'q 1'"),
         ([("q1", [("", 1.0)])], "a docid in a run must be one word"),
         ([("q1", [("d1", 1.0), ("d1", 0.5)])], "query 'q1' has the same passage twice"),
-        ([("q1", []), ("q1", [])], "query 'q1' stands twice"),
+        ([("q1", []), ("q1", [])], "query 'q1' occurs twice"),
         ([("q1", [("d1", float("nan"))])], "query 'q1': the score must be a finite number"),
     ],
 )

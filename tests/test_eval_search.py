@@ -112,7 +112,7 @@ def test_a_server_gives_the_run_of_its_index(folder: Path) -> None:
 
 
 def test_the_original_ance_command_is_accepted_and_says_what_is_missing(folder: Path) -> None:
-    args = ance.parse_args(shlex.split(ANCE_COMMAND))
+    args = ance.build_parser().parse_args(shlex.split(ANCE_COMMAND))
     assert args.test_file_path == ["path/to/rewrite/file/gennerated/by/rewriter"]
     assert (args.qrel_output_dir, args.output_trec_file, args.n_gpu) == (
         "data/topiocqa/qrel/dense",
@@ -130,7 +130,7 @@ def test_the_original_ance_command_is_accepted_and_says_what_is_missing(folder: 
     [
         (["--bm25_k1", "0.82"], "was built with k1=0.9"),
         (["--top_n", "0"], "must be at least 1"),
-        (["--output_file_name", "a.trec", "b.trec"], "give one name a file"),
+        (["--output_file_name", "a.trec", "b.trec"], "give one name per file"),
     ],
 )
 def test_mistakes_are_one_sentence(folder: Path, more: list[str], sentence: str) -> None:
@@ -151,5 +151,5 @@ def test_lines_without_the_text_are_named(folder: Path, tmp_path: Path) -> None:
 
 def test_one_of_index_and_server(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        bm25.parse_args(["--query_file", "a", "--output_file_name", "b", "--not_perform_evaluation"])
-    assert "--index_dir_path and --server" in capsys.readouterr().err
+        bm25.build_parser().parse_args(["--query_file", "a", "--output_file_name", "b", "--not_perform_evaluation"])
+    assert "one of the arguments --index_dir_path --server is required" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from convsearch import cli
-from data_preprocess import demo, demo_model
+from data_preprocess import demo, demo_data, demo_gguf, demo_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTICLES = ("Hamlet", "William Shakespeare", "Anne Hathaway", "Globe Theatre", "Nile")
@@ -107,7 +107,7 @@ def test_a_small_demo(
         (
             "test",
             _turn("x?", "Hamlet"),
-            r"test\.jsonl:1, turns\[0\]: field 'article': 'Hamlet' serves split train, too \(.*train\.jsonl:1, turns\[0\]\)",
+            r"test\.jsonl:1, turns\[0\]: field 'article': 'Hamlet' is in split train, too \(.*train\.jsonl:1, turns\[0\]\)",
         ),
         ("test", _turn("x?", "hamlet"), r"test\.jsonl:1, turns\[0\]: field 'article' names no summary: 'hamlet'"),
         ("validation", _turn("", "Nile"), r"validation\.jsonl:1, turns\[0\]: field 'question' is blank"),
@@ -148,7 +148,7 @@ def test_repeated_and_empty_conversations_are_named(
 def test_the_real_demo(run: Run, tmp_path: Path) -> None:
     """At least 150 conversations of 4 to 7 turns over 10,033 articles, no article in two splits."""
     run("--output", tmp_path, "--prompt-style", "compact")
-    splits = {split: _lines(tmp_path / f"{split}.json") for split in demo.SPLITS}
+    splits = {split: _lines(tmp_path / f"{split}.json") for split in demo_data.SPLITS}
     for split, least in (("train", 100), ("validation", 20), ("test", 30)):
         turns = splits[split]
         lengths = [sum(turn["conv_id"] == conv_id for turn in turns) for conv_id in {turn["conv_id"] for turn in turns}]
@@ -165,7 +165,7 @@ def test_the_real_demo(run: Run, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("find", [demo.find_summaries, demo_model.find_gguf])
+@pytest.mark.parametrize("find", [demo_data.find_summaries, demo_model.find_gguf])
 def test_a_package_that_is_not_installed_is_named_with_its_command(
     find: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +179,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_command(
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and was not made by this command"):
-        demo_model.convert(demo_model.find_gguf(), tmp_path)
+        demo_gguf.convert(demo_model.find_gguf(), tmp_path, {}, demo_model.SOURCE_FILE)
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 

@@ -221,7 +221,7 @@ def test_no_network_is_one_sentence_with_url_and_path(tmp_path: Path) -> None:
 
 
 def test_the_table_is_sound_and_its_paths_are_found_again(tmp_path: Path) -> None:
-    from data_preprocess.topiocqa import Files
+    from data_preprocess.topiocqa_data import Files
 
     paths = [f"{name}/{release.path}" for name, releases in RELEASES.items() for release in releases]
     assert len(paths) == len(set(paths)) == 33
@@ -229,7 +229,7 @@ def test_the_table_is_sound_and_its_paths_are_found_again(tmp_path: Path) -> Non
     for release in RELEASES["topiocqa"]:
         (tmp_path / release.path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / release.path).write_text("[]")
-    files = Files.locate(tmp_path)
+    files = Files.locate(tmp_path, {})
     assert len(files.conversations()) == 2
     assert len(files.golds()) == 3
     assert module.list_releases().count("\n") == 32

@@ -145,7 +145,7 @@ def test_turns_that_stand_alone_bring_their_context(name: str, run: Run, tmp_pat
             {"Truth_passages": "http://x"},
             r"record 3: field 'Truth_passages' must be a list of strings, got 'http://x'",
         ),
-        (2, {"Truth_passages": ["a b"]}, r"record 3: field 'qid' or 'gold_docids' holds white space"),
+        (2, {"Truth_passages": ["a b"]}, r"record 3: field 'qid' or 'gold_docids' has white space"),
         (
             2,
             {"Turn_no": 5},
@@ -154,7 +154,7 @@ def test_turns_that_stand_alone_bring_their_context(name: str, run: Run, tmp_pat
         (
             2,
             {"Turn_no": 5, "Context": ["q"]},
-            r"record 3: field 'Context' must hold 4 questions and answers before turn 5, got 1 strings",
+            r"record 3: field 'Context' must have 4 questions and answers before turn 5, got 1 strings",
         ),
         (2, {"Turn_no": 1, "Context": []}, r"record 3: field 'qid' repeats 'QReCC-Test_1_1'"),
     ],
@@ -203,7 +203,7 @@ def test_a_damaged_archive_is_one_sentence(run: Run, release: Path, tmp_path: Pa
         run("--input", release, "--output", tmp_path / "out", "--validation-conversations", 1)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("nothing.txt", "")
-    with pytest.raises(ValueError, match=r"holds no \.jsonl member"):
+    with pytest.raises(ValueError, match=r"has no \.jsonl member"):
         run("--input", release, "--output", tmp_path / "out", "--validation-conversations", 1)
 
 

@@ -115,7 +115,7 @@ def test_skip_bad_tolerates_that_many_and_lists_them(tmp_path: Path) -> None:
         ("number", "none", "f.json: record 7: field 'none' is missing"),
         ("texts", "mixed", "f.json: record 7: field 'mixed' must be a list of strings, got ['a', 1]"),
         ("objects", "mixed", "f.json: record 7: field 'mixed' must be a list of objects, got ['a', 1]"),
-        ("docid", "two", "f.json: record 7: field 'two' holds white space: 'a b'"),
+        ("docid", "two", "f.json: record 7: field 'two' has white space: 'a b'"),
         ("optional_text", "n", "f.json: record 7: field 'n' must be a string, got 5"),
     ],
 )

@@ -157,7 +157,7 @@ def test_without_gold_passages_the_error_says_what_is_missing_and_that_there_is_
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(
-        "error: TopiOCQA's conversations hold no gold passages, and --retriever-train, --retriever-dev, --collection did"
+        "error: TopiOCQA's conversations have no gold passages, and --retriever-train, --retriever-dev, --collection did"
     )
     for part in ("zenodo.org/records/6151011", "zenodo.org/records/6149599", "--proxy"):
         assert part in result.stderr
@@ -226,7 +226,7 @@ def test_files_of_different_releases_are_refused(run: Run, release: Path, tmp_pa
     path = release / "retriever/all_history/dev.json"
     records = json.loads(path.read_text())
     path.write_text(json.dumps(records[:-1]))
-    with pytest.raises(ValueError, match="do not hold the same number of turns"):
+    with pytest.raises(ValueError, match="do not have the same number of turns"):
         run("--input", release, "--output", tmp_path / "out", "--validation-conversations", 1)
     path.write_text(json.dumps([records[1], records[0], *records[2:]]))
     with pytest.raises(

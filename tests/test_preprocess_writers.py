@@ -12,12 +12,12 @@ import pytest
 
 from convsearch.prompts import render
 from convsearch.types import Conversation
+from data_preprocess.options import PromptOptions
 from data_preprocess.sources import BadRecords, Source
-from data_preprocess.topiocqa import passages
+from data_preprocess.topiocqa_data import passages
 from data_preprocess.writers import (
     ROW_GROUP_ROWS,
     OutputFolder,
-    PromptOptions,
     Row,
     read_golds,
     split_files,
@@ -121,8 +121,8 @@ def test_rows_go_out_in_row_groups_with_a_running_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qid": "a b"}, "here:9: field 'qid' or 'gold_docids' holds white space"),
-        ({"gold_docids": ["a\u00a0b"]}, "here:9: field 'qid' or 'gold_docids' holds white space"),
+        ({"qid": "a b"}, "here:9: field 'qid' or 'gold_docids' has white space"),
+        ({"gold_docids": ["a\u00a0b"]}, "here:9: field 'qid' or 'gold_docids' has white space"),
         ({"qid": "x_0_0"}, "here:9: field 'qid' repeats 'x_0_0'"),
         ({"qid": "n", "question": " "}, "here:9: n: field 'question' must be a non-empty string"),
         ({"qid": "n", "context": ["odd"]}, "here:9: n: field 'context' must be a list of strings"),

