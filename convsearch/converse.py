@@ -1,9 +1,9 @@
-"""Conversations on standard input, rewrites on standard output, one JSON object per line: the process behind a playground's rewriter.
+"""The process behind a playground's rewriter: conversations on standard input, rewrites on standard output, as JSON lines.
 
 ``echo '{"context": ["who wrote Hamlet?", "Shakespeare"], "question": "and his wife?"}' | python -m convsearch.converse
---model_name_or_path MODEL`` answers ``{"rewrite": ..., "thinking": ..., "output": ..., "error": ..., "seconds": ...}``, or
-``{"refused": a sentence}``. It ends with its input. With ``--endpoint`` an OpenAI-compatible server writes; its key is read from the
-environment variable OPENAI_API_KEY and from nowhere else.
+--model_name_or_path MODEL`` answers ``{"rewrite": ..., "thinking": ..., "output": ..., "error": ..., "seconds": ...}``,
+or ``{"refused": a sentence}``. It ends with its input. With ``--endpoint`` an OpenAI-compatible server writes; its key
+is read from the environment variable OPENAI_API_KEY and from nowhere else.
 """
 
 import argparse

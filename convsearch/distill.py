@@ -1,8 +1,8 @@
-"""Warm-up data without human rewrites: the base model rewrites the training set, and the retriever says which rewrites are good.
+"""Warm-up data without human rewrites: the base model rewrites the training set, the retriever says which are good.
 
-``python -m convsearch.distill --model_name_or_path BASE --input_path train.json --output_dir DIR --retriever_url embedded:INDEX``
-
-``samples.jsonl`` has all samples with their gold ranks, ``sft.parquet`` those that are kept. Run the same command again to go on.
+``python -m convsearch.distill --model_name_or_path BASE --input_path train.json --output_dir DIR
+--retriever_url embedded:INDEX`` writes all samples with their gold ranks (samples.jsonl) and those that are kept
+(sft.parquet). Run the same command again to go on.
 """
 
 import argparse

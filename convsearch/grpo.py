@@ -1,4 +1,4 @@
-"""GRPO with a retriever as the teacher: ``python -m convsearch.grpo experiment=...``. The step is ``trainers/grpo_step.py``."""
+"""GRPO with a retriever as the teacher: ``python -m convsearch.grpo experiment=...``."""
 
 import sys
 

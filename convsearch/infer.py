@@ -1,9 +1,11 @@
-"""Conversations -> rewrites: ``python -m convsearch.infer --model_name_or_path MODEL --input_path dev.json --output_path rewrites.jsonl``.
+"""Conversations -> rewrites.
 
-Each input line gives one output line with ``rewrite`` (the text to search for), ``reasoning_content``, ``output``, ``rewrite_error``
-and ``fallback``. If nothing parses, the rewrite is the raw question, counted and reported: leaving such lines out would inflate the
-metrics. Run the same command again to go on: finished lines are kept. ``--task rqr`` writes reasoned queries of single questions
-(BRIGHT's topics, or conversations), with RQR's prompt and sampling.
+``python -m convsearch.infer --model_name_or_path MODEL --input_path dev.json --output_path rewrites.jsonl``
+
+Each input line gives one output line with ``rewrite`` (the text to search for), ``reasoning_content``, ``output``,
+``rewrite_error`` and ``fallback``. If nothing parses, the rewrite is the raw question, counted and reported: leaving
+such lines out would inflate the metrics. Run the same command again to go on: finished lines are kept. ``--task rqr``
+writes reasoned queries of single questions (BRIGHT's topics, or conversations), with RQR's prompt and sampling.
 """
 
 import argparse

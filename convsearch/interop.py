@@ -1,11 +1,11 @@
-"""This project's rewards for other trainers: TRL's ``reward_funcs`` and verl's ``custom_reward_function``. See docs/extend.md.
+"""Our rewards for other trainers: TRL's ``reward_funcs`` and verl's ``custom_reward_function`` (docs/extend.md).
 
     GRPOTrainer(..., reward_funcs=RetrievalReward("http://127.0.0.1:8000"))                           # TRL
     custom_reward_function.path=convsearch/interop.py custom_reward_function.name=compute_score      # verl
 
-Both read the rows that data_preprocess writes (``reward_model.ground_truth``, ``extra_info.question``), ask the same server and compute
-the same rewards as ``convsearch.grpo``. A server that does not answer is an error, never a reward of zero. Free of torch, so that any
-environment can import it.
+Both read the rows that data_preprocess writes (``reward_model.ground_truth``, ``extra_info.question``), ask the same
+server and compute the same rewards as ``convsearch.grpo``. A server that does not answer is an error, never a reward of
+zero. Free of torch, so that any environment can import it.
 """
 
 import os
@@ -26,7 +26,7 @@ class RetrievalReward:
         url: the retrieval server; empty: $RETRIEVER_URL.
         depth: a gold passage below this rank earns nothing.
         index: which of the server's indexes; None is its first.
-        options: fields of ``RewardConfig`` (``name="mrr"``, ``form="text"``, ``similarity_weight=...``); the paper's reward where left out.
+        options: fields of ``RewardConfig`` (``name="mrr"``, ``form="text"``, ...); default: the paper's reward.
 
     Raises:
         ValueError: there is no url, or an option is wrong.
@@ -45,8 +45,8 @@ class RetrievalReward:
 
         Args:
             completions: texts, or chats whose last message is the output.
-            columns: of the data set: ``reward_model`` with ``ground_truth``, or ``gold_docids``; ``extra_info`` with ``question``, or
-                ``question``.
+            columns: of the data set: ``reward_model`` with ``ground_truth``, or ``gold_docids``; ``extra_info`` with
+                ``question``, or ``question``.
         """
         texts = [
             completion if isinstance(completion, str) else str(completion[-1]["content"]) for completion in completions
@@ -73,11 +73,12 @@ def compute_score(
 ) -> dict[str, Any]:
     """verl's custom reward function for one output (reward managers ``naive`` and ``dapo``).
 
-    ``custom_reward_function.reward_kwargs`` are the arguments of ``RetrievalReward``; without ``url``, $RETRIEVER_URL is the
-    server's address.
+    ``custom_reward_function.reward_kwargs`` are the arguments of ``RetrievalReward``; without ``url``, $RETRIEVER_URL
+    is the server's address.
 
     Returns:
-        ``score``, which verl optimises, and what it also logs: ``rank`` (0: not found), ``reciprocal_rank``, ``well_formed``.
+        ``score``, which verl optimises, and what it also logs: ``rank`` (0: not found), ``reciprocal_rank``,
+        ``well_formed``.
     """
     return compute_scores([data_source], [solution_str], [ground_truth], [extra_info or {}], **options)[0]
 
@@ -107,7 +108,7 @@ def compute_scores(
 
 @lru_cache(maxsize=8)
 def _shared(options: tuple[tuple[str, Any], ...]) -> RetrievalReward:
-    """One client per process and set of options: verl calls the function once per output, and a client opens connections."""
+    """One client per process and set of options: verl calls the function once per output."""
     return RetrievalReward(**dict(options))
 
 

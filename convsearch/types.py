@@ -1,7 +1,7 @@
 """The messages that pass between the packages. Frozen, free of torch, one worked example each.
 
-Shape suffixes of the whole project: ``_P`` prompts, ``_G`` samples per prompt, ``_N`` = P x G sequences in group-major order (the
-samples of one prompt are neighbours), ``_B`` rows, ``_T`` tokens, ``_s`` seconds, ``_tokens`` tokens.
+Shape suffixes of the whole project: ``_P`` prompts, ``_G`` samples per prompt, ``_N`` = P x G sequences in group-major
+order (the samples of one prompt are neighbours), ``_B`` rows, ``_T`` tokens, ``_s`` seconds, ``_tokens`` tokens.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,8 @@ class Conversation:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Conversation":
-        """Reads one line of a conversations file: ``gold_docids``, or the reference's ``positive_ctxs``, names the golds.
+        """Reads one line of a conversations file: ``gold_docids``, or the reference's ``positive_ctxs``, names the
+        golds.
 
         Raises:
             ValueError: a field is missing, is of the wrong type, or the context does not alternate question, answer.
@@ -71,8 +72,8 @@ def _gold_docids(qid: str, record: Mapping[str, Any]) -> tuple[str, ...]:
 class Completion:
     """What a sampler returns. ``Completion((5, 9, 2), (-0.1, -2.3, -0.01), "<think>...", "stop")``.
 
-    ``logprobs``: one per token, of the distribution that was sampled from (after temperature). A stop token that ended the sample is
-    part of ``token_ids``.
+    ``logprobs``: one per token, of the distribution that was sampled from (after temperature). A stop token that ended
+    the sample is part of ``token_ids``.
     """
 
     token_ids: tuple[int, ...]
@@ -87,7 +88,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Rewrite:
-    """A parsed output: exactly one of ``text`` and ``error`` is set. ``Rewrite("who was Shakespeare's wife?", None)``."""
+    """A parsed output: exactly one of ``text`` and ``error`` is set. ``Rewrite("who wrote Hamlet?", None)``"""
 
     text: str | None
     error: RewriteError | None
@@ -100,7 +101,7 @@ class Rewrite:
 class Example:
     """One training row: what the model reads, and what the retriever has to find.
 
-    ``Example("demo-train_1_2", ({"role": "user", "content": "..."},), "and his wife?", ("d17",), prompt_ids=(1, 52, 9))``
+    ``Example("train_1_2", ({"role": "user", "content": "..."},), "and his wife?", ("d17",), prompt_ids=(1, 52))``
     """
 
     qid: str

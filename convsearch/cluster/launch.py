@@ -1,9 +1,9 @@
 """The one place that knows Ray, placement groups and device counts.
 
-In one process it returns plain objects; otherwise actors behind the same protocols: ``RayPolicy`` for the policy and the reference,
-``RaySampler`` for the samplers. Each node has ``trainer.n_gpus_per_node`` policy processes, one per GPU. The samplers (one per
-``rollout.tensor_model_parallel_size`` GPUs) share those GPUs, or have ``rollout.n_gpus_per_node`` of their own. On a CPU, read
-"process" for "GPU".
+In one process it returns plain objects; otherwise actors behind the same protocols: ``RayPolicy`` for the policy and
+the reference, ``RaySampler`` for the samplers. Each node has ``trainer.n_gpus_per_node`` policy processes, one per GPU.
+The samplers (one per ``rollout.tensor_model_parallel_size`` GPUs) share those GPUs, or have ``rollout.n_gpus_per_node``
+of their own. On a CPU, read "process" for "GPU".
 """
 
 import os
@@ -167,7 +167,7 @@ class _Launch:
         return self.ray.remote(kind).options(**options).remote(os.getcwd(), *arguments)
 
     def _environment(self) -> dict[str, str]:
-        """Environment variables of a worker; thread counts and vLLM's switches must be set before anything is imported."""
+        """Environment variables of a worker: threads and vLLM's switches must be set before any import."""
         passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         # With offload, Adam's step runs on the CPU, beside a GPU.
         share = max(1, (os.cpu_count() or 1) // self.processes) if self.on_gpu else 1

@@ -1,7 +1,7 @@
-"""The policy in several processes: one Ray actor each, with a ``LocalPolicy`` sharded by FSDP2, behind the verbs of a single one.
+"""The policy in several processes, behind the verbs of one: Ray actors, each with a ``LocalPolicy`` sharded by FSDP2.
 
-A micro-batch is split by rows, so packing, loss and step never see processes. Log-probs return in the order of the micro-batch. The
-sums that a loss reports add up, because every token carries its weight in the whole mini-batch.
+A micro-batch is split by rows, so packing, loss and step never see processes. Log-probs return in the order of the
+micro-batch. The sums that a loss reports add up, because every token carries its weight in the whole mini-batch.
 """
 
 import os
@@ -65,7 +65,7 @@ def _idle(micro: MicroBatch) -> MicroBatch:
 
 
 class PolicyProcess:
-    """One process: its shard of the policy, the frozen reference, and the sending side of the weight transfer to the samplers."""
+    """One process: its shard of the policy, the reference, and the sending side of the weight transfer."""
 
     def __init__(self, folder: str, cfg_json: str, run_dir: str, rank: int, world_size: int):
         os.chdir(folder)  # the driver's: paths may be relative
@@ -93,7 +93,7 @@ class PolicyProcess:
         return os.getpid()
 
     def build(self, master: tuple[str, int]) -> tuple[int, Any, Any]:
-        """Joins the other processes and loads the models; returns (steps done, the model's config, its generation config)."""
+        """Joins the others and loads the models; returns (steps done, model config, generation config)."""
         os.environ.update({"MASTER_ADDR": master[0], "MASTER_PORT": str(master[1])})
         cfg = GrpoConfig.model_validate_json(self.cfg_json)
         if cfg.trainer.num_threads:
@@ -104,7 +104,7 @@ class PolicyProcess:
         return step, policy.causal_lm.config, getattr(policy.causal_lm, "generation_config", None)
 
     def call(self, model: str, verb: str, *arguments: Any) -> Any:
-        """Calls a verb of the policy or the reference. All processes take part; only the first returns a large result."""
+        """Calls a verb of the policy or reference. All processes take part; only the first returns a large result."""
         result = getattr(self.models[model], verb)(*arguments)
         return result if self.rank == 0 or verb in ("logprobs", "forward_backward") else None
 

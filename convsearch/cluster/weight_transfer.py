@@ -1,8 +1,8 @@
-"""Weights from the policy's processes to vLLM on GPUs, by vLLM's own transfer (docs.vllm.ai, training/weight_transfer, 0.32).
+"""Weights from the policy's processes to vLLM on GPUs, by vLLM's own transfer (0.32; its docs: training/weight_transfer).
 
-IPC if sampler and policy share a GPU, NCCL if they do not. Each process gathers one parameter after another with the others; process 0
-talks to the samplers. On a CPU weights travel through Ray's object store instead (``cluster.ray_sampler``), because vLLM's transfer
-needs CUDA.
+IPC if sampler and policy share a GPU, NCCL if they do not. Each process gathers one parameter after another with the
+others; process 0 talks to the samplers. On a CPU weights travel through Ray's object store instead
+(``cluster.ray_sampler``), because vLLM's transfer needs CUDA.
 """
 
 from collections.abc import Iterator, Sequence

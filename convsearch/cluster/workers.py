@@ -55,7 +55,7 @@ def get_one(ref: Any, what: str, others: Sequence[Any] = ()) -> Any:
 
 
 def streamed(generators: Sequence[Any], what: str, timeout_s: float) -> Iterator[tuple[int, Any]]:
-    """(number of the call, item) of several streaming calls, as items arrive; ``timeout_s``: longest time between two items."""
+    """(number of the call, item) of several streaming calls; ``timeout_s``: longest time between two items."""
     import ray
     from ray.exceptions import RayError
 

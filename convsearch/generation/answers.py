@@ -19,7 +19,7 @@ TIMEOUT_S = 300
 
 
 def by_endpoint(endpoint: str, temperature: float, max_tokens: int) -> Generate:
-    """Asks ``/chat/completions`` of an OpenAI-compatible server. ``endpoint``: URL or URL#MODEL; default: its first model."""
+    """Asks an OpenAI-compatible server. ``endpoint``: URL or URL#MODEL; default: its first model."""
     url, _, model = endpoint.partition("#")
     key = os.environ.get(KEY)
     client = httpx.Client(headers={"authorization": f"Bearer {key}"} if key else {}, timeout=TIMEOUT_S)

@@ -1,7 +1,7 @@
 """Self-driven warm-up data: the base model rewrites the training set, the retriever says which rewrites are good.
 
-arXiv 2505.15776, section 3.2: k samples per conversation with the one-example prompt. A sample is kept if its form is right and its gold
-passage has rank 1. ``sft.parquet`` then has what is kept, with the ZERO-shot prompt.
+arXiv 2505.15776, section 3.2: k samples per conversation with the one-example prompt. A sample is kept if its form is
+right and its gold passage has rank 1. ``sft.parquet`` then has what is kept, with the ZERO-shot prompt.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from convsearch.types import Completion, Conversation
 
 
 def distill(args: argparse.Namespace) -> None:
-    """Writes ``samples.jsonl`` (all samples), ``sft.parquet`` (those that are kept) and ``yield.json`` into ``args.output_dir``."""
+    """Writes samples.jsonl (all), sft.parquet (those that are kept) and yield.json into ``args.output_dir``."""
     records, everything = read_input(args.input_path)
     if args.drop_first_turns:
         records = [record for record in records if record.get("context")]

@@ -1,4 +1,4 @@
-"""The files of distillation and inference: conversations in, and one line per conversation out, which a killed run resumes."""
+"""The files of distillation and inference: conversations in, one line per conversation out, resumable."""
 
 import argparse
 import json
@@ -66,7 +66,8 @@ class ResumableLines:
         qids: all query ids of the input.
 
     Raises:
-        ValueError: the file has a query that is not in the input, lines of another command, or other settings; names both values.
+        ValueError: the file has a query that is not in the input, lines of another command, or other settings; names
+            both values.
     """
 
     def __init__(self, path: Path, args: argparse.Namespace, written: str, qids: Iterable[str]):

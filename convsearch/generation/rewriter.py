@@ -62,7 +62,7 @@ class Rewriter:
     def slices(
         self, conversations: Sequence[Conversation], n: int, seed: int, prompts_per_slice: int
     ) -> Iterator[tuple[Sequence[Conversation], list[list[Completion]]]]:
-        """Yields (conversations, the n completions of each) slice by slice; the seed of a sample depends on its conversation alone."""
+        """Yields (conversations, n completions of each) slice by slice; each conversation has its own seed."""
         for start in range(0, len(conversations), prompts_per_slice):
             part = conversations[start : start + prompts_per_slice]
             keys = [zlib.crc32(conversation.qid.encode()) for conversation in part]  # equal in every process

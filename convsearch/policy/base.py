@@ -34,4 +34,4 @@ class Policy(Reference, Protocol):
         """Full tensors on the CPU, by Hugging Face name."""
 
     def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Calls ``function(local policy, *arguments)`` in every process of the policy; returns the result of process 0."""
+        """Calls ``function(local policy, *arguments)`` in every process; returns the result of process 0."""

@@ -32,7 +32,7 @@ def sft_policy(cfg: SftConfig, run_dir: Path, device: torch.device) -> tuple[int
 
 
 def grpo_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[int, LocalPolicy, Reference | None]:
-    """(number of steps done, the policy, the frozen reference); the first two from the newest checkpoint if there is one."""
+    """(steps done, the policy, the frozen reference); the first two from the newest checkpoint, if any."""
     model, actor = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.actor
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
     source = model.path if model.lora_rank else checkpoint.model_folder(found, model.path)

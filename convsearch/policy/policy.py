@@ -20,12 +20,15 @@ GRPO_KNOBS = (
     "actor_rollout_ref.ref.fsdp_config.param_offload=true, "
     "or a lower actor_rollout_ref.rollout.gpu_memory_utilization"
 )
-SFT_KNOBS = "lower data.micro_batch_size_per_gpu first; then model.enable_gradient_checkpointing=true, or a lower data.max_length"
+SFT_KNOBS = (
+    "lower data.micro_batch_size_per_gpu first; then model.enable_gradient_checkpointing=true, "
+    "or a lower data.max_length"
+)
 
 
 @contextmanager
 def memory_advice(doing: str, knobs: str) -> Iterator[None]:
-    """Turns an out-of-memory error, on a GPU or a CPU, into a ValueError that names the operation and the keys to change."""
+    """Turns an out-of-memory error into a ValueError that names the operation and the keys to change."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator raises a plain one
@@ -35,9 +38,10 @@ def memory_advice(doing: str, knobs: str) -> Iterator[None]:
 
 
 class ResponseLogprobs(nn.Module):
-    """Micro-batch -> log-probability [R] and entropy [R] of its response tokens; one module, so that FSDP2 can wrap all of it.
+    """Micro-batch -> log-probability [R] and entropy [R] of its response tokens; one module, for FSDP2 to wrap.
 
-    Logits exist for ``chunk`` response tokens at a time, never for prompts. With several chunks the backward pass recomputes them.
+    Logits exist for ``chunk`` response tokens at a time, never for prompts. With several chunks the backward pass
+    recomputes them.
     """
 
     def __init__(self, causal_lm: Any, temperature: float, chunk: int = 1024):
@@ -72,7 +76,7 @@ class LocalPolicy:
     Args:
         temperature: log-probs are those of the distribution that the sampler draws from.
         bf16: arithmetic in bfloat16, by autocast or, if sharded, by FSDP2; weights and Adam's moments stay in float32.
-        param_offload: weights, gradients and Adam's state are in CPU memory; each layer moves to the GPU when it is used.
+        param_offload: weights, gradients and Adam's state are in CPU memory; layers move to the GPU when used.
         optimizer_offload: Adam's state is in CPU memory and moves to the GPU for each step.
         memory_knobs: advice for an out-of-memory error.
     """
@@ -122,7 +126,7 @@ class LocalPolicy:
         return logprobs_R.float().cpu()  # type: ignore[no-any-return]
 
     def forward_backward(self, micro: MicroBatch, loss: Loss) -> dict[str, float]:
-        """Adds the micro-batch's gradient. FSDP2 averages over processes, so the weighted sum is multiplied by their number."""
+        """Adds the micro-batch's gradient. FSDP2 averages over processes, so the sum is multiplied by their number."""
         with memory_advice(f"a forward and backward pass over {micro.num_tokens} positions", self.memory_knobs):
             micro = micro.to(self.device)
             with self.autocast:
@@ -164,7 +168,7 @@ class LocalPolicy:
         return dict(lora.merged(self.named_parameters(), lora.scaling_of(self.module), distributed.full))
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """``<moment>/<parameter>`` -> full tensor on the CPU; empty before the first step. Adapters: ``adapter/<parameter>``."""
+        """``<moment>/<parameter>`` (adapters: ``adapter/<parameter>``) -> full tensor on the CPU."""
         assert self.optimizer is not None
         moments = {
             f"{moment}/{name}": distributed.full(value)

@@ -1,7 +1,8 @@
 """The HTTP client of the retriever server: exact gold ranks, similarity gains and searches.
 
-A server that does not answer is never a rank of "not found": the client repeats a request for ``max_wait_s``, then raises
-RetrieverError. What the server refuses (an unknown docid, a query that is too long) is a ValueError that names the item.
+A server that does not answer is never a rank of "not found": the client repeats a request for ``max_wait_s``, then
+raises RetrieverError. What the server refuses (an unknown docid, a query that is too long) is a ValueError that names
+the item.
 """
 
 import json
@@ -171,7 +172,7 @@ class RetrieverClient:
         return gains
 
     def health(self) -> dict[str, Any]:
-        """The server's status, index_id, retriever, passages and version; waits for the server as every request does."""
+        """The server's status, index_id, retriever, passages and version; waits as every request does."""
         answer = self._request("GET", "/health", None)
         if answer.get("status") != "ok":
             raise self._not_ours("/health", answer)
@@ -215,8 +216,8 @@ class RetrieverClient:
             if time.monotonic() + wait_s >= deadline:
                 tried = f"{attempts} attempts, limit {self.max_wait_s:g} s; last: {problem}"
                 raise RetrieverError(
-                    f"the retriever at {self.url} did not answer {path} for {time.monotonic() - start:.0f} s ({tried}): "
-                    f"start one with {START_COMMAND} and run again"
+                    f"the retriever at {self.url} did not answer {path} for {time.monotonic() - start:.0f} s ({tried})"
+                    f": start one with {START_COMMAND} and run again"
                 )
             time.sleep(wait_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -242,7 +243,7 @@ class RetrieverClient:
 
 
 def clean(text: str) -> str:
-    """Replaces halves of surrogate pairs, which a decoder may leave in a broken output: they have no UTF-8 form and match no term."""
+    """Replaces halves of surrogate pairs, which a broken output may have: they have no UTF-8 form."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

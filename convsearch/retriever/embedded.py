@@ -62,7 +62,7 @@ class EmbeddedRetriever(RetrieverClient):
                 self._start(deadline)
 
     def _start(self, deadline: float) -> None:
-        """Starts the server and waits for its ready line. Returns with a dead process if a signal ended it before that line."""
+        """Starts the server and waits for its ready line, or until a signal has ended it."""
         command = [sys.executable, "-m", "retriever_server", "--index_path", self._folder, "--port", "0"]
         command += ["--log_format", "text", "--exit-with-parent", str(self._owner)]
         command += ["--similarity_model", self._similarity_model] if self._similarity_model else []
@@ -74,7 +74,7 @@ class EmbeddedRetriever(RetrieverClient):
             stderr=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path},
             text=True,
-            start_new_session=True,  # Ctrl-C must reach the trainer, which may still need ranks to finish its step, not the server
+            start_new_session=True,  # Ctrl-C must reach the trainer alone: it needs ranks to finish its step
         )
         assert process.stdout is not None
         last_lines: deque[str] = deque(maxlen=20)
@@ -138,7 +138,8 @@ def open_retriever(
 ) -> RetrieverClient:
     """A client of the server at ``http(s)://HOST:PORT``, or of a server that it starts for ``embedded:INDEX_FOLDER``.
 
-    An embedded server stops with ``close()`` or with this process. An empty ``url`` means the environment's RETRIEVER_URL.
+    An embedded server stops with ``close()`` or with this process. An empty ``url`` means the environment's
+    RETRIEVER_URL.
 
     Raises:
         ValueError: no url, an unknown scheme, or an index folder that cannot be opened.

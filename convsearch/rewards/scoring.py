@@ -15,7 +15,7 @@ REQUESTS_AT_ONCE = 8  # to the retriever
 
 
 class Retriever(Protocol):
-    """Judges texts. ``convsearch.retriever.client.RetrieverClient`` asks a server, ``convsearch.runs.rollouts.Replay`` reads a dump."""
+    """Judges texts. ``RetrieverClient`` asks a server, ``convsearch.runs.rollouts.Replay`` reads a dump."""
 
     def feedback(
         self, examples_N: Sequence[Example], texts_N: Sequence[str | None], signals: Collection[str]
@@ -82,7 +82,7 @@ def score_stream(
     progress: float = 0.0,
     on_sampled: Callable[[], None] = lambda: None,
 ) -> list[Group]:
-    """The scored group of every example. A batch is scored as soon as it is finished, while the sampler generates the next one.
+    """The scored group of every example. A batch is scored while the sampler generates the next one.
 
     Args:
         finished: batches of {position of the example: its completions}, each position once; see ``Sampler.stream``.

@@ -1,7 +1,7 @@
 """The retriever's feedback -> reward. Pure functions.
 
-An output that does not parse gets the format penalty INSTEAD of a rank reward (arXiv 2505.15776, section 3.3). A dead server is an
-exception in the client, never a reward.
+An output that does not parse gets the format penalty INSTEAD of a rank reward (arXiv 2505.15776, section 3.3). A dead
+server is an exception in the client, never a reward.
 """
 
 import math
@@ -29,7 +29,7 @@ class Feedback:
 
 
 def rank_incentive(rank: int | None) -> float:
-    """The paper's piecewise-linear shape: ranks 1..10 -> 2 down to 1, ranks 11..100 -> just under 1 down to 0, beyond: 0."""
+    """The paper's piecewise-linear shape: ranks 1..10 -> 2 to 1, ranks 11..100 -> just under 1 to 0, beyond: 0."""
     if rank is None or rank > DEPTH:
         return 0.0
     return 19 / 9 - rank / 9 if rank <= 10 else 10 / 9 - rank / 90
@@ -56,7 +56,7 @@ def ndcg_at_3(rank: int | None) -> float:
 
 
 def curriculum(rank: int | None, progress: float) -> float:
-    """The curriculum variant of the reference code: linear to rank 100 in the first quarter of training, then to rank 10.
+    """The reference code's curriculum: linear to rank 100 in the first quarter of training, then to rank 10.
 
     Args:
         progress: share of the training steps done, 0 to 1.
@@ -94,8 +94,9 @@ def signals_of(cfg: RewardConfig) -> frozenset[str]:
 def reward(rewrite: Rewrite, feedback: Feedback, cfg: RewardConfig, question: str = "", progress: float = 0.0) -> float:
     """The reward of one sample: rank_weight x shape(rank) + similarity_weight x 10 x gain.
 
-    An output that does not parse gets the format penalty instead of all else. With the language guard, so does a rewrite whose share of
-    non-Latin letters is too far above that of ``question``: users of the published recipe report a drift into other scripts.
+    An output that does not parse gets the format penalty instead of all else. With the language guard, so does a
+    rewrite whose share of non-Latin letters is too far above that of ``question``: users of the published recipe report
+    a drift into other scripts.
 
     Args:
         progress: share of the training steps done, 0 to 1; only the curriculum shape uses it.

@@ -1,7 +1,7 @@
 """Every step's rollouts on disk, and a sampler and retriever that replay them.
 
-``<run>/rollouts/000012.parquet`` has one row per sample in group-major order. A replay trains without a sampler or a retriever, which
-separates a fault of the trainer from one of the sampling.
+``<run>/rollouts/000012.parquet`` has one row per sample in group-major order. A replay trains without a sampler or a
+retriever, which separates a fault of the trainer from one of the sampling.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -50,7 +50,7 @@ def dump(run_dir: Path, step: int, groups_P: Sequence[Group]) -> None:
 
 
 def load(run_dir: Path, step: int) -> list[Rollout]:
-    """The rollouts of a step as they were dumped (log-probs in float32); of the examples only ``qid`` and ``prompt_ids``.
+    """The rollouts of a step as dumped (log-probs in float32); of the examples only ``qid``, ``prompt_ids``.
 
     Raises:
         ValueError: there is no dump of that step.

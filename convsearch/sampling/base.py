@@ -35,13 +35,13 @@ class Tensors:
 
 
 class Sampler(Protocol):
-    """An engine. A sample depends on the prompt, its position, its number and the seed, never on what else is in the batch."""
+    """An engine. A sample depends on prompt, position, number and seed, never on the rest of the batch."""
 
     def generate(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[list[Completion]]:
         """The n samples of each prompt."""
 
     def stream(self, prompts: Sequence[Prompt], n: int, seed: int) -> Iterator[Finished]:
-        """The same samples in batches, each as soon as it is finished, so that they can be scored while others are generated."""
+        """The same samples in batches, each when it is finished, to be scored while others are generated."""
 
     def load_weights(self, source: WeightSource, version: int) -> None:
         """Takes over the weights; completions carry ``version`` from now on."""

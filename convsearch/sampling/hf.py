@@ -1,7 +1,7 @@
 """Sampling with plain transformers modules: each prompt is read once, and its n samples are decoded together after it.
 
-Each sample has its own stream of uniform random numbers, seeded by (seed, key of the prompt, number of the sample). So a sample does
-not depend on what else is in its batch, and a resumed run draws what the unbroken run would have drawn.
+Each sample has its own stream of uniform random numbers, seeded by (seed, key of the prompt, number of the sample). So
+a sample does not depend on what else is in its batch, and a resumed run draws what the unbroken run would have drawn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -104,7 +104,7 @@ class HfSampler:
         return [[self._completion(row) for row in rows[p * n : (p + 1) * n]] for p in range(len(prompts))]
 
     def _read(self, prompts: list[Prompt], n: int, capacity: int) -> tuple[DecodeContext, Tensor]:
-        """Reads the prompts, padded on the right; returns the decoding state and the hidden state after each prompt [P, X].
+        """Reads the prompts, padded on the right; returns the decoding state and the last hidden states [P, X].
 
         The common prefix of all prompts (the system prompt, the worked example) is read once.
         """
@@ -206,7 +206,7 @@ def _common_prefix(prompts: Sequence[Prompt]) -> int:
 
 
 def _inverse_cdf(probs_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds ``uniform`` x total; a token of probability 0 is never drawn."""
+    """The first token whose cumulative probability exceeds ``uniform`` x total; never one of probability 0."""
     cumulated_NV = probs_NV.cumsum(dim=-1)
     threshold_N1 = uniform_N[:, None] * cumulated_NV[:, -1:]
     drawn_N = torch.searchsorted(cumulated_NV, threshold_N1, right=True)[:, 0]

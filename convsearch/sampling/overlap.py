@@ -1,7 +1,8 @@
-"""One step off-policy: while the policy learns from a step's samples, the sampler already draws the samples of the next step.
+"""One step off-policy: while the policy learns from a step's samples, the sampler draws the next step's.
 
-Step k gets samples of the weights of step k - 1 (the first step: of its own), which truncated importance sampling corrects for
-(``algorithm.rollout_correction``). A resumed run draws its first step again, with the weights of the checkpoint.
+Step k gets samples of the weights of step k - 1 (the first step: of its own), which truncated importance sampling
+corrects for (``algorithm.rollout_correction``). A resumed run draws its first step again, with the weights of the
+checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ class OneStepAhead:
         return collect(self.stream(prompts, n, seed), len(prompts))
 
     def stream(self, prompts: Sequence[Prompt], n: int, seed: int) -> Iterator[Finished]:
-        """A step's own request gets the samples drawn ahead. Any other (a validation, a second draw) waits until those are drawn."""
+        """A step's own request gets the samples drawn ahead. Any other request waits until those are drawn."""
         if (tuple(prompts), n, seed) != self.request(self.step):
             self._wait()
             yield from self.sampler.stream(prompts, n, seed)

@@ -10,8 +10,8 @@ from convsearch.parsing import REWRITE_CLOSE, REWRITE_OPEN, THINK_CLOSE, THINK_O
 class Scaffold:
     """``literals[i]``, then at most ``budgets[i]`` sampled tokens, then the next literal.
 
-    A part ends before the first token that contains "<" or a line break, or when its budget is used up. No part begins with such a
-    token or with white space, so that none is empty.
+    A part ends before the first token that contains "<" or a line break, or when its budget is used up. No part begins
+    with such a token or with white space, so that none is empty.
     """
 
     literals: tuple[str, ...]

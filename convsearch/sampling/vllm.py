@@ -1,8 +1,8 @@
-"""Sampling with vLLM, in this process: token ids in, token ids with their log-probs out. The same file runs its CPU and GPU builds.
+"""Sampling with vLLM in this process, CPU and GPU builds alike: token ids in, token ids with their log-probs out.
 
-Ours are the chat template (prompts arrive as ids), the seeds (one per sample, from (seed, prompt, sample), so that a sample does not
-depend on which sampler draws it) and the stop tokens. vLLM does batching, shares the prefix of a prompt's n samples, and transfers
-weights on GPUs.
+Ours are the chat template (prompts arrive as ids), the seeds (one per sample, from (seed, prompt, sample), so that a
+sample does not depend on which sampler draws it) and the stop tokens. vLLM does batching, shares the prefix of a
+prompt's n samples, and transfers weights on GPUs.
 """
 
 import os
@@ -18,8 +18,8 @@ from convsearch.types import Completion
 
 CPU_CACHE_BYTES = 1 << 31  # limit of the memory for keys and values on a CPU; sequences that do not fit wait
 INSTALL = (
-    "vLLM is not installed: pip install -e .[gpu] on a GPU machine; on a CPU the packages of tests/requirements-vllm.txt, "
-    "see docs/cluster.md"
+    "vLLM is not installed: pip install -e .[gpu] on a GPU machine; "
+    "on a CPU the packages of tests/requirements-vllm.txt, see docs/cluster.md"
 )
 
 
@@ -31,7 +31,7 @@ class VllmSampler:
         stop_ids: tokens that end a sample and stay in it.
         model_len: tokens of the longest prompt and response together.
         stop: strings that end a sample and stay in it.
-        transfer: how weights reach the engine on GPUs, see ``convsearch.cluster.weight_transfer``; None: by ``load_weights``.
+        transfer: how weights reach the engine on GPUs (``cluster.weight_transfer``); None: by ``load_weights``.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class VllmSampler:
         transfer: Literal["ipc", "nccl"] | None = None,
         trust_remote_code: bool = False,
     ):
-        # This process holds the engine and nothing else (a Ray actor, or a test): a second one would only copy the samples.
+        # This process has nothing but the engine: a second process for its core would only copy the samples.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if device == "cpu":
@@ -123,7 +123,7 @@ class VllmSampler:
         self.version = version
 
     def sleep(self) -> None:
-        """Frees the GPU's memory for training; the weights move to CPU memory. On a CPU: nothing (vLLM's sleep hangs there)."""
+        """Moves the weights from the GPU to CPU memory. On a CPU: nothing (vLLM's sleep hangs there)."""
         if self.device == "cuda" and not self._asleep:
             self.llm.sleep(level=1)
             self._asleep = {"weights", "kv_cache", "scheduling"}
@@ -196,7 +196,7 @@ def _cpu_options(path: str, config: SamplingConfig, model_len: int) -> dict[str,
 
 
 def _reload(worker: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Runs inside vLLM's worker. Its CPU build keeps a packed copy of a tied output layer, which the reload leaves stale (0.32)."""
+    """Runs inside vLLM's worker. The reload leaves the CPU build's packed copy of a tied output layer stale (0.32)."""
     runner = worker.model_runner
     runner.reload_weights(weights_iterator=iter(tensors.items()))
     model = runner.get_model()

@@ -37,8 +37,8 @@ def read_parquet(path: str | Path, columns: Sequence[str]) -> Iterator[dict[str,
 
 
 def read_examples(paths: Sequence[str], prompt_key: str = "prompt") -> list[Example]:
-    """GRPO rows: ``prompt`` (chat messages), ``reward_model.ground_truth`` (gold id or ids), ``extra_info.query_id`` and ``.question``;
-    for similarity rewards ``extra_info.positives`` (texts), too."""
+    """GRPO rows: ``prompt`` (chat messages), ``reward_model.ground_truth`` (gold id or ids), ``extra_info.query_id``
+    and ``.question``; for similarity rewards ``extra_info.positives`` (texts), too."""
     examples = []
     for path in paths:
         for number, row in enumerate(read_parquet(path, [prompt_key, "reward_model", "extra_info"])):
@@ -85,7 +85,7 @@ def encode(
     """The examples with their ``prompt_ids``, without those above ``limit`` tokens.
 
     Args:
-        filter_overlong: leave longer prompts out; otherwise cut them as ``truncation`` says: "left" keeps the last tokens.
+        filter_overlong: leave longer prompts out; else cut them as ``truncation`` says ("left" keeps the end).
 
     Raises:
         ValueError: a prompt is longer under truncation "error", or none is left.
@@ -123,7 +123,7 @@ def fit_length(examples: Sequence[Example], limit: int, filter_overlong: bool, t
 
 
 def batch_of(rows: Sequence[T], batch_size: int, step: int, seed: int, shuffle: bool = True) -> list[T]:
-    """The rows of optimizer step ``step`` (from 0). Each epoch is a new permutation and drops its incomplete last batch.
+    """The rows of step ``step`` (from 0). Each epoch is a new permutation and drops its incomplete last batch.
 
     Raises:
         ValueError: the rows do not fill one batch.

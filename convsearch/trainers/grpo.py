@@ -30,7 +30,7 @@ Draw = Callable[[int], list[Example]]  # step -> its examples
 
 
 def train(cfg: GrpoConfig) -> None:
-    """Runs or resumes the whole training; the run folder then has checkpoints, ``metrics.jsonl``, ``rollouts/`` and ``model/``."""
+    """Runs or resumes the whole training; writes checkpoints, metrics.jsonl, rollouts/ and model/."""
     run_dir, model = Path(cfg.trainer.default_local_dir), cfg.actor_rollout_ref.model
     replay_from = cfg.actor_rollout_ref.rollout.replay_from
     url = "" if replay_from else cfg.retriever.resolved_url()
@@ -134,7 +134,7 @@ def request(t: Trainer, draw: Draw, step: int) -> Request | None:
 
 
 def validate(t: Trainer, held_out: Sequence[Example]) -> Metrics:
-    """Mean reward and reciprocal rank of one sample per held-out question. The seed is always the same, so that curves compare."""
+    """Mean reward and reciprocal rank of one sample per held-out question, always with the same seed."""
     start, limit = time.monotonic(), t.cfg.data.val_max_samples
     rows = held_out[:limit] if limit > 0 else held_out
     seed = t.cfg.actor_rollout_ref.rollout.seed

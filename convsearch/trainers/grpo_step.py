@@ -1,8 +1,8 @@
 """One step of GRPO with a retriever as the teacher, on one screen: ``grpo_step``.
 
-Differs from the textbook (arXiv 2402.03300) as ConvSearch-R1 does: a retriever gives the reward (the gold passage's rank, the similarity
-to it, or a mix: ``rewards/``), the reference is the SFT model, and a step makes one on-policy update. Ours, exact and switchable: each
-prompt is computed once for its whole group (``model/batch.py``).
+Differs from the textbook (arXiv 2402.03300) as ConvSearch-R1 does: a retriever gives the reward (the gold passage's
+rank, the similarity to it, or a mix: ``rewards/``), the reference is the SFT model, and a step makes one on-policy
+update. Ours, exact and switchable: each prompt is computed once for its whole group (``model/batch.py``).
 """
 
 import time
@@ -108,7 +108,7 @@ def with_advantages(groups_P: Sequence[Group], *, by_std: bool) -> list[Group]:
 def minibatches(
     groups_P: Sequence[Group], actor: ActorConfig, algorithm: AlgorithmConfig, max_response_length: int
 ) -> list[list[Tree]]:
-    """One list of trees per optimizer step; each sample's tokens have the weight that the loss aggregation gives them."""
+    """One list of trees per optimizer step; the loss aggregation decides the weight of each sample's tokens."""
     scale, size = algorithm.loss_scale_factor or max_response_length, actor.ppo_mini_batch_size
     result = []
     for start in list(range(0, len(groups_P), size)) * actor.ppo_epochs:
@@ -139,7 +139,7 @@ def packed(cfg: GrpoConfig, trees: Sequence[Tree]) -> Iterator[MicroBatch]:
 
 
 def with_logprobs(t: Trainer, micro: MicroBatch) -> MicroBatch:
-    """Adds the reference's log-probs and, if a step makes several updates, the policy's own from before the first one."""
+    """Adds the reference's log-probs and, if a step makes several updates, the policy's from before the first."""
     if t.ref is not None:
         micro = replace(micro, ref_logprobs_R=t.ref.logprobs(micro))
     if t.several_updates:

@@ -6,7 +6,7 @@ import math
 def lr_at(
     step: int, total_steps: int, base_lr: float, warmup_steps: int, kind: str = "constant", min_ratio: float = 0.0
 ) -> float:
-    """The learning rate of optimiser step ``step`` (from 0): a linear rise over ``warmup_steps``, then constant or a half cosine.
+    """The learning rate of step ``step`` (from 0): a linear rise over ``warmup_steps``, then constant or a half cosine.
 
     The first step of a warm-up already learns: step s of w has (s + 1) / w of the rate.
     """

@@ -1,7 +1,8 @@
 """Supervised fine-tuning on the warm-up data.
 
-The loss is the mean over the response tokens of the whole batch, in all processes; prompts are masked. The seed's trainer takes the mean
-of micro-batch means instead; here the number of processes and the micro-batch size cannot change the loss.
+The loss is the mean over the response tokens of the whole batch, in all processes; prompts are masked. The seed's
+trainer takes the mean of micro-batch means instead; here the number of processes and the micro-batch size cannot change
+the loss.
 """
 
 import time
@@ -107,7 +108,7 @@ def _cut(prompt: tuple[int, ...], answer: tuple[int, ...], limit: int, truncatio
 
 
 def validation_loss(policy: LocalPolicy, trees: list[Tree], micro_batch_size: int) -> float:
-    """Mean negative log-likelihood per response token. Rows of weight 0 give every process the same number of micro-batches."""
+    """Mean negative log-likelihood per response token. Rows of weight 0 fill up the processes' micro-batches."""
     rank, world = distributed.rank(), distributed.world_size()
     missing = -len(trees) % (world * micro_batch_size) if world > 1 else 0
     own = [*trees, *with_weight(trees[:1], 0.0) * missing][rank::world]
@@ -121,7 +122,7 @@ def validation_loss(policy: LocalPolicy, trees: list[Tree], micro_batch_size: in
 
 
 def train(cfg: SftConfig) -> None:
-    """Runs or resumes the whole fine-tuning; the run folder then has checkpoints, ``metrics.jsonl`` and the exported ``model/``."""
+    """Runs or resumes the whole fine-tuning; writes checkpoints, metrics.jsonl and the exported model/."""
     if cfg.trainer.num_threads:
         torch.set_num_threads(cfg.trainer.num_threads)
     device = distributed.start(pick_device(cfg.trainer.device))
