@@ -48,7 +48,7 @@ def train(cfg: GrpoConfig) -> None:
     folder.claim(run_dir, cfg)
     if folder.trained(run_dir, total_steps):
         return
-    with nullcontext() if replay_from else open_judge(cfg, url) as client:
+    with nullcontext() if replay_from else open_client(cfg, url) as client:
 
         def run_once() -> None:
             with open_cluster(cfg, run_dir, tokenizer) as parts:
@@ -74,7 +74,7 @@ def read(cfg: GrpoConfig, tokenizer: Any, paths: Sequence[str]) -> list[Example]
     )
 
 
-def open_judge(cfg: GrpoConfig, url: str) -> RetrieverClient:
+def open_client(cfg: GrpoConfig, url: str) -> RetrieverClient:
     """The retriever that gives the rewards, with an encoder if similarities are paid for."""
     r = cfg.retriever
     encoder = r.similarity_model if cfg.reward_model.reward.weights[1] else None
@@ -90,26 +90,31 @@ def export(policy: LocalPolicy, target: Path, tokenizer: Any) -> None:
 
 def learn(t: Trainer, first_step: int, tokenizer: Any, draw: Draw, held_out: Sequence[Example]) -> None:
     """The remaining steps, with validation, metrics and checkpoints."""
-    trainer, total = t.cfg.trainer, t.total_steps
+    settings, total = t.cfg.trainer, t.total_steps
     overlap = t.cfg.actor_rollout_ref.rollout.overlap
     ahead = OneStepAhead(t.sampler, partial(request, t, draw), first_step) if overlap else None
     t.sampler = ahead or t.sampler
-    names = trainer.logger, trainer.project_name, trainer.experiment_name
+    names = settings.logger, settings.project_name, settings.experiment_name
     tracker = Tracker(t.run_dir, *names, first_step, t.cfg.model_dump())
-    if trainer.val_before_train and first_step == 0 and held_out:
+    if settings.val_before_train and first_step == 0 and held_out:
         tracker.log(-1, validate(t, held_out))
-    rates = throughput_of(t.cfg.actor_rollout_ref.model.path, trainer.peak_tflops, trainer.device, trainer.world_size)
-    steps, save = range(first_step, total), partial(t.policy.run, checkpoint.save_by, t.run_dir, tokenizer, trainer)
-    stopping = Stopping(t.run_dir, trainer, steps, trainer.save_freq, save, t.cfg.guard)
-    with closing(ahead) if ahead else nullcontext(), closing(tracker), stopping:
+    rates = throughput_of(
+        t.cfg.actor_rollout_ref.model.path, settings.peak_tflops, settings.device, settings.world_size
+    )
+    steps, save = range(first_step, total), partial(t.policy.run, checkpoint.save_by, t.run_dir, tokenizer, settings)
+    with (
+        closing(ahead) if ahead else nullcontext(),
+        closing(tracker),
+        Stopping(t.run_dir, settings, steps, settings.save_freq, save, t.cfg.guard) as stopping,
+    ):
         for step in tqdm(steps, desc="GRPO", unit="step", initial=first_step, total=total):
             groups_P, metrics = grpo_step(t, step, draw(step))
             metrics |= rates_of(t, rates, groups_P, metrics)
             done = step + 1
-            if held_out and trainer.test_freq > 0 and (done % trainer.test_freq == 0 or done == total):
+            if held_out and settings.test_freq > 0 and (done % settings.test_freq == 0 or done == total):
                 metrics |= validate(t, held_out)
             tracker.log(step, metrics)
-            if tracker.shows_tables and trainer.sample_table_freq > 0 and step % trainer.sample_table_freq == 0:
+            if tracker.shows_tables and settings.sample_table_freq > 0 and step % settings.sample_table_freq == 0:
                 tracker.samples(step, rollouts.table(groups_P))
             stopping.after_step(step, metrics)
 
