@@ -17,9 +17,9 @@ _PAPER = (
     "Given a query and its context, you must first think about the reasoning process in the mind to decontextualize "
     "the query by resolving coreference and omission issues. Then, provide the user with a rewrite that retains its "
     "original meaning and is as informative as possible to help search engines retrieve relevant documents "
-    "effectively. The reasoning process and rewrite should be enclosed within <think> </think> and <rewrite> </rewrite> tags, "
-    "respectively, i.e., <think> reasoning process here </think>\n<rewrite> rewrite here </rewrite>.\n\n"
-    "### Context Begin ###\n{context}\n### Context End ###\n\nQuery: {query}\nRewrite:"
+    "effectively. The reasoning process and rewrite should be enclosed within <think> </think> and <rewrite> "
+    "</rewrite> tags, respectively, i.e., <think> reasoning process here </think>\n<rewrite> rewrite here "
+    "</rewrite>.\n\n### Context Begin ###\n{context}\n### Context End ###\n\nQuery: {query}\nRewrite:"
 )
 _COMPACT = (
     "Rewrite the last question of this conversation so that a search engine understands it alone. Think first.\n\n"

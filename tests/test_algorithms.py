@@ -1,7 +1,7 @@
 """GRPO's arithmetic against hand-worked values.
 
 1. Advantages: (r - mean) / (unbiased std + 1e-6), 0 in sum a group; a group of one keeps its reward.
-2. The clip takes the worse of two losses; on policy nothing is clipped and the gradient is that of -A log p.
+2. The clip takes the larger of two losses; on policy nothing is clipped and the gradient is that of -A log p.
 3. KL estimators after Schulman; k3 is never negative, and held to 10.
 4. A loss is the sum of weight x token loss: both averages are weights that sum to 1.
 Parity with verl's and TRL's own functions is in test_parity_verl_trl.py.
@@ -25,12 +25,13 @@ def tensor(*values: float, grad: bool = False) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
 
 
-# --- advantages ---------------------------------------------------------------------------------------------------------------------------
+# --- advantages -------------------------------------------------------------------------------------------------------
 
 
 def test_advantages_worked_by_hand() -> None:
-    # Group 1: 2, 1, 0, 1: mean 1, squares 1 + 0 + 1 + 0, unbiased variance 2/3. Group 2: 1, 1, 1, -0.1: mean 0.725, deviations
-    # 0.275 (three times) and -0.825, squares 0.226875 + 0.680625 = 0.9075, variance 0.3025, std 0.55: +0.5 three times, -1.5.
+    # Group 1: 2, 1, 0, 1: mean 1, squares 1 + 0 + 1 + 0, unbiased variance 2/3. Group 2: 1, 1, 1, -0.1: mean 0.725,
+    # deviations 0.275 (three times) and -0.825, squares 0.226875 + 0.680625 = 0.9075, variance 0.3025, std 0.55: +0.5
+    # three times, -1.5.
     first, second = math.sqrt(2 / 3), 0.55
     expected = [1 / first, 0, -1 / first, 0, *[0.275 / second] * 3, -0.825 / second]
     assert group_advantages([2, 1, 0, 1, 1, 1, 1, -0.1], 4) == near(expected, abs=1e-5)
@@ -59,7 +60,7 @@ def test_equal_rewards_have_no_advantage() -> None:
         )
     )
 )
-def test_advantages_of_any_groups(case: tuple[int, list[list[float]]]) -> None:
+def test_advantages_equal_the_formula_for_any_groups(case: tuple[int, list[list[float]]]) -> None:
     size, groups = case
     advantages = group_advantages([value for group in groups for value in group], size)
     assert len(advantages) == size * len(groups)
@@ -78,7 +79,7 @@ def test_rewards_that_fill_no_groups_are_refused(count: int, size: int) -> None:
         group_advantages([0.0] * count, size)
 
 
-# --- the clipped loss ---------------------------------------------------------------------------------------------------------------------
+# --- the clipped loss -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_clipped_loss_worked_by_hand(ratio: float, advantage: float, loss: float
     assert logprobs.grad.item() == near(0.0 if clipped else -advantage * ratio, abs=1e-12)
 
 
-def test_the_two_sides_of_the_clip_are_set_apart() -> None:
+def test_the_two_clips_are_independent() -> None:
     losses, active = clipped_loss(tensor(math.log(1.25), math.log(0.85)), tensor(0, 0), tensor(1, -1), 0.1, 0.3)
     assert losses.tolist() == near([-1.25, 0.9])
     assert active.tolist() == [False, True]
@@ -122,7 +123,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient() -> None:
 
 @pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
 @pytest.mark.parametrize("difference", [150.0, -150.0])
-def test_log_probs_far_apart_leave_loss_and_gradient_finite(advantage: float, difference: float) -> None:
+def test_distant_log_probs_have_finite_loss_and_gradient(advantage: float, difference: float) -> None:
     logprobs = torch.tensor([difference], requires_grad=True)  # exp(150) is infinite in float32
     losses, _ = clipped_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), 0.2, 0.2)
     losses.sum().backward()
@@ -131,7 +132,7 @@ def test_log_probs_far_apart_leave_loss_and_gradient_finite(advantage: float, di
     assert torch.isfinite(logprobs.grad).all()
 
 
-# --- KL -----------------------------------------------------------------------------------------------------------------------------------
+# --- KL ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,19 +151,19 @@ def test_kl_worked_by_hand(estimator: str, expected: list[float]) -> None:
     assert kl_penalty(policy, policy, estimator).tolist() == [0, 0]  # type: ignore[arg-type]
 
 
-def test_the_low_variance_estimate_is_held_to_ten() -> None:
+def test_the_low_variance_estimate_is_clamped_to_ten() -> None:
     # d = 3: e^3 - 4 = 16.09 > 10. d = -8: e^-8 + 7. d = -12: 11 + e^-12 > 10. d = 200 would overflow.
     values = kl_penalty(tensor(-3, 8, 12, -200), tensor(0, 0, 0, 0), "low_var_kl")
     assert values.tolist() == near([10, 7 + math.exp(-8), 10, 10], abs=1e-12)
 
 
-def test_the_default_is_the_paper_s() -> None:
+def test_the_default_kl_is_the_paper_s() -> None:
     assert kl_penalty(tensor(0.5), tensor(0.0)).item() == near(math.exp(-0.5) + 0.5 - 1)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(-60, 0), st.floats(-60, 0)), min_size=1, max_size=8))
-def test_the_low_variance_estimate_is_never_negative_and_pulls_to_the_reference(
+def test_the_low_variance_estimate_is_not_negative_and_points_to_the_reference(
     pairs: list[tuple[float, float]],
 ) -> None:
     logprobs = tensor(*(policy for policy, _ in pairs), grad=True)
@@ -191,7 +192,7 @@ def test_an_unknown_estimator_is_named() -> None:
         kl_penalty(tensor(0), tensor(0), "k4")  # type: ignore[arg-type]
 
 
-# --- averages -----------------------------------------------------------------------------------------------------------------------------
+# --- averages ---------------------------------------------------------------------------------------------------------
 
 
 def test_token_weights_worked_by_hand() -> None:
@@ -207,7 +208,7 @@ lengths = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
 @settings(max_examples=50, deadline=None)
 @given(lengths, st.integers(1, 9))
-def test_the_weighted_sum_is_the_average_that_it_stands_for(lengths_N: list[int], size: int) -> None:
+def test_the_weighted_sum_equals_the_named_average(lengths_N: list[int], size: int) -> None:
     losses = [[math.sin(10 * row + column) for column in range(length)] for row, length in enumerate(lengths_N)]
     means = [
         statistics.fmean([value for row in losses[start : start + size] for value in row])
@@ -227,8 +228,6 @@ def test_one_micro_batch_is_the_token_mean() -> None:
 
 
 def test_an_unknown_average_is_named() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"^loss aggregation 'seq-mean' is not one of token-mean, micro-batch-mean, seq-mean-token-mean, seq-mean-token-sum-norm$",
-    ):
+    known = "token-mean, micro-batch-mean, seq-mean-token-mean, seq-mean-token-sum-norm"
+    with pytest.raises(ValueError, match=f"^loss aggregation 'seq-mean' is not one of {known}$"):
         token_weights([1], "seq-mean")  # type: ignore[arg-type]

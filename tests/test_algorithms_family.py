@@ -1,8 +1,9 @@
-"""What sets GRPO's relatives apart, by hand: GSPO's ratio, weights against the sampler, Dr. GRPO's average, DAPO's dynamic sampling, the presets.
+"""GRPO's relatives by hand: GSPO's ratio, importance weights, Dr. GRPO's average, dynamic sampling, the presets.
 
-1. GSPO's ratio is the geometric mean over its sequence; the clip acts on whole sequences; sequences are found in trees as they are packed.
+1. GSPO's ratio is the geometric mean over its sequence; the clip acts on whole sequences; sequences are found in trees
+as they are packed.
 2. A sample of another policy is weighted by min(pi_old / pi_sampler, cap); the weight has no gradient.
-3. Equal groups are drawn again until they differ or the rounds are spent; the rest is neither redrawn nor moved.
+3. Equal groups are drawn again until they differ or the rounds are used up; other groups stay in place.
 4. Each preset is the algorithm it is named after, and only the faithful one has an entropy bonus.
 Parity with verl and TRL is in test_parity_verl_trl.py.
 """
@@ -30,7 +31,8 @@ def tensor(*values: float, grad: bool = False) -> torch.Tensor:
 
 
 def test_gspo_worked_by_hand() -> None:
-    # Sequence 0: ratios 4 and 1, geometric mean 2, clipped at 1.5: loss -1.5 x 1. Sequence 1: ratios 2, 1/2, 1: mean 1, advantage -3.
+    # Sequence 0: ratios 4 and 1, geometric mean 2, clipped at 1.5: loss -1.5 x 1. Sequence 1: ratios 2, 1/2, 1: mean 1,
+    # advantage -3.
     logprobs_R = tensor(math.log(0.4), math.log(0.1), math.log(0.2), math.log(0.1), math.log(0.3), grad=True)
     old_R = tensor(math.log(0.1), math.log(0.1), math.log(0.1), math.log(0.2), math.log(0.3))
     losses_R, clipped_R = gspo_loss(logprobs_R, old_R, tensor(1, 1, -3, -3, -3), 0.2, 0.5, SEQUENCES)
@@ -88,7 +90,7 @@ def test_equal_groups_are_drawn_again_in_place() -> None:
     assert asked == [(0, [0, 1, 2])]
 
 
-def test_presets_are_what_they_are_named() -> None:
+def test_presets_match_their_names() -> None:
     presets = {
         name: load_grpo_config([f"algorithm={name}", *SMALL])
         for name in ("grpo_faithful", "grpo", "dr_grpo", "dapo", "gspo")

@@ -13,7 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsearch.model.batch import STRIDE, Branch, MicroBatch, Tree, balanced, collate, collate_rows, pack, unshared
+from convsearch.model.batch import (
+    STRIDE,
+    Branch,
+    MicroBatch,
+    Tree,
+    balanced,
+    collate,
+    collate_rows,
+    greedy_bins,
+    pack,
+    unshared,
+)
 
 WORKED = Tree((7, 8), (Branch((1, 2), advantage=0.5, weight=0.1), Branch((3,), advantage=-1.0, weight=0.2)))
 
@@ -92,7 +103,7 @@ def test_a_shorter_row_is_padded_on_the_right() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(trees)
-def test_a_token_is_predicted_from_what_a_row_of_its_own_would_show(forest: list[Tree]) -> None:
+def test_a_token_sees_the_same_context_as_in_its_own_row(forest: list[Tree]) -> None:
     batch = collate(forest)
     mask = batch.attention_mask()[:, 0]
     expected = [
@@ -112,7 +123,7 @@ def test_a_token_is_predicted_from_what_a_row_of_its_own_would_show(forest: list
 
 @settings(max_examples=30, deadline=None)
 @given(trees, st.integers(1, 60))
-def test_packing_loses_doubles_and_splits_nothing_within_its_limit(forest: list[Tree], max_tokens: int) -> None:
+def test_packing_keeps_every_tree_once_within_the_limit(forest: list[Tree], max_tokens: int) -> None:
     batches = list(pack(forest, max_tokens))
     assert Counter(tree for batch in batches for tree in trees_of(batch)) == Counter(forest)
     for batch in batches:
@@ -126,7 +137,7 @@ def test_packing_loses_doubles_and_splits_nothing_within_its_limit(forest: list[
 
 @settings(max_examples=30, deadline=None)
 @given(trees)
-def test_sharing_a_prompt_or_not_trains_on_the_same_samples(forest: list[Tree]) -> None:
+def test_shared_and_unshared_trees_have_the_same_samples(forest: list[Tree]) -> None:
     alone = unshared(forest)
     assert all(len(tree.branches) == 1 for tree in alone)
     assert [(tree.prompt_ids, tree.branches[0]) for tree in alone] == [
@@ -141,17 +152,17 @@ def test_sharing_a_prompt_or_not_trains_on_the_same_samples(forest: list[Tree]) 
     assert sum(map(len, alone)) >= sum(map(len, forest))
 
 
-def test_nothing_to_pack_is_no_batch() -> None:
+def test_packing_no_trees_gives_no_batch() -> None:
     assert list(pack([], 100)) == []
 
 
-def test_all_samples_bring_log_probs_or_none_does() -> None:
+def test_all_samples_have_log_probs_or_none() -> None:
     mixed = Tree((1,), (Branch((2,), sampler_logprobs=(-0.5,)), Branch((3,))))
     with pytest.raises(AssertionError, match="either all branches have log-probs or none"):
         collate([mixed])
 
 
-def test_an_empty_prompt_or_sample_is_a_bug_of_the_caller() -> None:
+def test_an_empty_prompt_or_sample_is_refused() -> None:
     with pytest.raises(AssertionError, match="a tree needs a prompt"):
         Tree((), (Branch((1,)),))
     with pytest.raises(AssertionError, match="a branch needs tokens"):
@@ -193,7 +204,7 @@ def test_trees_of_one_row_do_not_see_each_other(given_trees: list[Tree]) -> None
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 100), st.integers(1, 4))
-def test_balanced_bins_lose_nothing_and_keep_to_their_limit(lengths: list[int], limit: int, ranks: int) -> None:
+def test_balanced_bins_keep_every_item_within_the_limit(lengths: list[int], limit: int, ranks: int) -> None:
     bins = balanced(lengths, limit, ranks)
     assert sorted(i for mine in bins for i in mine) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in mine) for mine in bins]
@@ -202,8 +213,15 @@ def test_balanced_bins_lose_nothing_and_keep_to_their_limit(lengths: list[int], 
 
 
 def test_balanced_bins_worked_by_hand() -> None:
-    # Two bins of 13 would do for 26 tokens, but longest-first ends at 14 and 12: three. 9 | 5 | 4, then 3 to the 4, 3 to the 5, 2 to the 7.
+    # Two bins of 13 would do for 26 tokens, but longest-first ends at 14 and 12: three. 9 | 5 | 4, then 3 to the 4, 3
+    # to the 5, 2 to the 7.
     assert balanced([9, 5, 4, 3, 3, 2], 13) == [[0], [2, 3, 5], [1, 4]]
     assert balanced([9, 5, 4, 3, 3, 2], 14) == [[0, 3, 5], [1, 2, 4]]
     assert balanced([20, 1], 13) == [[0], [1]]
     assert balanced([], 13) == []
+
+
+def test_greedy_bins_worked_by_hand() -> None:
+    assert greedy_bins([9, 1, 5, 5, 2, 2], 2) == [[0, 1, 4], [2, 3, 5]]
+    assert greedy_bins([3, 3, 3], 2) == [[0, 2], [1]]  # equal lengths: the lower position first, into the first bin
+    assert greedy_bins([7], 3) == [[0], [], []]

@@ -1,4 +1,4 @@
-"""The collapse guard's arithmetic: what it stops, what it lets pass, and what it says."""
+"""The collapse guard: what it reports, what it accepts, and its messages."""
 
 import math
 from typing import Any
@@ -40,7 +40,7 @@ def run(guard: CollapseGuard, *records: dict[str, Any], start: int = 0) -> list[
         ({"max_non_latin_share": 0.5}, {"non_latin_share": 0.9}, "non_latin_share is 0.9 over steps 3 - 5, above"),
     ],
 )
-def test_each_limit_stops_what_it_is_for_and_says_the_figures(
+def test_each_limit_reports_its_metric_with_values(
     limits: dict[str, float], collapsed: dict[str, float], said: str
 ) -> None:
     off = dict.fromkeys(("max_reward_fall", "max_format_fall", "max_non_latin_share"))
@@ -53,7 +53,7 @@ def test_each_limit_stops_what_it_is_for_and_says_the_figures(
     assert run(silent, *[{}] * 3, *[collapsed] * 3) == [None] * 6
 
 
-def test_one_bad_step_is_none_and_a_bad_start_is_no_fall() -> None:
+def test_one_bad_step_or_a_bad_start_is_no_collapse() -> None:
     guard = CollapseGuard(GuardConfig(window=4), max_skipped=10)
     assert (
         run(guard, {"format_rate": 0.0, "reward": -0.1}, *[{}] * 5, {"format_rate": 0.0, "reward": -0.1}, *[{}] * 5)
@@ -63,12 +63,12 @@ def test_one_bad_step_is_none_and_a_bad_start_is_no_fall() -> None:
     assert run(low, *[{"format_rate": 0.0, "reward": -0.1}] * 9) == [None] * 9
 
 
-def test_nothing_is_judged_before_a_window_is_full() -> None:
+def test_nothing_is_reported_before_the_first_full_window() -> None:
     guard = CollapseGuard(GuardConfig(window=3, min_reward=5.0), max_skipped=10)
     assert [answer is None for answer in run(guard, {}, {}, {})] == [True, True, False]
 
 
-def test_a_resumed_run_judges_as_the_unbroken_one() -> None:
+def test_a_resumed_run_reports_the_same_as_an_uninterrupted_one() -> None:
     cfg, records = GuardConfig(window=3), [*[{}] * 4, *[{"reward": -0.1}] * 4]
     unbroken = run(CollapseGuard(cfg, max_skipped=10), *records)
     assert unbroken[-3:] != [None] * 3
@@ -90,13 +90,13 @@ def test_steps_without_a_finite_gradient_are_counted_in_a_row() -> None:
     assert "trainer.max_skipped_steps=3" in answers[5]
 
 
-def test_a_value_that_is_no_number_is_left_out_of_the_mean() -> None:
+def test_nan_is_left_out_of_the_mean() -> None:
     guard = CollapseGuard(GuardConfig(window=2, max_kl=1.0), max_skipped=10)
     assert run(guard, {"kl": 2.0}, {"kl": math.nan}) == [None, None]
     assert "kl is 2 over steps 0 - 2" in str(guard.check(2, FINE | {"kl": 2.0}))
 
 
-def test_several_things_are_said_at_once() -> None:
+def test_several_limits_are_reported_together() -> None:
     guard = CollapseGuard(GuardConfig(window=2), max_skipped=10)
     said = run(guard, {}, {}, *[{"reward": -0.1, "format_rate": 0.0, "non_latin_share": 1.0}] * 2)[-1]
     assert said is not None

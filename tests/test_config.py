@@ -1,6 +1,6 @@
-"""Configuration: the seed's command lines, every file under configs/, and what each mistake is told.
+"""Configuration: the original command lines, every file under configs/, and the error for each mistake.
 
-1. The SFT and GRPO command lines of the seed's README are accepted as they stand, each override with its meaning.
+1. The SFT and GRPO command lines of the original README are accepted unchanged; each override sets its value.
 2. A configuration holds plain, frozen values; a later override wins; ${...} refers to the command's own keys.
 3. A mistake is one sentence that names the key, and the known key nearest to it or the two numbers that clash.
 4. A key without effect says so in the help and warns when it is set.
@@ -143,14 +143,14 @@ def keys_of(kind: str) -> list[str]:
 
 
 @pytest.mark.skipif(not SEED_README.exists(), reason="the seed's README is not there")
-def test_the_blocks_above_are_the_readmes():
+def test_the_blocks_above_equal_the_original_readme():
     readme = SEED_README.read_text(encoding="utf-8")
     for block in (SFT_BLOCK, GRPO_BLOCK):
         assert block in readme
 
 
 @pytest.mark.parametrize(("kind", "block", "count"), [("sft", SFT_BLOCK, 18), ("grpo", GRPO_BLOCK, 42)])
-def test_seed_overrides_are_taken_at_their_word(kind, block, count):
+def test_original_overrides_set_their_values(kind, block, count):
     lines = overrides(block)
     assert len(lines) == count
     config = LOADERS[kind](lines)
@@ -165,7 +165,7 @@ def test_seed_overrides_are_taken_at_their_word(kind, block, count):
             assert str(value).replace("None", "null") == text
 
 
-def test_seed_values_keep_their_types():
+def test_original_values_keep_their_types():
     sft, grpo = load_sft_config(overrides(SFT_BLOCK)), load_grpo_config(overrides(GRPO_BLOCK))
     assert sft.data.prompt_dict_keys == ("prompt",)
     assert sft.trainer.default_local_dir == "ckpt/sft/qrecc/llama3.2-3b-it_self"
@@ -177,7 +177,7 @@ def test_seed_values_keep_their_types():
     assert grpo.trainer.test_freq == -1
 
 
-def test_extra_arguments_of_the_script_win():
+def test_extra_arguments_override_the_script():
     config = load_grpo_config(
         overrides(GRPO_BLOCK, extras="actor_rollout_ref.rollout.n=16 retriever.url=http://127.0.0.1:8000")
     )
@@ -185,7 +185,7 @@ def test_extra_arguments_of_the_script_win():
     assert config.retriever.resolved_url() == "http://127.0.0.1:8000"
 
 
-def test_defaults_are_the_papers():
+def test_defaults_equal_the_paper():
     sft, grpo = (
         load_sft_config(["experiment=paper_qrecc_llama_ance"]),
         load_grpo_config(["experiment=paper_qrecc_llama_ance"]),
@@ -226,7 +226,7 @@ def test_every_file_parses(kind, file):
     assert isinstance(config, SftConfig if kind == "sft" else GrpoConfig)
 
 
-def test_a_later_choice_wins_over_an_earlier_one():
+def test_a_later_choice_overrides_an_earlier_one():
     assert load_grpo_config(CPU).reward_model.reward.name == "rank_incentive"
     assert load_grpo_config([*CPU, "reward=ndcg3"]).reward_model.reward.name == "ndcg@3"
     assert load_grpo_config(["+reward=mrr", "+experiment=mtrag_smollm2"]).reward_model.reward.name == "mrr"
@@ -260,7 +260,7 @@ def test_files_may_be_a_list_and_names_may_be_numbers():
     assert config.data.val_files == ()
 
 
-def test_nothing_can_be_changed_and_no_hydra_object_leaks():
+def test_values_are_frozen_and_plain():
     config = load_grpo_config(CPU)
     with pytest.raises(ValidationError):
         config.trainer.seed = 2
@@ -282,7 +282,7 @@ def test_retriever_url_falls_back_to_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
-def test_a_misspelt_key_is_answered_with_the_right_one(kind):
+def test_a_misspelt_key_names_the_nearest_key(kind):
     keys = [key for key in keys_of(kind) if len(key.rsplit(".", 1)[-1]) > 3]
     for key in keys:
         wrong = key[:-2] + key[-1]
@@ -338,13 +338,13 @@ def test_a_mistake_is_one_sentence_that_names_it(argv, parts):
         assert part in text
 
 
-def test_what_is_required_is_named():
+def test_missing_required_keys_are_named():
     assert "data.train_files is not set" in message("sft")
     assert "model.partial_pretrain is not set" in message("sft", "data.train_files=a.parquet")
     assert "actor_rollout_ref.model.path is not set" in message("grpo", "data.train_files=a.parquet")
 
 
-def test_sft_batches_have_to_divide():
+def test_sft_batches_must_divide():
     text = message("sft", *CPU, "data.train_batch_size=18")
     assert "data.train_batch_size=18" in text
     assert "micro_batch_size_per_gpu=8" in text
@@ -376,7 +376,7 @@ def test_lengths_above_the_models_positions_are_refused(tmp_path):
         ("grpo: [\n", "cannot be composed"),
     ],
 )
-def test_a_faulty_file_is_named_by_its_fault(tmp_path, monkeypatch, text, part):
+def test_a_faulty_file_names_its_fault(tmp_path, monkeypatch, text, part):
     for file in FILES:
         copy = tmp_path / file
         copy.parent.mkdir(exist_ok=True)
@@ -430,7 +430,7 @@ def test_no_warning_without_such_a_key(capsys):
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
-def test_help_leaves_heavy_modules_alone(kind):
+def test_help_imports_no_heavy_module(kind):
     code = f"""
 import sys
 from convsearch.config import load_{kind}_config
@@ -463,7 +463,7 @@ def test_help_shows_every_key_with_its_meaning_and_value():
 
 
 @pytest.mark.parametrize("size", ["1.5b", "7b"])
-def test_rqrs_presets_have_the_papers_numbers(size):
+def test_rqr_presets_equal_the_paper(size):
     config = load_grpo_config([f"experiment=rqr_qwen2.5-{size}"])
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     optim = actor.optim
@@ -499,6 +499,6 @@ def test_dry_run_shows_the_whole_configuration_and_starts_nothing(experiment, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_mix_has_both_weights_and_no_weight_at_all_is_refused():
+def test_a_mix_has_both_weights_and_zero_weights_are_refused():
     assert load_grpo_config([*CPU, "reward=mixed"]).reward_model.reward.weights == (1.0, 0.5)
     assert "leave no reward" in message("grpo", *CPU, "reward_model.reward.rank_weight=0")

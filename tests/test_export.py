@@ -1,4 +1,4 @@
-"""Exported folders: transformers loads them with equal logits, whatever the form of the checkpoint, the type and the number of files."""
+"""transformers loads exported folders with equal logits, for every checkpoint form, type and number of files."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def logits(folder: Path, dtype: str = "auto") -> torch.Tensor:
 
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("limit", ["5GB", "0.1MB"])
-def test_the_logits_are_the_checkpoints(run_dir: Path, step: int, limit: str, tmp_path: Path) -> None:
+def test_logits_equal_the_checkpoint(run_dir: Path, step: int, limit: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     files = export_folder(run_dir / f"global_step_{step}", tmp_path / "model", limit=size_of(limit))
@@ -55,7 +55,7 @@ def test_the_logits_are_the_checkpoints(run_dir: Path, step: int, limit: str, tm
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_bf16_is_the_rounded_model(run_dir: Path, tmp_path: Path) -> None:
+def test_bf16_equals_the_rounded_model(run_dir: Path, tmp_path: Path) -> None:
     status, said = helpers.call(export.main, [run_dir, "--output", tmp_path / "model", "--dtype", "bf16"])
     assert status == 0
     assert "1 weight file, 0.00 GB" in said
@@ -84,7 +84,7 @@ def test_base_gives_the_configuration_and_the_tokenizer(run_dir: Path, tmp_path:
     assert torch.equal(logits(tmp_path / "out"), logits(source))
 
 
-def test_mistakes_are_one_sentence(run_dir: Path, tmp_path: Path) -> None:
+def test_each_mistake_is_one_sentence(run_dir: Path, tmp_path: Path) -> None:
     def error(*arguments: object) -> str:
         return helpers.one_sentence(*helpers.call(export.main, arguments))
 

@@ -1,4 +1,4 @@
-"""Files are whole or not there, whatever happens while they are written; a faulty line of JSON is named by file and number."""
+"""Files are complete or absent, whatever happens during the write; an error names file and line of faulty JSON."""
 
 import gzip
 import json
@@ -32,7 +32,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
 
 
-# --- writing ------------------------------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
+def test_an_open_reader_reads_the_old_file_to_its_end(tmp_path: Path) -> None:
     path = written(tmp_path / "out.txt", "old and long")
     with open(path) as reader:
         with atomic_write(path) as file:
@@ -58,7 +58,7 @@ def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fault", [RuntimeError("no"), KeyboardInterrupt(), SystemExit(3), OSError(28, "No space left on device")]
 )
-def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path, fault: BaseException) -> None:
+def test_a_failed_block_keeps_the_old_file(tmp_path: Path, fault: BaseException) -> None:
     path = written(tmp_path / "out.bin", "old")
 
     def write() -> None:
@@ -72,7 +72,7 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path, fault: BaseExc
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_writer_that_is_killed_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_killed_writer_keeps_the_old_file(tmp_path: Path) -> None:
     path = written(tmp_path / "out.txt", "old")
     code = """
 import os, signal, sys
@@ -88,7 +88,7 @@ with atomic_write(sys.argv[1]) as file:
     assert path.read_text() == "newer"
 
 
-def test_a_disk_that_is_full_is_an_error_with_the_file_s_name(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_with_the_file_name(tmp_path: Path) -> None:
     """A real refusal by the system: a file may not grow beyond 64 KiB in this process."""
     path = written(tmp_path / "out.txt", "old")
     code = """
@@ -107,7 +107,7 @@ run(lambda: write_jsonl(sys.argv[1], ({"n": n, "text": "x" * 1000} for n in rang
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_generator_that_fails_writes_nothing(tmp_path: Path) -> None:
+def test_a_failed_generator_writes_nothing(tmp_path: Path) -> None:
     def rows() -> Any:
         yield {"a": 1}
         raise ValueError("the second row is bad")
@@ -117,7 +117,7 @@ def test_a_generator_that_fails_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# --- JSON lines ---------------------------------------------------------------------------------------------------------------------------
+# --- JSON lines -------------------------------------------------------------------------------------------------------
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=10),
@@ -128,7 +128,7 @@ values = st.recursive(
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.dictionaries(st.text(max_size=5), values, max_size=3), max_size=4))
-def test_what_is_written_is_read_back(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_written_records_are_read_back(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     path = tmp_path / "rows.jsonl"
     assert write_jsonl(path, iter(rows)) == len(rows)
     assert records(path) == list(enumerate(rows, 1))
@@ -141,12 +141,12 @@ def test_text_stays_readable(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == '{"q": "Dvořák 東京"}\n'
 
 
-def test_blank_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
+def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", '\n{"a": 1}\r\n  \n\n{"a": 2}')
     assert records(path) == [(2, {"a": 1}), (5, {"a": 2})]
 
 
-def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     assert records(written(tmp_path / "rows.jsonl", b'\xef\xbb\xbf{"a": 1}\n')) == [(1, {"a": 1})]
 
 
@@ -174,7 +174,7 @@ def test_a_faulty_line_is_named(tmp_path: Path, text: str | bytes, fault: str) -
         records(path)
 
 
-def test_lines_before_a_faulty_one_are_given_out(tmp_path: Path) -> None:
+def test_lines_before_a_faulty_one_are_read(tmp_path: Path) -> None:
     reader = read_jsonl(written(tmp_path / "rows.jsonl", '{"a": 1}\nx\n'))
     assert next(reader) == (1, {"a": 1})
     with pytest.raises(ValueError, match=r":2: "):
@@ -196,6 +196,6 @@ def test_a_damaged_gzip_file_is_one_sentence(tmp_path: Path, damage: str) -> Non
         records(path)
 
 
-def test_a_file_that_is_not_there_keeps_its_own_error(tmp_path: Path) -> None:
+def test_a_missing_file_raises_file_not_found(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         records(tmp_path / "rows.jsonl")

@@ -2,7 +2,8 @@
 
 1. New adapters change nothing; the reference is the base model, whatever the adapters have learned.
 2. dL/dB = s dL/dW A^T and dL/dA = s B^T dL/dW, with dL/dW from the model without adapters; nothing else has a gradient.
-3. What leaves the trainer is merged, under the model's own names; adapters and moments go round through the optimizer's state.
+3. What leaves the trainer is merged, under the model's own names; adapters and moments go round through the optimizer's
+state.
 4. A run with adapters trains, resumes exactly, and exports a plain model.
 """
 
@@ -62,7 +63,7 @@ def test_the_reference_is_the_base_model(folder: Path) -> None:
     assert not torch.equal(policy.logprobs(micro), base)
 
 
-def test_gradients_are_those_of_the_chain_rule(folder: Path) -> None:
+def test_gradients_equal_the_chain_rule(folder: Path) -> None:
     policy = taught(folder)
     micros = list(pack(TREES, 8, remove_padding=True))
     plain = make(folder)
@@ -78,7 +79,7 @@ def test_gradients_are_those_of_the_chain_rule(folder: Path) -> None:
         assert float((gradient - expected).norm() / expected.norm()) < 1e-4, name
 
 
-def test_what_leaves_is_merged_and_what_is_saved_goes_round(folder: Path) -> None:
+def test_weights_are_merged_and_the_optimizer_state_is_restored(folder: Path) -> None:
     (micro,) = pack(TREES, 100, remove_padding=True)
     policy = taught(folder)
     plain, again = make(folder), adapted(folder)
@@ -114,7 +115,7 @@ def test_a_run_with_adapters_resumes_and_exports(
         assert set(ours.keys()) == set(base.keys())
 
 
-def test_without_peft_the_extra_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_peft_names_the_extra(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"lora_rank needs peft: pip install 'convsearch\[lora\]'"):
         lora.add_adapters(load_model(str(tiny_llama)), 4, 8)
@@ -136,16 +137,14 @@ def test_sharded_adapters_learn_the_same(folder: Path, monkeypatch: pytest.Monke
     assert set(fsdp.weights()) == set(plain.weights())
 
 
-def test_adapters_need_the_merged_form_of_a_checkpoint() -> None:
+def test_adapters_need_checkpoint_format_safetensors() -> None:
     keys = [
         "actor_rollout_ref.model.lora_rank=8",
         "actor_rollout_ref.model.path=m",
         "data.train_files=a",
         "trainer.n_gpus_per_node=2",
     ]
-    with pytest.raises(
-        ValueError,
-        match=r"lora_rank=8 with trainer.checkpoint_format=auto on 2 ranks: .*set trainer.checkpoint_format=safetensors$",
-    ):
+    error = "lora_rank=8 with trainer.checkpoint_format=auto on 2 ranks: .*set trainer.checkpoint_format=safetensors$"
+    with pytest.raises(ValueError, match=error):
         load_grpo_config(keys)
     assert load_grpo_config([*keys, "trainer.checkpoint_format=safetensors"]).actor_rollout_ref.model.lora_rank == 8

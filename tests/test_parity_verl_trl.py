@@ -1,4 +1,4 @@
-"""Our arithmetic against verl 0.9.1 (the family of trainer that the paper used) and TRL 1.16.0: their own code on the same random numbers."""
+"""Our arithmetic equals that of verl 0.9.1 (the paper's trainer) and TRL 1.16.0, run on the same random numbers."""
 
 import os
 import subprocess
@@ -19,7 +19,8 @@ from convsearch.model.batch import Branch, Tree, collate
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLES = Path(os.environ.get("CONVSEARCH_ORACLES", Path(sys.prefix) / "oracles"))
-INSTALL = f"{sys.executable} -m pip install --no-deps --only-binary :all: --target {ORACLES} -r tests/requirements-oracles.txt"
+FLAGS = f"--no-deps --only-binary :all: --target {ORACLES} -r tests/requirements-oracles.txt"
+INSTALL = f"{sys.executable} -m pip install {FLAGS}"
 CLIP, MICRO_BATCH_SIZE, GROUP_SIZES = (0.2, 0.28), 5, (1, 3, 4, 12)
 N, T = 24, 11
 
@@ -99,15 +100,15 @@ def same(ours: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("by_std", [True, False])
 @pytest.mark.parametrize("size", GROUP_SIZES)
-def test_advantages_are_verl_s(given: Arrays, theirs: Arrays, size: int, by_std: bool) -> None:
+def test_advantages_equal_verl(given: Arrays, theirs: Arrays, size: int, by_std: bool) -> None:
     ours = group_advantages(given["rewards_N"].tolist(), size, by_std=by_std)
     rtol = 1e-6 if size == 1 else 1e-9  # theirs has 1 + 1e-6 in float32 for a group of one
     np.testing.assert_allclose(ours, theirs[f"verl/advantages_{size}_{by_std}"], rtol=rtol, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [size for size in GROUP_SIZES if size > 1])
-def test_advantages_are_trl_s(given: Arrays, theirs: Arrays, size: int) -> None:
-    """TRL adds 1e-4 to the deviation where verl adds 1e-6. A group of one has advantage 0 there, its reward in verl and here."""
+def test_advantages_equal_trl(given: Arrays, theirs: Arrays, size: int) -> None:
+    """TRL adds 1e-4 to the deviation, verl 1e-6. A group of one has advantage 0 in TRL, its reward in verl and here."""
     ours = group_advantages(given["rewards_N"].tolist(), size, eps=1e-4)
     np.testing.assert_allclose(
         ours, theirs[f"trl/advantages_{size}"], rtol=1e-6, atol=1e-6
@@ -115,7 +116,7 @@ def test_advantages_are_trl_s(given: Arrays, theirs: Arrays, size: int) -> None:
 
 
 @pytest.mark.parametrize("distance", ["far", "near"])
-def test_the_clipped_loss_is_verl_s(given: Arrays, theirs: Arrays, distance: str) -> None:
+def test_clipped_loss_equals_verl(given: Arrays, theirs: Arrays, distance: str) -> None:
     """``far`` up to ratios of e^150, without verl's dual clip; ``near`` with verl's defaults."""
     logprobs_R = responses(given, f"{distance}_logprobs_NT", grad=True)
     losses_R, clipped_R = clipped_loss(logprobs_R, responses(given, "old_NT"), responses(given, "advantages_NT"), *CLIP)
@@ -129,7 +130,7 @@ def test_the_clipped_loss_is_verl_s(given: Arrays, theirs: Arrays, distance: str
 
 
 @pytest.mark.parametrize("estimator", ["low_var_kl", "kl", "abs", "mse"])
-def test_kl_estimates_are_verl_s(given: Arrays, theirs: Arrays, estimator: str) -> None:
+def test_kl_estimates_equal_verl(given: Arrays, theirs: Arrays, estimator: str) -> None:
     logprobs_R = responses(given, "far_logprobs_NT", grad=True)
     values_R = kl_penalty(logprobs_R, responses(given, "ref_NT"), estimator)  # type: ignore[arg-type]
     values_R.sum().backward()
@@ -141,7 +142,7 @@ def test_kl_estimates_are_verl_s(given: Arrays, theirs: Arrays, estimator: str) 
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "micro-batch-mean"])
-def test_averages_are_verl_s(given: Arrays, theirs: Arrays, aggregation: str) -> None:
+def test_averages_equal_verl(given: Arrays, theirs: Arrays, aggregation: str) -> None:
     same((weights(given, aggregation) * responses(given, "losses_NT")).sum(), theirs[f"verl/{aggregation}"])
 
 
@@ -181,8 +182,10 @@ def configured(name: str) -> GrpoConfig:
 
 @pytest.mark.parametrize("library", ["verl", "trl"])
 @pytest.mark.parametrize("name", CASES)
-def test_each_algorithm_s_loss_and_gradient_are_theirs(given: Arrays, theirs: Arrays, name: str, library: str) -> None:
-    """What the step minimises under each preset: clip, weights against the sampler, KL, entropy and average together."""
+def test_loss_and_gradient_of_each_algorithm_equal_verl_and_trl(
+    given: Arrays, theirs: Arrays, name: str, library: str
+) -> None:
+    """The loss of a step under each preset: clip, importance weights, KL, entropy and average together."""
     cfg, case = configured(name), CASES[name]
     assert (cfg.actor_rollout_ref.actor.use_kl_loss, cfg.actor_rollout_ref.actor.entropy_coeff) == (
         case.beta > 0,

@@ -1,9 +1,9 @@
-"""What the one parser of model outputs promises.
+"""The parser of model outputs.
 
-1. An output parses exactly when all of it is ``<think>...</think>`` and ``<rewrite>...</rewrite>``, up to white space around the parts.
+1. An output parses if and only if it is ``<think>...</think>`` and ``<rewrite>...</rewrite>``, with white space around.
 2. Nothing raises: every text is a rewrite or one named error.
 3. A rewrite is clean: no tag in it, single spaces, never empty.
-4. What the form is written from comes back out of it.
+4. Text that was put into the form is extracted unchanged.
 """
 
 import pytest
@@ -85,35 +85,33 @@ FAILS = {
 
 
 @pytest.mark.parametrize(("text", "expected"), PARSES.values(), ids=PARSES)
-def test_what_parses(text: str, expected: str) -> None:
+def test_outputs_that_parse(text: str, expected: str) -> None:
     assert parse_rewrite(text) == Rewrite(expected, None)
 
 
 @pytest.mark.parametrize(("text", "error"), FAILS.values(), ids=FAILS)
-def test_what_does_not(text: str, error: str) -> None:
+def test_outputs_that_do_not_parse(text: str, error: str) -> None:
     assert parse_rewrite(text) == Rewrite(None, error)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("cut", range(len(GOOD)))
-def test_an_output_that_ran_out_of_tokens_is_truncated_wherever_it_stops(cut: int) -> None:
+def test_an_output_cut_by_length_is_truncated(cut: int) -> None:
     assert parse_rewrite(GOOD[:cut], "length") == Rewrite(None, "truncated")
     assert parse_rewrite(GOOD[:cut], "stop") == Rewrite(None, "no_tag")
 
 
-def test_an_output_that_was_whole_when_its_tokens_ran_out_counts() -> None:
+def test_a_complete_output_cut_by_length_parses() -> None:
     assert parse_rewrite(GOOD, "length") == Rewrite("who is Anne Hathaway", None)
     assert parse_rewrite(f"{GOOD} \n", "length") == Rewrite("who is Anne Hathaway", None)
     assert parse_rewrite(f"{GOOD} and", "length") == Rewrite(None, "truncated")
-    assert parse_rewrite("<rewrite>b</rewrite>", "length") == Rewrite(
-        None, "no_tag"
-    )  # its end is there, its beginning is not
+    assert parse_rewrite("<rewrite>b</rewrite>", "length") == Rewrite(None, "no_tag")  # it has an end but no start
 
 
-def test_the_worked_example_keeps_the_form_that_it_teaches() -> None:
+def test_the_worked_example_parses() -> None:
     assert parse_rewrite(EXAMPLE_OUTPUT).error is None
 
 
-# Pieces of the form in any order, so that the interesting neighbours of a right output come up; pure noise hardly ever has a tag.
+# Pieces of the form in any order: they give outputs that are nearly right; random text hardly ever has a tag.
 pieces = st.lists(
     st.sampled_from(TAGS) | st.text(max_size=5) | st.sampled_from(["\n", " ", "<", ">", "</", "think", "rewrite>"]),
     max_size=12,
@@ -153,9 +151,7 @@ def _split_at_tags(text: str) -> list[str]:
 
 @settings(max_examples=100, deadline=None)
 @given(visible, visible, blank, blank, blank)
-def test_what_is_written_in_the_form_comes_back(
-    think: str, rewrite: str, before: str, between: str, after: str
-) -> None:
+def test_text_in_the_form_is_extracted(think: str, rewrite: str, before: str, between: str, after: str) -> None:
     text = f"{before}<think>{think}</think>{between}<rewrite>{rewrite}</rewrite>{after}"
     assume(all(text.count(tag) == 1 for tag in TAGS))  # "<thi" + "nk>" across a border would be a fifth tag
     for finish_reason in ("stop", "length"):
@@ -165,7 +161,7 @@ def test_what_is_written_in_the_form_comes_back(
 
 @settings(max_examples=100, deadline=None)
 @given(visible, visible, visible, st.sampled_from(["before", "between", "after"]))
-def test_text_outside_the_parts_is_never_forgiven(think: str, rewrite: str, stray: str, place: str) -> None:
+def test_text_outside_the_parts_does_not_parse(think: str, rewrite: str, stray: str, place: str) -> None:
     at = {name: stray if name == place else "" for name in ("before", "between", "after")}
     text = f"{at['before']}<think>{think}</think>{at['between']}<rewrite>{rewrite}</rewrite>{at['after']}"
     assert parse_rewrite(text).text is None
@@ -173,7 +169,7 @@ def test_text_outside_the_parts_is_never_forgiven(think: str, rewrite: str, stra
 
 @settings(max_examples=100, deadline=None)
 @given(visible, visible, st.sampled_from(TAGS), st.sampled_from(["think", "rewrite"]), st.integers(0, 40))
-def test_one_tag_too_many_is_never_forgiven(think: str, rewrite: str, tag: str, part: str, position: int) -> None:
+def test_one_tag_too_many_does_not_parse(think: str, rewrite: str, tag: str, part: str, position: int) -> None:
     parts = {"think": think, "rewrite": rewrite}
     parts[part] = parts[part][:position] + tag + parts[part][position:]
     assert parse_rewrite(f"<think>{parts['think']}</think>\n<rewrite>{parts['rewrite']}</rewrite>") == Rewrite(
@@ -183,7 +179,7 @@ def test_one_tag_too_many_is_never_forgiven(think: str, rewrite: str, tag: str, 
 
 @settings(max_examples=100, deadline=None)
 @given(visible, visible, st.sampled_from(TAGS))
-def test_one_tag_too_few_is_never_forgiven(think: str, rewrite: str, tag: str) -> None:
+def test_one_tag_too_few_does_not_parse(think: str, rewrite: str, tag: str) -> None:
     text = f"<think>{think}</think>\n<rewrite>{rewrite}</rewrite>".replace(tag, "", 1)
     assume(tag not in text)
     assert parse_rewrite(text) == Rewrite(None, "no_tag")
@@ -193,11 +189,11 @@ def test_one_tag_too_few_is_never_forgiven(think: str, rewrite: str, tag: str) -
     ("text", "expected"),
     [(GOOD, "who is she"), ("<think> a", "a"), ("no tags", ""), ("a</think>", ""), ("", ""), ("<think></think>", "")],
 )
-def test_thinking_for_people_to_read(text: str, expected: str) -> None:
+def test_thinking_is_extracted(text: str, expected: str) -> None:
     assert thinking(text) == expected
 
 
-def test_answers_are_parsed_as_strictly_as_rewrites_and_texts_only_have_to_be_there() -> None:
+def test_answers_are_strict_and_texts_must_not_be_empty() -> None:
     assert parse_answer("<think>so</think> <answer> an\nanswer </answer>\n") == Rewrite("an answer", None)
     assert parse_answer("<think>so</think> <answer>an answer") == Rewrite(None, "no_tag")
     assert parse_answer("<think>so</think> <answer>an answer</answer> and more").error == "format"

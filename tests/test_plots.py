@@ -41,7 +41,7 @@ def test_a_rise_by_hand(tmp_path: Path) -> None:
     assert line.endswith(": rose; held-out -1.00 -> 0.50")
 
 
-def test_noise_is_not_called_a_rise_and_five_steps_are_not_judged(tmp_path: Path) -> None:
+def test_noise_is_not_a_rise_and_five_steps_are_too_few(tmp_path: Path) -> None:
     folder = write_run(tmp_path, [[[0.0], [4.0]], [[1.0], [4.0]]] * 3)
     assert "no significant change" in plots.verdict(folder, [{"step": 5}])
     assert "5 steps are too few" in plots.verdict(folder, [{"step": 4}])

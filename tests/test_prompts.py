@@ -1,4 +1,4 @@
-"""What the prompts promise: the published one word for word, text of people untouched, the newest turns kept, one worked example in front."""
+"""The prompts: the published text word for word, turns unchanged, the newest turns kept, one worked example first."""
 
 import re
 
@@ -15,10 +15,11 @@ HAMLET = Conversation(
 )
 
 PAPER = """\
-Given a query and its context, you must first think about the reasoning process in the mind to decontextualize the query by resolving \
-coreference and omission issues. Then, provide the user with a rewrite that retains its original meaning and is as informative as possible to help \
-search engines retrieve relevant documents effectively. The reasoning process and rewrite should be enclosed within <think> </think> and \
-<rewrite> </rewrite> tags, respectively, i.e., <think> reasoning process here </think>
+Given a query and its context, you must first think about the reasoning process in the mind to decontextualize the \
+query by resolving coreference and omission issues. Then, provide the user with a rewrite that retains its original \
+meaning and is as informative as possible to help search engines retrieve relevant documents effectively. \
+The reasoning process and rewrite should be enclosed within <think> </think> and <rewrite> </rewrite> tags, \
+respectively, i.e., <think> reasoning process here </think>
 <rewrite> rewrite here </rewrite>.
 
 ### Context Begin ###
@@ -84,7 +85,7 @@ words = st.text(max_size=30)
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.builds(Turn, words, words), max_size=4), words, st.sampled_from(STYLES))
-def test_what_people_say_stands_in_the_prompt_as_it_is(turns: list[Turn], question: str, style: str) -> None:
+def test_turns_and_question_are_in_the_prompt_unchanged(turns: list[Turn], question: str, style: str) -> None:
     """Braces, percent signs or the template's own fields in it are text, not fields."""
     awkward = [*turns, Turn("{context} {query} {0}", "%s \\n {{}}")]
     (message,) = render(Conversation("q", tuple(awkward), question, ()), style)  # type: ignore[arg-type]
@@ -102,7 +103,7 @@ def test_an_unknown_style_is_named() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_warm_up_prompt_is_one_worked_exchange_and_then_the_zero_shot_prompt(style: str) -> None:
+def test_the_warm_up_prompt_is_the_worked_example_and_the_zero_shot_prompt(style: str) -> None:
     zero_shot = render(HAMLET, style)  # type: ignore[arg-type]
     messages = with_worked_example(zero_shot, style)  # type: ignore[arg-type]
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
@@ -111,7 +112,7 @@ def test_the_warm_up_prompt_is_one_worked_exchange_and_then_the_zero_shot_prompt
     assert messages[2:] == zero_shot
 
 
-def test_the_worked_example_says_what_its_question_leaves_out() -> None:
+def test_the_worked_example_completes_its_question() -> None:
     rewrite = parse_rewrite(EXAMPLE_OUTPUT).text
     assert rewrite is not None
     for name in ("Antoni Gaudi", "Sagrada Familia"):
@@ -120,12 +121,13 @@ def test_the_worked_example_says_what_its_question_leaves_out() -> None:
         assert any(name in turn.question + turn.answer for turn in EXAMPLE.history)
 
 
-def test_rqrs_prompt_is_the_published_one() -> None:
+def test_the_rqr_prompt_equals_the_published_one() -> None:
     (message,) = render(Conversation("q", (), "why do moths\nfly to {lamps}?", ()), "rqr")
     assert message == {
         "role": "user",
         "content": "Instructions:\n1. Identify the essential problem.\n"
-        "2. Think step by step to reason and describe what information could be relevant and helpful to address the questions in detail.\n"
+        "2. Think step by step to reason and describe what information could be relevant and helpful to address the "
+        "questions in detail.\n"
         "3. Draft an answer with as many thoughts as you have.\nQuery: why do moths\nfly to {lamps}?\n\n",
     }
     system, asked = render(Conversation("q", (), "why do moths\nfly to {lamps}?", ()), "rqr_think")

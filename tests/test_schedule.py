@@ -23,7 +23,8 @@ def test_without_warm_up_the_first_step_has_the_whole_rate() -> None:
 
 
 def test_half_a_cosine() -> None:
-    # 2 steps up, then 8 steps down: a quarter of the way 0.5 (1 + cos 45 degrees), half way 0.5, three quarters 0.5 (1 - cos 45 degrees).
+    # 2 steps up, then 8 steps down: a quarter of the way 0.5 (1 + cos 45 degrees), half way 0.5, three quarters 0.5 (1
+    # - cos 45 degrees).
     rates = [lr_at(step, 10, 2.0, 2, "cosine") for step in (0, 1, 2, 4, 6, 8, 10)]
     quarter = math.sqrt(0.5)
     assert rates == near([1.0, 2.0, 2.0, 1 + quarter, 1.0, 1 - quarter, 0.0], abs=1e-12)
@@ -39,7 +40,7 @@ def test_a_schedule_that_is_all_warm_up_ends_at_the_rate() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 100), st.sampled_from(["constant", "cosine"]), st.floats(0, 1))
-def test_it_rises_and_then_never_rises_again(total: int, warmup: int, kind: str, floor: float) -> None:
+def test_the_rate_rises_in_the_warm_up_only(total: int, warmup: int, kind: str, floor: float) -> None:
     rates = [lr_at(step, total, 1.0, warmup, kind, floor) for step in range(total + 5)]
     assert all(0 < rate <= 1 or kind == "cosine" for rate in rates)
     assert all(later > earlier for earlier, later in pairwise(rates[:warmup]))

@@ -1,6 +1,7 @@
-"""How runs end before their last step, and what is on disk then; the arithmetic of the guard is in test_collapse.py.
+"""How runs end before their last step, and the files that remain; test_collapse.py tests the guard's arithmetic.
 
-1. A collapse is saved, named with its figures, and ends with status 3; with the limit raised the run goes on as if nothing had happened.
+1. A collapse is saved, named with its figures, and ends with status 3; with the limit raised the run goes on as if
+nothing had happened.
 2. SIGTERM is noted once; a second one ends the process.
 3. The newest k checkpoints stay, and the best one by the validation; ``latest`` and ``best`` name them.
 """
@@ -28,7 +29,7 @@ SAME = ("step", "loss", "kl", "reward", "grad_norm", "response_tokens")
 
 
 @pytest.mark.slow
-def test_a_collapse_is_saved_named_and_can_be_gone_on_from(
+def test_a_collapsed_run_is_saved_and_can_resume(
     form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
 ) -> None:
     options = {"total_training_steps": 5, "trainer__save_freq": -1, "guard__window": 2}
@@ -60,7 +61,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return helpers.write_parquet(tmp_path_factory.mktemp("rows") / "train.parquet", helpers.sft_rows(pairs))
 
 
-def test_a_model_that_is_no_number_any_more_ends_the_run(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+def test_nan_weights_end_the_run(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
     arguments = helpers.sft_overrides(
         tiny_llama,
         rows,
@@ -79,7 +80,7 @@ def test_a_model_that_is_no_number_any_more_ends_the_run(tiny_llama: Path, rows:
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [len(skipped)]
 
 
-def test_sigterm_is_noted_once_and_again_at_once_is_the_same() -> None:
+def test_a_repeated_sigterm_counts_once() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with Terminated() as terminated:
         assert not terminated.on_any_rank()
@@ -119,7 +120,7 @@ def stopping(run_dir: Path, saved: list[tuple[int, float | None, bool]], steps: 
     return Stopping(run_dir, cfg.trainer, steps, 3, lambda *arguments: saved.append(arguments))
 
 
-def test_when_to_save(tmp_path: Path) -> None:
+def test_checkpoints_are_saved_when_due_and_when_better(tmp_path: Path) -> None:
     saved: list[tuple[int, float | None, bool]] = []
     with stopping(tmp_path, saved, range(8), best_metric="val_loss", best_mode="min") as line:
         for step, loss in enumerate([None, 3.0, 2.0, None, 2.5, 2.5, 1.0, 4.0]):
@@ -154,7 +155,7 @@ class Describes:
 
 
 @pytest.mark.parametrize(("mode", "kept"), [("max", [2, 5, 6]), ("min", [3, 5, 6]), (None, [5, 6])])
-def test_the_best_checkpoint_stays_with_the_newest(mode: Any, kept: list[int], tmp_path: Path) -> None:
+def test_the_best_and_the_newest_checkpoints_are_kept(mode: Any, kept: list[int], tmp_path: Path) -> None:
     values = [1.0, 3.0, 0.5, 2.0, None, 1.5]
     for step, value in enumerate(values, start=1):
         score = CheckpointScore("val_reward", mode, value) if mode and value is not None else None
@@ -169,7 +170,7 @@ def test_the_best_checkpoint_stays_with_the_newest(mode: Any, kept: list[int], t
     assert not list(tmp_path.glob(".tmp*"))
 
 
-def test_what_a_killed_process_leaves_is_swept(tmp_path: Path) -> None:
+def test_half_written_files_are_removed(tmp_path: Path) -> None:
     for name in (
         "rollouts/000003.parquet.tmp-77",
         "rollouts/000002.parquet",

@@ -1,4 +1,4 @@
-"""Where metrics go: what is written is what is read back, in every sink; a resumed run leaves no step twice."""
+"""Every sink gives back the metrics that were written; a resumed run has no step twice."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ def tracker(run_dir: Path, *loggers: str, first_step: int = 0) -> Tracker:
     return Tracker(run_dir, loggers, "project", "run", first_step, {"trainer": {"seed": 1}})
 
 
-def test_a_resumed_run_forgets_the_steps_that_it_takes_again(tmp_path: Path) -> None:
+def test_a_resumed_run_deletes_the_lines_of_repeated_steps(tmp_path: Path) -> None:
     for first_step, values in ((0, [1.0, 2.0, 3.0]), (2, [30.0, 40.0])):
         log = tracker(tmp_path, "jsonl", first_step=first_step)
         for step, value in enumerate(values, start=first_step):
@@ -29,7 +29,7 @@ def test_a_resumed_run_forgets_the_steps_that_it_takes_again(tmp_path: Path) -> 
     assert read_metrics(tmp_path) == [{"step": step, "loss": loss} for step, loss in enumerate([1.0, 2.0, 30.0, 40.0])]
 
 
-def test_cells_stay_in_their_cells() -> None:
+def test_cells_are_escaped() -> None:
     assert markdown(ROWS).splitlines() == [
         "| query | rewrite | reward |",
         "|---|---|---|",
@@ -39,7 +39,7 @@ def test_cells_stay_in_their_cells() -> None:
 
 
 @pytest.mark.parametrize(("logger", "module"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
-def test_a_logger_that_is_not_installed_is_one_sentence(
+def test_a_missing_logger_is_one_sentence(
     logger: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
