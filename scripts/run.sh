@@ -82,7 +82,8 @@ start() { # COMMAND...: in the background, or a line of the plan
 finish() { # waits for what was started; ends the script with the first status that is not 0
   local status=0 one child
   for child in "${children[@]}"; do
-    while one=0; wait "$child" || one=$?; kill -0 "$child" 2> /dev/null; do :; done # a signal ends the wait, not the child
+    # A signal ends the wait, not the child.
+    while one=0; wait "$child" || one=$?; kill -0 "$child" 2> /dev/null; do :; done
     [ $status != 0 ] || status=$one
   done
   children=()
@@ -90,8 +91,8 @@ finish() { # waits for what was started; ends the script with the first status t
   [ $status = 0 ] || exit $status
 }
 run() { start "$@"; finish; }
-each_process() { # FILE RESULT COMMAND...: INPUT and OUTPUT in COMMAND become FILE and RESULT, or each process's share of them
-  local file=$1 result=$2 command=("${@:3}") i share
+each_process() { # FILE RESULT COMMAND...: INPUT and OUTPUT become FILE and RESULT, or the share of each process
+  local file=$1 result=$2 command=("${@:3}") i part share
   if [ "$processes" = 1 ]; then
     command=("${command[@]/#INPUT/"$file"}")
     run "${command[@]/#OUTPUT/"$result"}"
@@ -99,11 +100,12 @@ each_process() { # FILE RESULT COMMAND...: INPUT and OUTPUT in COMMAND become FI
   fi
   if [ $dry = 0 ]; then
     mkdir -p "$result.parts"
-    split --number="l/$processes" --numeric-suffixes --suffix-length=2 --additional-suffix=.json "$file" "$result.parts/"
+    split --number="l/$processes" --numeric-suffixes -a 2 --additional-suffix=.json "$file" "$result.parts/"
   fi
   for ((i = 0; i < processes; i++)); do
-    share=("${command[@]/#INPUT/"$result.parts/$(printf '%02d' $i).json"}")
-    CUDA_VISIBLE_DEVICES=$i start "${share[@]/#OUTPUT/"$result.parts/$(printf '%02d' $i)"}"
+    part=$result.parts/$(printf '%02d' $i)
+    share=("${command[@]/#INPUT/"$part.json"}")
+    CUDA_VISIBLE_DEVICES=$i start "${share[@]/#OUTPUT/"$part"}"
   done
   finish
 }
@@ -157,8 +159,9 @@ stage_grpo() {
   serve
   local model=()
   case " $stages " in *" sft "*) model=(actor_rollout_ref.model.path="$out/sft/model") ;; esac
-  run "$py" -m convsearch.grpo "${composed[@]}" "${model[@]}" retriever.url="$url" data.train_files="$data/train.parquet" \
-    data.val_files="$data/validation.parquet" trainer.default_local_dir="$out/grpo" "${keys[@]}"
+  run "$py" -m convsearch.grpo "${composed[@]}" "${model[@]}" retriever.url="$url" \
+    data.train_files="$data/train.parquet" data.val_files="$data/validation.parquet" \
+    trainer.default_local_dir="$out/grpo" "${keys[@]}"
 }
 rewrite() { # FILE RESULT MODEL
   each_process "$1" "$2" "$py" -m convsearch.infer --model_name_or_path "$3" --input_path INPUT --output_path OUTPUT \
@@ -172,7 +175,9 @@ declare -A label=([raw]="raw question" [previous]="previous turn + question" [hi
   [zero_shot]="base model, zero-shot" [sft]="after SFT" [grpo]="after GRPO")
 stage_infer() {
   local name
-  for name in $bright; do rewrite "$bright_folder/$name/topics.jsonl" "$out/reasoned/$name.jsonl" "$out/grpo/model"; done
+  for name in $bright; do
+    rewrite "$bright_folder/$name/topics.jsonl" "$out/reasoned/$name.jsonl" "$out/grpo/model"
+  done
   [ -n "$runs" ] || return 0
   run "$py" -m data_preprocess.subset --input "$data/$test.json" --qrels "$data/$test.trec" \
     ${test_questions:+--limit "$test_questions"} --output "$out"
@@ -183,14 +188,16 @@ stage_infer() {
 stage_eval() {
   local name file searcher=(eval.bm25 --index_dir_path "$index_folder")
   [ "$kind" = bm25 ] ||
-    searcher=(eval.ance --passage_embeddings_dir_path "$index_folder" --pretrained_encoder_path "$encoder" --n_gpu "$processes")
+    searcher=(eval.ance --passage_embeddings_dir_path "$index_folder" --pretrained_encoder_path "$encoder"
+      --n_gpu "$processes")
   for name in $runs; do
     [ -n "${text[$name]:-}" ] && file=$out/test.json || file=$out/$name.jsonl
     run "$py" -m "${searcher[@]}" --test_file_path "$file" --test_type "${text[$name]:-rewrite}" \
       --trec_gold_qrel_file_path "$out/test.trec" --qrel_output_dir "$out" --output_trec_file "$name.trec"
   done
   [ -z "$bright" ] || run "$py" -m eval.bright --task all --documents "$bright_folder/{task}/collection.jsonl" \
-    --topics "$bright_folder/{task}/topics.jsonl" --qrels "$bright_folder/{task}/qrels.trec" --queries "$out/reasoned/{task}.jsonl" --bm25 query-weighted
+    --topics "$bright_folder/{task}/topics.jsonl" --qrels "$bright_folder/{task}/qrels.trec" \
+    --queries "$out/reasoned/{task}.jsonl" --bm25 query-weighted
 }
 stage_report() {
   local name table=()
