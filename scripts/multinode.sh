@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GRPO on several nodes: the same command on each node, with a shared file system.
 #   HEAD=host0 NODE_RANK=0 NNODES=2 bash scripts/multinode.sh scripts/paper.sh topiocqa qwen ance grpo   # first node
-#   HEAD=host0 NODE_RANK=1 NNODES=2 bash scripts/multinode.sh                                            # every other one
+#   HEAD=host0 NODE_RANK=1 NNODES=2 bash scripts/multinode.sh                                          # every other one
 # The first node starts Ray, waits for the other nodes and runs the script. The GRPO stage takes the GPUs of all nodes;
 # the other stages run on the first node. At the end Ray stops on every node.
 #   RAY_PORT=6379   GPUS=8   --dry-run: only the plan
