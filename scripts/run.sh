@@ -11,12 +11,11 @@
 #   GPUS (per node; on a CPU: processes)  NNODES=1 (scripts/multinode.sh)  GPU_GIB=80  PYTHON=.venv/bin/python
 #   RETRIEVER_URL (a server with the index of the experiment; otherwise this script starts one)  ENCODER (of ANCE)
 # SIGTERM: the running stage saves at the end of its step, and the status is 143. Status 3: training has collapsed.
-set -euo pipefail
+set -feuo pipefail # -f: the lists of words in the configuration and in GRPO expand unquoted, without globs
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 experiment=${1:?give the name of an experiment: a file of configs/experiment/}
 py=${PYTHON:-.venv/bin/python} seed=${SEED:-1} nodes=${NNODES:-1} port=${PORT:-8000} url=""
-dry=0 chosen="" cluster=() groups=() plan=""
-read -ra keys <<< "${GRPO:-}"
+dry=0 chosen="" cluster=() groups=() keys=(${GRPO:-}) plan=""
 for ((i = 2; i <= $#; i++)); do
   case ${!i} in
     --dry-run) dry=1 ;;
@@ -51,20 +50,12 @@ else
 fi
 ranks=("$py") # of a command that shares its work by itself
 [ "$processes" = 1 ] || ranks+=(-m torch.distributed.run --standalone --nproc_per_node="$processes")
-# Flags that are lists of words. An empty one is no word.
-read -ra index_flags <<< "$index"
 # Flags that distill, infer and, with dashes, data_preprocess share.
 prompt="${style:+--prompt_style $style} ${history_turns:+--max_history_turns $history_turns}"
-read -ra generation_flags <<< "$generation $prompt"
-read -ra prepare_flags <<< "$prepare ${prompt//_/-}"
-read -ra distill_flags <<< "$distill $distill_size"
-read -ra infer_flags <<< "$infer"
 sft_keys=()
 if [ "${QUICK:-0}" != 0 ]; then
   [ "$device" = cpu ] && batch=2 || batch=$((2 * processes * nodes))
-  read -ra distill_flags <<< "$distill --k 2 --limit 24"
-  infer_flags+=(--max_tokens 48)
-  test_questions=16
+  distill_size="--k 2 --limit 24" infer+=" --max_tokens 48" test_questions=16
   sft_keys=(trainer.total_training_steps=2 data.train_batch_size=$((4 * processes)) data.micro_batch_size_per_gpu=4)
   keys=(trainer.total_training_steps=2 data.train_batch_size=$batch actor_rollout_ref.actor.ppo_mini_batch_size=$batch
     data.val_max_samples=8 "${keys[@]}")
@@ -75,6 +66,7 @@ trap 'terminated=1; for child in "${children[@]}"; do kill -TERM "$child" 2> /de
 trap '[ -z "$server" ] || kill "$server" 2> /dev/null || true' EXIT
 
 start() { # COMMAND...: in the background, or a line of the plan
+  [ $terminated = 0 ] || return 0
   if [ $dry = 1 ]; then plan+="$stage"$'\t'"$(printf '%q ' "$@")"$'\n'; return; fi
   "$@" &
   children+=($!)
@@ -87,27 +79,26 @@ finish() { # waits for what was started; ends the script with the first status t
     [ $status != 0 ] || status=$one
   done
   children=()
-  if [ $terminated = 1 ] && [ $status = 1 ]; then status=143; fi # torchrun ends with 1 after SIGTERM
+  if [ $terminated = 1 ] && [ $status -le 1 ]; then status=143; fi # torchrun ends with 1 after SIGTERM
   [ $status = 0 ] || exit $status
 }
 run() { start "$@"; finish; }
 each_process() { # FILE RESULT COMMAND...: INPUT and OUTPUT become FILE and RESULT, or the share of each process
-  local file=$1 result=$2 command=("${@:3}") i part share
-  if [ "$processes" = 1 ]; then
-    command=("${command[@]/#INPUT/"$file"}")
-    run "${command[@]/#OUTPUT/"$result"}"
-    return
-  fi
-  if [ $dry = 0 ]; then
-    mkdir -p "$result.parts"
-    split --number="l/$processes" --numeric-suffixes -a 2 --additional-suffix=.json "$file" "$result.parts/"
+  local input=$1 output=$2 command i
+  if [ $dry = 0 ] && [ "$processes" != 1 ]; then
+    mkdir -p "$2.parts"
+    split --number="l/$processes" --numeric-suffixes --suffix-length=2 --additional-suffix=.json "$1" "$2.parts/"
   fi
   for ((i = 0; i < processes; i++)); do
-    part=$result.parts/$(printf '%02d' $i)
-    share=("${command[@]/#INPUT/"$part.json"}")
-    CUDA_VISIBLE_DEVICES=$i start "${share[@]/#OUTPUT/"$part"}"
+    if [ "$processes" != 1 ]; then output=$2.parts/$(printf '%02d' $i) input=$2.parts/$(printf '%02d' $i).json; fi
+    command=("${@:3}")
+    command=("${command[@]/#INPUT/"$input"}")
+    CUDA_VISIBLE_DEVICES=$i start "${command[@]/#OUTPUT/"$output"}"
   done
   finish
+}
+parts() { # RESULT [SUFFIX] [SEPARATOR]: what each process wrote, in order
+  seq -f "$1.parts/%02g${2:-}" -s "${3:- }" 0 $((processes - 1))
 }
 serve() { # sets url; starts the retrieval server if the experiment has one and RETRIEVER_URL is not set
   [ -z "$url" ] || return 0
@@ -133,40 +124,39 @@ stage_data() {
   local input=() file
   for file in $raw_files; do input+=("$raw/$file"); done
   [ -z "$raw" ] || [ -n "$raw_files" ] || input=("$raw")
-  run "$py" -m data_preprocess."${prepare_flags[@]}" ${input:+--input "${input[@]}"} --output "$data"
+  run "$py" -m data_preprocess.$prepare ${prompt//_/-} ${input:+--input "${input[@]}"} --output "$data"
   [ -z "$fetch" ] || run "$py" -m data_preprocess."$fetch" --output "$base"
 }
 stage_index() {
-  local command=("$py")
-  [ "$kind" = bm25 ] || command=("${ranks[@]}")
-  run "${command[@]}" -m retriever_server.index "${index_flags[@]}" ${encoder:+--model_name_or_path "$encoder"} \
+  local command=("${ranks[@]}")
+  [ "$kind" != bm25 ] || command=("$py")
+  run "${command[@]}" -m retriever_server.index $index ${encoder:+--model_name_or_path "$encoder"} \
     --collection "$data/collection.jsonl" --output "$index_folder"
 }
 stage_distill() { # the base model rewrites the training set with one worked example; rewrites that reach rank 1 stay
   serve
-  [ "$served" = false ] || distill_flags+=(--retriever_index "$index_name")
+  [ "$served" = false ] || distill+=" --retriever_index $index_name"
   each_process "$data/train.json" "$out/distill" "$py" -m convsearch.distill --model_name_or_path "$base" \
-    --input_path INPUT --output_dir OUTPUT --retriever_url "$url" --seed "$seed" "${generation_flags[@]}" \
-    "${distill_flags[@]}"
+    --input_path INPUT --output_dir OUTPUT --retriever_url "$url" --seed "$seed" \
+    $generation $prompt $distill $distill_size
 }
 stage_sft() {
   local files=$out/distill/sft.parquet
-  [ "$processes" = 1 ] || files=[$(seq -f "$out/distill.parts/%02g/sft.parquet" -s , 0 $((processes - 1)))]
+  [ "$processes" = 1 ] || files=[$(parts "$out/distill" /sft.parquet ,)]
   run "${ranks[@]}" -m convsearch.sft "${composed[@]}" data.train_files="$files" trainer.default_local_dir="$out/sft" \
     "${sft_keys[@]}"
 }
 stage_grpo() {
   serve
-  local model=()
-  case " $stages " in *" sft "*) model=(actor_rollout_ref.model.path="$out/sft/model") ;; esac
-  run "$py" -m convsearch.grpo "${composed[@]}" "${model[@]}" retriever.url="$url" \
-    data.train_files="$data/train.parquet" data.val_files="$data/validation.parquet" \
+  local more=(data.train_files="$data/train.parquet" data.val_files="$data/validation.parquet")
+  [[ " $stages " != *" sft "* ]] || more+=(actor_rollout_ref.model.path="$out/sft/model")
+  run "$py" -m convsearch.grpo "${composed[@]}" "${more[@]}" retriever.url="$url" \
     trainer.default_local_dir="$out/grpo" "${keys[@]}"
 }
 rewrite() { # FILE RESULT MODEL
   each_process "$1" "$2" "$py" -m convsearch.infer --model_name_or_path "$3" --input_path INPUT --output_path OUTPUT \
-    --seed "$seed" "${generation_flags[@]}" "${infer_flags[@]}"
-  [ $dry = 1 ] || [ "$processes" = 1 ] || cat "$2".parts/?? > "$2"
+    --seed "$seed" $generation $prompt $infer
+  [ $dry = 1 ] || [ "$processes" = 1 ] || cat $(parts "$2") > "$2"
 }
 # What is searched: the text of a conversation, or the rewrites of a model; with its name in the table.
 declare -A text=([raw]=question [previous]=previous [history]=all_history)
@@ -186,12 +176,12 @@ stage_infer() {
   done
 }
 stage_eval() {
-  local name file searcher=(eval.bm25 --index_dir_path "$index_folder")
-  [ "$kind" = bm25 ] ||
-    searcher=(eval.ance --passage_embeddings_dir_path "$index_folder" --pretrained_encoder_path "$encoder"
-      --n_gpu "$processes")
+  local name file searcher=(eval.ance --passage_embeddings_dir_path "$index_folder" --n_gpu "$processes")
+  [ -z "$encoder" ] || searcher+=(--pretrained_encoder_path "$encoder")
+  [ "$kind" != bm25 ] || searcher=(eval.bm25 --index_dir_path "$index_folder")
   for name in $runs; do
-    [ -n "${text[$name]:-}" ] && file=$out/test.json || file=$out/$name.jsonl
+    file=$out/$name.jsonl
+    [ -z "${text[$name]:-}" ] || file=$out/test.json
     run "$py" -m "${searcher[@]}" --test_file_path "$file" --test_type "${text[$name]:-rewrite}" \
       --trec_gold_qrel_file_path "$out/test.trec" --qrel_output_dir "$out" --output_trec_file "$name.trec"
   done
