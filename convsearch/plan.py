@@ -1,7 +1,8 @@
-"""The plan of an experiment before it starts: ``bash scripts/paper/topiocqa_qwen_ance.sh --dry-run`` pipes its commands in here.
+"""The plan of an experiment before it starts: ``bash scripts/run.sh EXPERIMENT --dry-run`` pipes its commands in here.
 
-Every command is held against its own parser (or composed, for the two trainers), so that a misspelt flag is found now and not after a day. Then what it
-will take: GPUs, memory a GPU, steps, tokens a step, disk. Estimates come from the configuration alone: no torch, no data, no weights.
+The parser of each command reads its arguments (the trainers compose a configuration), so that a misspelt flag is found
+before the run. Then the plan: GPUs, memory per GPU, steps, tokens per step, disk. Estimates come from the configuration
+alone, without torch, data or weights. ``--variables`` prints what scripts/run.sh reads from the configuration.
 """
 
 import argparse
@@ -9,12 +10,17 @@ import importlib
 import io
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
 
 from convsearch.cli import run
-from convsearch.config import GrpoConfig, SftConfig, load_grpo_config, load_sft_config
+from convsearch.config import GrpoConfig, SftConfig, config_dir, load_grpo_config, load_sft_config
 from convsearch.model.shapes import Shape, shape_of
 
 GIB = 2**30
@@ -23,12 +29,12 @@ MEAN_RESPONSE_TOKENS = 386  # of the paper's samples (its section on efficiency)
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of the published data."""
+    """Of the published data, in turns and passages."""
 
     train: int  # turns
     test: int
     passages: int
-    kept: dict[str, int]  # rows that the two models' warm-up kept
+    kept: dict[str, int]  # rows that the warm-up of each model kept
 
 
 SIZES = {
@@ -40,11 +46,33 @@ DENSE_NUMBERS = 768  # of an ANCE vector
 
 @dataclass(slots=True)
 class Stage:
-    """One stage: its commands, checked, and lines of figures."""
+    """One stage: its commands and its lines of figures."""
 
     name: str
     commands: list[list[str]] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
+
+
+def variables(overrides: Sequence[str]) -> str:
+    """``names.runner`` of an experiment, the base model and the name of the index, as assignments for a shell.
+
+    Raises:
+        ValueError: the configuration of a trainer is refused, or a key of ``names.runner`` is unknown.
+    """
+    sft, grpo = load_sft_config(overrides), load_grpo_config(overrides)
+    with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
+        known = compose("grpo").names.runner
+        values = dict(compose("grpo", overrides=list(overrides)).names.runner)
+    for key in values:
+        if key not in known:
+            raise ValueError(f"names.runner.{key} is unknown: choose one of {', '.join(known)} (configs/grpo.yaml)")
+    values["base"] = sft.model.partial_pretrain
+    values["index_name"] = grpo.retriever.index or f"{values['index'].split()[0]}_{Path(values['data']).name}"
+    return "\n".join(f"{key}={shlex.quote(_word(value))}" for key, value in values.items())
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def read_stages(lines: Iterable[str]) -> list[Stage]:
@@ -59,20 +87,18 @@ def read_stages(lines: Iterable[str]) -> list[Stage]:
 
 
 def module_of(command: Sequence[str]) -> tuple[str, list[str]]:
-    """The module and the arguments of ``python -m MODULE ...``, with torchrun before it or not. Raises ValueError for anything else."""
-    parts = [
-        i for i, word in enumerate(command) if word == "-m" and command[i + 1 : i + 2] != ["torch.distributed.run"]
-    ]
-    if not parts or len(command) < parts[0] + 2:
+    """Module and arguments of ``python -m MODULE ...`` or torchrun's. Raises ValueError if there is none."""
+    modules = [i for i in range(1, len(command)) if command[i - 1] == "-m" and command[i] != "torch.distributed.run"]
+    if not modules:
         raise ValueError(f"{shlex.join(command)} runs no module of this project")
-    return command[parts[0] + 1], list(command[parts[0] + 2 :])
+    return command[modules[0]], list(command[modules[0] + 1 :])
 
 
 def check(command: Sequence[str]) -> SftConfig | GrpoConfig | None:
-    """Composes a trainer's configuration, or parses the arguments as the command itself would.
+    """Composes the configuration of a trainer, or parses the arguments as the command does.
 
     Raises:
-        ValueError: it would be refused; says how.
+        ValueError: the command would refuse them; says why.
     """
     module, arguments = module_of(command)
     if module == "convsearch.sft":
@@ -80,34 +106,34 @@ def check(command: Sequence[str]) -> SftConfig | GrpoConfig | None:
     if module == "convsearch.grpo":
         return load_grpo_config(arguments)
     source = importlib.import_module("retriever_server.server" if module == "retriever_server" else module)
-    said = io.StringIO()
+    errors = io.StringIO()
     try:
-        with redirect_stderr(said):
-            if hasattr(source, "parse_args"):
+        with redirect_stderr(errors):
+            if hasattr(source, "parse_args"):  # it checks more than its parser does
                 source.parse_args(arguments)
-            else:
-                _parser_of(source).parse_args(arguments)
+            elif parser := _parser_of(source):
+                parser.parse_args(arguments)
     except SystemExit:
-        raise ValueError(f"{module}: {said.getvalue().strip().splitlines()[-1]}") from None
+        raise ValueError(f"{module}: {errors.getvalue().strip().splitlines()[-1]}") from None
     return None
 
 
-def _parser_of(source: object) -> argparse.ArgumentParser:
-    for name in ("parser", "build_parser", "arguments"):
+def _parser_of(source: object) -> argparse.ArgumentParser | None:
+    for name in ("build_parser", "parser", "arguments"):
         if callable(make := getattr(source, name, None)):
             parser = make()
             assert isinstance(parser, argparse.ArgumentParser)
             return parser
-    raise ValueError(f"{source} has no parser to hold its arguments against")
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one GPU, by what they are for. Weights, gradients and Adam's two moments are float32, in equal shares of the ranks."""
+    """Bytes on one GPU, by use. Weights, gradients and Adam's moments are float32, each rank with an equal share."""
 
-    state: float  # weights and moments, all the time
+    state: float  # weights and moments, at all times
     gradients: float
-    gathered: float  # the unit that is being computed and the next one, whole, in bfloat16
+    gathered: float  # the layer that is computed and the next one, unsharded, in bfloat16
     activations: float
     logits: float
     reference: float
@@ -128,8 +154,8 @@ class Memory:
 
 
 def memory_of(shape: Shape, ranks: int, tokens: int, *, recompute: bool, chunk: int = 1024) -> Memory:
-    """One rank's share in training ``tokens`` positions a pass; ``chunk`` scored tokens have logits at a time, in float32, with two copies."""
-    kept = shape.layers * shape.hidden * 2.0  # a layer's input, in bfloat16
+    """The memory of one rank that trains with ``tokens`` positions per pass. Logits: ``chunk`` tokens, 3 copies."""
+    kept = shape.layers * shape.hidden * 2.0  # the input of each layer, in bfloat16
     one_layer = (8 * shape.hidden + 2 * shape.heads * shape.head_size + 4 * shape.inner) * 2.0
     return Memory(
         state=12.0 * shape.parameters / ranks,
@@ -142,23 +168,14 @@ def memory_of(shape: Shape, ranks: int, tokens: int, *, recompute: bool, chunk: 
 
 
 def grpo_memory(cfg: GrpoConfig, shape: Shape, gpu_bytes: float) -> Memory:
-    """Of the RL stage with a colocated sampler, which frees its share while the policy trains."""
-    from dataclasses import replace
-
-    actor, ranks = cfg.actor_rollout_ref.actor, cfg.trainer.world_size
-    memory = memory_of(
-        shape, ranks, cfg.max_tokens_per_pass, recompute=cfg.actor_rollout_ref.model.enable_gradient_checkpointing
-    )
+    """Of the RL stage with a sampler on the same GPU, which frees its memory while the policy trains."""
+    roles, ranks = cfg.actor_rollout_ref, cfg.trainer.world_size
+    actor, rollout, offload = roles.actor, roles.rollout, roles.actor.fsdp_config
+    memory = memory_of(shape, ranks, cfg.max_tokens_per_pass, recompute=roles.model.enable_gradient_checkpointing)
     weights, moments = 4.0 * shape.parameters / ranks, 8.0 * shape.parameters / ranks
-    resident = (0.0 if actor.fsdp_config.param_offload else weights) + (
-        0.0 if actor.fsdp_config.optimizer_offload else moments
-    )
-    reference = 0.0 if cfg.actor_rollout_ref.ref.fsdp_config.param_offload or not actor.use_kl_loss else weights
-    sampler = (
-        gpu_bytes * cfg.actor_rollout_ref.rollout.gpu_memory_utilization
-        if cfg.actor_rollout_ref.rollout.name == "vllm"
-        else 0.0
-    )
+    resident = weights * (not offload.param_offload) + moments * (not offload.optimizer_offload)
+    reference = weights * (actor.use_kl_loss and not roles.ref.fsdp_config.param_offload)
+    sampler = gpu_bytes * rollout.gpu_memory_utilization * (rollout.name == "vllm")
     return replace(memory, state=resident, reference=reference, sampler=sampler)
 
 
@@ -166,10 +183,9 @@ def sft_figures(cfg: SftConfig, shape: Shape | None, rows: int | None, ranks: in
     cfg.check_world(ranks)
     size = cfg.data.train_batch_size
     steps = cfg.trainer.total_training_steps or (rows // size * cfg.trainer.total_epochs if rows else None)
-    yield f"{steps or '?'} steps of {size} rows on {ranks} GPUs" + (
-        f" ({rows:,} rows kept in the paper)" if rows else ""
-    )
-    yield f"at most {size * cfg.data.max_length:,} tokens a step"
+    source = f" ({rows:,} rows kept in the paper)" if rows else ""
+    yield f"{steps or '?'} steps of {size} rows on {ranks} GPUs{source}"
+    yield f"at most {size * cfg.data.max_length:,} tokens per step"
     if shape:
         tokens = cfg.data.micro_batch_size_per_gpu * cfg.data.max_length
         memory = memory_of(shape, ranks, tokens, recompute=cfg.model.enable_gradient_checkpointing)
@@ -181,17 +197,18 @@ def grpo_figures(cfg: GrpoConfig, shape: Shape | None, rows: int | None, gpu_gib
     size, n = cfg.data.train_batch_size, cfg.actor_rollout_ref.rollout.n
     steps = cfg.trainer.total_training_steps or (rows // size * cfg.trainer.total_epochs if rows else None)
     world = f"{cfg.trainer.world_size} GPUs ({cfg.trainer.nnodes} nodes of {cfg.trainer.n_gpus_per_node})"
-    yield f"{steps or '?'} steps of {size} prompts x {n} samples on {world}" + (
-        f", {rows:,} rows less the held-out ones" if rows else ""
-    )
+    source = f", {rows:,} rows less the held-out ones" if rows else ""
+    yield f"{steps or '?'} steps of {size} prompts x {n} samples on {world}{source}"
     most, likely = size * n * cfg.data.max_response_length, size * n * MEAN_RESPONSE_TOKENS
     prompts = size * cfg.data.max_prompt_length
-    yield f"tokens a step: at most {most:,} sampled (about {min(most, likely):,} at the paper's mean length), at most {prompts:,} of prompts"
+    sampled = f"at most {most:,} sampled (about {min(most, likely):,} at the mean length of the paper)"
+    yield f"tokens per step: {sampled}, at most {prompts:,} of prompts"
     if shape:
         yield from _memory_lines(grpo_memory(cfg, shape, gpu_gib * GIB), gpu_gib)
         yield from _checkpoint_lines(shape, cfg.trainer.keep_checkpoints, cfg.trainer.best_metric is not None)
     if steps:
-        yield f"disk: about {steps * (10 * likely + 2 * n * prompts) / GIB:.1f} GiB of rollouts at most, before compression"
+        rollouts = steps * (10 * likely + 2 * n * prompts) / GIB
+        yield f"disk: at most about {rollouts:.1f} GiB of rollouts, before compression"
 
 
 def _memory_lines(memory: Memory, gpu_gib: float) -> Iterator[str]:
@@ -204,19 +221,18 @@ def _memory_lines(memory: Memory, gpu_gib: float) -> Iterator[str]:
         "reference": memory.reference,
     }
     shown = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if value)
-    yield f"memory a GPU, training: {memory.updating / GIB:.1f} GiB ({shown})"
+    yield f"memory per GPU, training: {memory.updating / GIB:.1f} GiB ({shown})"
     if memory.sampler:
-        yield f"memory a GPU, sampling: {memory.sampling / GIB:.1f} GiB (sampler {memory.sampler / GIB:.1f}, weights and Adam {memory.state / GIB:.1f})"
+        shown = f"sampler {memory.sampler / GIB:.1f}, weights and Adam {memory.state / GIB:.1f}"
+        yield f"memory per GPU, sampling: {memory.sampling / GIB:.1f} GiB ({shown})"
     if memory.peak > gpu_gib * GIB:
-        yield (
-            f"WARNING: {memory.peak / GIB:.1f} GiB is above the GPU's {gpu_gib:g}: lower the micro-batch or gpu_memory_utilization, "
-            "or offload (actor_rollout_ref.actor.fsdp_config)"
-        )
+        remedy = "lower the micro-batch or gpu_memory_utilization, or offload (actor_rollout_ref.actor.fsdp_config)"
+        yield f"WARNING: {memory.peak / GIB:.1f} GiB is above the {gpu_gib:g} GiB of the GPU: {remedy}"
 
 
 def _checkpoint_lines(shape: Shape, keep: int, best: bool) -> Iterator[str]:
-    one, kept = 12.0 * shape.parameters / GIB, keep + 1 + best
-    yield f"disk: {one:.1f} GiB a checkpoint, {kept} at a time with the one being written; {4.0 * shape.parameters / GIB:.1f} GiB for model/"
+    one, model = 12.0 * shape.parameters / GIB, 4.0 * shape.parameters / GIB
+    yield f"disk: {one:.1f} GiB per checkpoint, at most {keep + 1 + best} at a time; {model:.1f} GiB for model/"
 
 
 def index_figures(arguments: Sequence[str], passages: int) -> Iterator[str]:
@@ -224,11 +240,11 @@ def index_figures(arguments: Sequence[str], passages: int) -> Iterator[str]:
         vectors, codes = 4.0 * passages * DENSE_NUMBERS / GIB, 1.0 * passages * DENSE_NUMBERS / GIB
         yield f"{passages:,} passages; disk: {vectors:.1f} GiB of vectors in float32, {codes:.1f} of codes"
     else:
-        yield f"{passages:,} passages; disk: 6 bytes a posting and the texts (docs/serve.md)"
+        yield f"{passages:,} passages; disk: 6 bytes per posting, and the texts (docs/serve.md)"
 
 
 def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, name: str = "") -> None:
-    """Checks every command and fills in the stages' figures. Raises ValueError for the first that would be refused."""
+    """Checks every command and adds figures to the stages. Raises ValueError for the first command that is refused."""
     sizes = next((SIZES[known] for known in SIZES if known in name), None)
     kept = next((sizes.kept[known] for known in sizes.kept if known in name), None) if sizes else None
     shape = _base_shape(name)
@@ -252,15 +268,15 @@ def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, nam
             elif module in ("convsearch.distill", "convsearch.infer") and sizes and number + 1 == len(stage.commands):
                 questions = sizes.train if module == "convsearch.distill" else sizes.test
                 weights = (
-                    f"; {4.0 * shape.parameters / GIB:.1f} GiB of weights a GPU, the cache on top" if shape else ""
+                    f"; {4.0 * shape.parameters / GIB:.1f} GiB of weights per GPU, plus the cache" if shape else ""
                 )
                 stage.figures.append(
-                    f"{questions:,} questions, one sample each, on {gpus} GPUs (one process a GPU){weights}"
+                    f"{questions:,} questions, one sample each, one process on each of {gpus} GPUs{weights}"
                 )
 
 
 def _base_shape(name: str) -> Shape | None:
-    """Of the base model of a paper's experiment, where the warm-up's model is not on disk yet."""
+    """Of the base model of an experiment, while the model of the warm-up is not on disk."""
     if not name:
         return None
     try:
@@ -273,32 +289,31 @@ def text_of(stages: Sequence[Stage], name: str) -> str:
     lines = [f"plan of {name}" if name else "plan"]
     for stage in stages:
         lines += ["", f"== {stage.name}"]
-        for module, count in _counted(module_of(command)[0] for command in stage.commands):
-            lines.append(f"   python -m {module}" + (f"  ({count} processes)" if count > 1 else ""))
+        for module, count in Counter(module_of(command)[0] for command in stage.commands).items():
+            lines.append(f"   python -m {module}" + (f"  ({count} times)" if count > 1 else ""))
         lines += [f"   {figure}" for figure in stage.figures]
-    commands = sum(len(stage.commands) for stage in stages)
-    return "\n".join(
-        [*lines, "", f"dry run: {commands} commands of {len(stages)} stages are whole; nothing was started"]
-    )
+    count = sum(len(stage.commands) for stage in stages)
+    return "\n".join([*lines, "", f"dry run: {count} commands of {len(stages)} stages are valid; nothing was started"])
 
 
-def _counted(names: Iterable[str]) -> list[tuple[str, int]]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return list(counts.items())
+def build_parser() -> argparse.ArgumentParser:
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m convsearch.plan", description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--name", default="", help="experiment; the sizes of TopiOCQA and QReCC are known")
+    add("--gpus", type=int, default=8, help="GPUs per node")
+    add("--nodes", type=int, default=1, help="nodes")
+    add("--gpu_gib", type=float, default=80.0, help="memory of one GPU, in GiB")
+    add("--all_commands", action="store_true", help="also print the commands in full")
+    add("--variables", nargs="+", metavar="GROUP=NAME", help="only print the variables of an experiment, for a shell")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m convsearch.plan", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--name", default="", help="experiment; the paper's are known by their data's sizes")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs a node")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes")
-    parser.add_argument("--gpu_gib", type=float, default=80.0, help="memory of a GPU, in GiB")
-    parser.add_argument("--all_commands", action="store_true", help="print the commands in full, too")
-    args = parser.parse_args()
+    args = build_parser().parse_args()
+    if args.variables:
+        print(variables(args.variables))
+        return
     stages = read_stages(sys.stdin)
     describe(stages, args.gpus, args.nodes, args.gpu_gib, args.name)
     if args.all_commands:

@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # All checks: lint, types, the fast tier (under a minute), then the slow tier (whole jobs, real models, kill -9).
-#   bash scripts/test.sh fast      lint, types and the fast tier alone
+#   bash scripts/test.sh fast      only lint, types and the fast tier
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
-# In folders of their own, for they ask for other versions than are pinned here: verl and TRL for the losses, Lucene for BM25, Ray and vLLM for the cluster, playwright for the pages.
+# Each list has its own folder, because it needs other versions than this project: verl and TRL for the losses, Lucene
+# for BM25, Ray and vLLM for the cluster, playwright for the pages.
 for name in oracles lucene vllm browser; do
   stamp=.venv/$name-$(sha256sum < tests/requirements-$name.txt | cut -c1-16)
   [ -f "$stamp" ] && continue
-  [ $name = vllm ] && .venv/bin/python -c 'import importlib.util as u; raise SystemExit(u.find_spec("vllm") is None)' && continue # .[gpu] brings its own
+  # .[gpu] installs its own vLLM.
+  [ $name = vllm ] && .venv/bin/python -c 'import importlib.util as u; exit(u.find_spec("vllm") is None)' && continue
   echo "installing what tests/requirements-$name.txt lists into .venv/$name ..."
   rm -rf .venv/$name .venv/$name-*
-  .venv/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --target .venv/$name -r tests/requirements-$name.txt \
-    2> >(grep -v WARNING >&2 || true)
+  .venv/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+    --target .venv/$name -r tests/requirements-$name.txt 2> >(grep -v WARNING >&2 || true)
   touch "$stamp"
 done
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo PATH="$PWD/.venv/bin:$PATH"

@@ -1,8 +1,16 @@
-"""The whole job on the real model and the real text: every stage of the quickstart in its smoke form, and once more, reusing what is done."""
+"""The runner on the demo, with the real model: all stages, on the path of the paper's experiments, but with one CPU.
+
+As for the paper, two processes share distill, SFT and inference, and a server that the runner starts gives the ranks. The run
+is ended by SIGTERM during GRPO, resumes, and when it is started once more, it reuses what is done.
+"""
 
 import json
 import os
+import signal
+import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,49 +19,60 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = ["raw question", "previous turn + question", "all history", "base model, zero-shot", "after SFT", "after GRPO"]
 
 
+def start(out: Path) -> "subprocess.Popen[str]":
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = {"QUICK": "1", "OUT": str(out), "GPUS": "2", "PORT": port, "PYTHON": sys.executable}
+    command = ["bash", "scripts/run.sh", "demo_smollm2", "--device", "cpu", "retriever=bm25"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables | {"OMP_NUM_THREADS": "1"}, **pipe)  # type: ignore[call-overload,no-any-return]
+
+
+def finish(process: "subprocess.Popen[str]", status: int = 0) -> str:
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == status, output[-4000:]
+    return output
+
+
+def steps(out: Path) -> list[int]:
+    path = out / "grpo" / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
 @pytest.mark.slow
-def test_the_quickstart_runs_through_every_stage_and_reuses_them_all(tmp_path: Path) -> None:
-    env = {**os.environ, "QUICK": "1", "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "2"}
+def test_runner_stops_resumes_and_reuses_every_stage(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(out)
+    deadline = time.monotonic() + 900
+    while steps(out) != [-1]:  # the validation before the first step
+        assert time.monotonic() < deadline
+        assert process.poll() is None, finish(process)
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process, status=143)
+    assert "== infer" not in stopped
+    assert steps(out) == [-1, 0]
+    shares = [(out / "distill.parts" / f"{part}.json").read_text() for part in ("00", "01")]
+    assert "".join(shares) == (ROOT / "data/demo/train.json").read_text()
 
-    def job() -> str:
-        done = subprocess.run(
-            ["bash", "scripts/job_cpu.sh", "demo_smollm2"],
-            cwd=ROOT,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout
-
-    first = job()
-    named = Path(first.strip().splitlines()[-1])
-    assert named == tmp_path / "out" / "results.json"
-    results = json.loads(named.read_text())
+    finished = finish(start(out))
+    results = json.loads((out / "results.json").read_text())
+    assert finished.strip().splitlines()[-1] == str(out / "results.json")
     assert list(results) == ROWS
-    assert all(
-        0 <= row[measure] <= 1 and row["queries"] == 16
-        for row in results.values()
-        for measure in ("MRR", "NDCG@3", "R@10")
-    )
-    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    steps = [
-        json.loads(line)["step"] for line in (tmp_path / "out" / "grpo" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert steps == [-1, 0, 1]
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    for row in results.values():
+        assert row["queries"] == 16
+        assert all(0 <= row[measure] <= 1 for measure in ("MRR", "NDCG@3", "R@10"))
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert steps(out) == [-1, 0, 1]
+    rewrites = [json.loads(line)["qid"] for line in (out / "grpo.jsonl").read_text().splitlines()]
+    assert rewrites == [json.loads(line)["qid"] for line in (out / "test.json").read_text().splitlines()]
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert before
-
-    second = job()
-    assert second.count("are there already and are kept") == 4  # three files of rewrites and the distillation's samples
-    assert second.count("steps are done already") == 2
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == before
-    assert json.loads(named.read_text()) == results
-
-
-def test_an_unknown_experiment_is_one_sentence() -> None:
-    done = subprocess.run(["bash", "scripts/job_cpu.sh", "nonsense"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "error: nonsense is not one of demo_smollm2, mtrag_smollm2, topiocqa_proxy_smollm2\n"
+    again = finish(start(out))
+    assert again.count("are there already and are kept") == 8  # 2 processes: 3 files of rewrites, and the samples
+    assert again.count("steps are done already") == 2  # SFT and GRPO
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    assert json.loads((out / "results.json").read_text()) == results

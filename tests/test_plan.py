@@ -1,37 +1,36 @@
-"""The experiments' scripts: what they would run is checked and planned for without starting anything, and what they run, they run in order.
+"""scripts/run.sh: its plan checks every command without starting one, and its stages stop at a failure.
 
-1. Parameter counts are the published ones, and transformers' own; memory and steps are those of a calculation by hand.
-2. Every script's --dry-run composes and checks each of its commands; a misspelt flag or key is named with its stage.
-3. A stage that fails, or is told to stop, is the last one; SIGTERM reaches what is running.
+1. Parameter counts are the published ones, and those of transformers. Memory and steps equal a calculation by hand.
+2. --dry-run composes and checks each command of every experiment. A misspelt flag or key is reported with its stage.
+3. A stage that fails is the last one. (The whole run, and SIGTERM: test_pipeline.py.)
 """
 
-import http.server
 import os
 import shutil
-import signal
 import subprocess
-import threading
-import time
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
 import pytest
 
+from convsearch.config import load_grpo_config
 from convsearch.model.shapes import PUBLISHED, Shape, shape_of
-from convsearch.plan import GIB, Stage, describe, grpo_memory, memory_of, module_of, read_stages, text_of
+from convsearch.plan import GIB, Stage, describe, grpo_memory, memory_of, module_of, read_stages, text_of, variables
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted((ROOT / "scripts" / "paper").glob("*.sh"))
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 LAUNCHERS = ("scripts/multinode.sh", "scripts/slurm.sbatch")
-STAGES = ["data", "index", "distill", "sft", "grpo", "infer", "eval"]
+STAGES = ["data", "index", "distill", "sft", "grpo", "infer", "eval", "report"]
+
+
+def bash(*command: str, folder: Path = ROOT, **environment: str) -> "subprocess.CompletedProcess[str]":
+    known = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(["bash", *command], cwd=folder, env=known, capture_output=True, text=True, timeout=120)
 
 
 def commands_of(*command: str, **environment: str) -> list[Stage]:
-    """What a script would run; only bash runs."""
-    known = {"PATH": os.environ["PATH"], "PLAN": "commands"}
-    done = subprocess.run(
-        ["bash", *command, "--dry-run"], cwd=ROOT, env=known | environment, capture_output=True, text=True
-    )
+    """The commands that a script would start, by stage."""
+    done = bash(*command, "--dry-run", PLAN="commands", **environment)
     assert done.returncode == 0, done.stderr
     return read_stages(done.stdout.splitlines())
 
@@ -40,7 +39,7 @@ def figures(stages: list[Stage], name: str) -> str:
     return "\n".join(next(stage for stage in stages if stage.name == name).figures)
 
 
-def test_parameter_counts_are_the_published_ones() -> None:
+def test_parameter_counts_equal_the_published_ones() -> None:
     counts = {name: shape.parameters for name, shape in PUBLISHED.items()}
     assert counts == {
         "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
@@ -53,7 +52,7 @@ def test_parameter_counts_are_the_published_ones() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny_llama", "tiny_qwen2"])
-def test_parameter_counts_are_transformers_own(kind: str, request: pytest.FixtureRequest) -> None:
+def test_parameter_counts_equal_those_of_transformers(kind: str, request: pytest.FixtureRequest) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = request.getfixturevalue(kind)
@@ -90,28 +89,26 @@ def test_memory_by_hand() -> None:
     assert two.activations == 100 * 2 * (8 * 4 + 2 * 4 + 4 * 8) * 2
 
 
-def test_the_plan_of_one_experiment() -> None:
+def test_plan_of_one_experiment() -> None:
     name = "paper_topiocqa_qwen_ance"
-    stages = commands_of("scripts/paper/topiocqa_qwen_ance.sh")
+    stages = commands_of("scripts/paper.sh", "topiocqa", "qwen", "ance")
     describe(stages, 8, 1, 80.0, name)
     assert [stage.name for stage in stages] == STAGES
-    assert "73.5 GiB of vectors" in figures(stages, "index")  # the paper's flat index
+    assert "73.5 GiB of vectors" in figures(stages, "index")  # the flat index of the paper
     assert "184 steps of 64 rows" in figures(stages, "sft")  # 2 x (5,892 // 64)
-    assert "2130 steps of 128 prompts x 8 samples on 8 GPUs" in figures(stages, "grpo")  # the paper's, about
-    assert "memory a GPU, sampling: 52.3 GiB (sampler 48.0" in figures(stages, "grpo")
+    assert "2130 steps of 128 prompts x 8 samples on 8 GPUs" in figures(stages, "grpo")  # about as in the paper
+    assert "memory per GPU, sampling: 52.3 GiB (sampler 48.0" in figures(stages, "grpo")
     assert "WARNING" not in text_of(stages, name)
     assert "nothing was started" in text_of(stages, name)
 
 
-def test_a_gpu_that_is_too_small_is_named() -> None:
-    stages = commands_of("scripts/paper/qrecc_llama_bm25.sh", "grpo")
+def test_plan_warns_of_a_gpu_that_is_too_small() -> None:
+    stages = commands_of("scripts/paper.sh", "qrecc", "llama", "bm25", "grpo")
     describe(stages, 8, 1, 8.0, "paper_qrecc_llama_bm25")
-    assert "is above the GPU's 8: lower the micro-batch or gpu_memory_utilization" in figures(stages, "grpo")
+    assert "is above the 8 GiB of the GPU: lower the micro-batch or gpu_memory_utilization" in figures(stages, "grpo")
 
 
-def test_offloading_takes_its_part_out_of_the_estimate() -> None:
-    from convsearch.config import load_grpo_config
-
+def test_offloaded_memory_is_not_in_the_estimate() -> None:
     shape = PUBLISHED["Qwen/Qwen2.5-3B-Instruct"]
     fsdp = "actor_rollout_ref.actor.fsdp_config."
     base, moments, both = (
@@ -131,38 +128,86 @@ def test_offloading_takes_its_part_out_of_the_estimate() -> None:
 
 
 @pytest.mark.slow
-def test_every_script_is_whole_with_its_variants() -> None:
-    assert len(SCRIPTS) == 8
-    for script in SCRIPTS:
-        relative = script.relative_to(ROOT).as_posix()
-        name = f"paper_{script.stem}"
-        direct = commands_of(relative)
-        assert [stage.name for stage in direct] == STAGES
-        describe(direct, 8, 1, 80.0, name)
-        assert f"experiment={name}" in direct[4].commands[-1]
-        assert "WARNING" not in text_of(direct, name)
-        for launcher in LAUNCHERS:
-            assert [stage.commands for stage in commands_of(launcher, relative)] == [stage.commands for stage in direct]
-        two_nodes = commands_of("scripts/multinode.sh", relative, "grpo", NNODES="2")
-        describe(two_nodes, 8, 2, 80.0, name)
-        assert "on 16 GPUs (2 nodes of 8)" in figures(two_nodes, "grpo")
-        more = commands_of(relative, "grpo", GRPO="actor_rollout_ref.rollout.n=16 trainer.total_epochs=1")
-        describe(more, 8, 1, 80.0, name)
-        assert "128 prompts x 16 samples" in figures(more, "grpo")
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_valid_plan(name: str) -> None:
+    stages = commands_of("scripts/run.sh", name)
+    describe(stages, 8 if name.startswith(("paper", "rqr_qwen")) else 1, 1, 80.0, name)
+    assert f"experiment={name}" in next(stage for stage in stages if stage.name == "grpo").commands[-1]
+    assert "WARNING" not in text_of(stages, name)
 
 
 @pytest.mark.slow
-def test_the_dry_run_as_a_person_starts_it(tmp_path: Path) -> None:
-    command = ["bash", str(ROOT / "scripts" / "paper" / "qrecc_llama_ance.sh"), "--dry-run"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+def test_launchers_and_variables_change_the_commands_they_should() -> None:
+    paper = ("scripts/paper.sh", "topiocqa", "qwen", "bm25")
+    direct = commands_of(*paper)
+    for launcher in LAUNCHERS:
+        assert commands_of(launcher, *paper) == direct
+    two_nodes = commands_of("scripts/multinode.sh", *paper, "grpo", NNODES="2")
+    describe(two_nodes, 8, 2, 80.0, "paper_topiocqa_qwen_bm25")
+    assert "on 16 GPUs (2 nodes of 8)" in figures(two_nodes, "grpo")
+    more = commands_of(*paper, "grpo", GRPO="actor_rollout_ref.rollout.n=16 trainer.total_epochs=1")
+    describe(more, 8, 1, 80.0, "paper_topiocqa_qwen_bm25")
+    assert "128 prompts x 16 samples" in figures(more, "grpo")
+    describe(commands_of(*paper, "--device", "cpu", "model=smollm2-135m"), 1, 1, 80.0)
+
+
+def test_every_seed_and_group_has_its_own_output_folder() -> None:
+    for words, environment, folder in (
+        ([], {}, "demo_smollm2"),
+        ([], {"SEED": "2"}, "demo_smollm2_seed2"),
+        (["reward=ndcg3"], {"SEED": "2", "QUICK": "1"}, "demo_smollm2_ndcg3_quick_seed2"),
+    ):
+        [grpo] = commands_of("scripts/run.sh", "demo_smollm2", "grpo", *words, **environment)[0].commands
+        assert f"trainer.default_local_dir=outputs/{folder}/grpo" in grpo
+        assert "data.train_files=data/demo/train.parquet" in grpo
+
+
+def test_dry_run_starts_nothing(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    done = bash("scripts/paper.sh", "qrecc", "llama", "ance", "--dry-run", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2079 steps" in done.stdout
-    assert list(tmp_path.iterdir()) == []
-    done = subprocess.run([*command, "nonsense"], cwd=tmp_path, capture_output=True, text=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["scripts"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense"], "there is no file configs/experiment/nonsense.yaml, choose one of demo_mixed, demo_smollm2"),
+        (["demo_smollm2", "nonsense"], "nonsense is neither --dry-run, --device, GROUP=NAME, KEY=VALUE nor one of the"),
+        (["demo_smollm2", "retriever=x"], "there is no file configs/retriever/x.yaml"),
+    ],
+)
+def test_unknown_words_are_refused(words: list[str], message: str) -> None:
+    done = bash("scripts/run.sh", *words)
     assert done.returncode == 2
-    assert "nonsense is neither --dry-run nor one of the stages" in done.stderr
+    assert message in done.stderr
+
+
+def test_unknown_runner_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "configs/reward/mine.yaml").write_text("# @package _global_\nnames: {runner: {distil: x}}\n")
+    for module in ("convsearch.config.load", "convsearch.plan"):
+        monkeypatch.setattr(f"{module}.config_dir", lambda: tmp_path / "configs")
+    with pytest.raises(ValueError, match=r"names.runner.distil is unknown: choose one of stages, device"):
+        variables(["experiment=demo_smollm2", "reward=mine"])
+
+
+def test_failed_stage_is_the_last(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    done = bash("scripts/run.sh", "demo_smollm2", "index", "distill", folder=tmp_path)
+    assert done.returncode == 2
+    assert "collection.jsonl" in done.stderr
+    assert "== index" in done.stdout
+    assert "== distill" not in done.stdout
+
+
+def test_runner_reports_a_server_that_ends(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    done = bash("scripts/run.sh", "demo_smollm2", "retriever=bm25", "distill", folder=tmp_path, PORT="1")
+    assert done.returncode == 2
+    assert "the retrieval server ended, see outputs/demo_smollm2_bm25/server.log" in done.stderr
+    assert "data/indexes/bm25_demo" in (tmp_path / "outputs/demo_smollm2_bm25/server.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -177,138 +222,23 @@ def test_the_dry_run_as_a_person_starts_it(tmp_path: Path) -> None:
         ("echo hello", "runs no module"),
     ],
 )
-def test_a_command_that_would_be_refused_is_named(command: str, said: str) -> None:
+def test_refused_command_is_reported_with_its_stage(command: str, said: str) -> None:
     with pytest.raises(ValueError, match="stage x: ") as caught:
         describe(read_stages([f"x\t{command}"]), 8, 1, 80.0)
     assert said in str(caught.value)
 
 
-def test_the_module_behind_torchrun_is_found() -> None:
-    command = [
-        "python",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=8",
-        "-m",
-        "convsearch.sft",
-        "a=b",
-    ]
-    assert module_of(command) == ("convsearch.sft", ["a=b"])
+def test_module_behind_torchrun_is_found() -> None:
+    command = "python -m torch.distributed.run --standalone --nproc_per_node=8 -m convsearch.sft a=b"
+    assert module_of(command.split()) == ("convsearch.sft", ["a=b"])
 
 
-def test_the_scripts_are_well_formed() -> None:
-    files = [str(path) for path in (*(ROOT / "scripts").glob("*.sh"), *(ROOT / "scripts").glob("*.sbatch"), *SCRIPTS)]
-    assert len(files) > 12
+def test_scripts_are_valid_bash() -> None:
+    files = [str(path) for path in sorted((ROOT / "scripts").iterdir()) if path.suffix in (".sh", ".sbatch")]
+    assert len(files) == 9
     for file in files:
         done = subprocess.run(["bash", "-n", file], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     if shellcheck := shutil.which("shellcheck"):
         done = subprocess.run([shellcheck, "-x", "-S", "warning", *files], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stdout
-
-
-FAKE_PYTHON = """#!/usr/bin/env bash
-# Notes its module and does what the stage leaves behind; convsearch.$SLOW waits for SIGTERM.
-module=""
-for ((i = 1; i <= $#; i++)); do [ "${!i}" != -m ] || { j=$((i + 1)); module=${!j}; }; done
-echo "$module ${CUDA_VISIBLE_DEVICES:-all}" >> "$NOTES"
-[ "$module" != "${BROKEN:-}" ] || exit 7
-if [ "$module" = "${SLOW:-}" ]; then
-  trap 'echo "$module saved" >> "$NOTES"; exit 143' TERM
-  for ((i = 0; i < 600; i++)); do sleep 0.05; done
-fi
-for ((i = 1; i < $#; i++)); do
-  j=$((i + 1))
-  case ${!i} in --output_path) cp "$INPUT" "${!j}" ;; --input_path) INPUT=${!j} ;; esac
-done
-"""
-
-
-class World:
-    """A checkout's scripts with a python that only takes notes, and a server that is healthy."""
-
-    def __init__(self, folder: Path, url: str):
-        self.folder, self.notes = folder, folder / "notes"
-        shutil.copytree(ROOT / "scripts", folder / "scripts")
-        data = folder / "data" / "topiocqa"
-        data.mkdir(parents=True)
-        (data / "train.json").write_text("".join(f'{{"qid": "t{i}"}}\n' for i in range(7)))
-        (data / "dev.json").write_text("".join(f'{{"qid": "d{i}"}}\n' for i in range(5)))
-        fake = folder / "python"
-        fake.write_text(FAKE_PYTHON)
-        fake.chmod(0o755)
-        self.environment = {
-            "PATH": os.environ["PATH"],
-            "PYTHON": str(fake),
-            "NOTES": str(self.notes),
-            "RETRIEVER_URL": url,
-            "GPUS": "2",
-        }
-
-    def start(self, *stages: str, **environment: str) -> "subprocess.Popen[str]":
-        command = ["bash", "scripts/paper/topiocqa_qwen_bm25.sh", *stages]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, **options)  # type: ignore[call-overload,no-any-return]
-
-    def noted(self) -> list[str]:
-        return self.notes.read_text().splitlines() if self.notes.exists() else []
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    class Healthy(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield World(tmp_path, f"http://127.0.0.1:{server.server_address[1]}")
-    server.shutdown()
-    server.server_close()
-
-
-def test_the_stages_run_in_order_and_each_gpu_has_its_part(world: World) -> None:
-    output, _ = (process := world.start()).communicate(timeout=60)
-    assert process.returncode == 0, output
-    noted = [line.removeprefix("convsearch.") for line in world.noted()]
-    assert sorted(noted[2:4]) == ["distill 0", "distill 1"]
-    assert sorted(noted[6:8]) == ["infer 0", "infer 1"]
-    rest = [
-        "data_preprocess.topiocqa all",
-        "retriever_server.index all",
-        "sft all",
-        "grpo all",
-        "eval.bm25 all",
-        "eval.metrics all",
-    ]
-    assert noted[:2] + noted[4:6] + noted[8:] == rest
-    out = world.folder / "outputs" / "paper_topiocqa_qwen_bm25"
-    assert (out / "rewrites.jsonl").read_text() == (world.folder / "data" / "topiocqa" / "dev.json").read_text()
-    assert (out / "distill" / "in" / "00.json").read_text().count("\n") + (
-        out / "distill" / "in" / "01.json"
-    ).read_text().count("\n") == 7
-
-
-def test_a_stage_that_fails_is_the_last(world: World) -> None:
-    output, _ = (process := world.start("sft", "grpo", BROKEN="convsearch.sft")).communicate(timeout=60)
-    assert process.returncode == 7, output
-    assert world.noted() == ["convsearch.sft all"]
-
-
-@pytest.mark.slow
-def test_sigterm_reaches_the_running_stage_and_no_other_begins(world: World) -> None:
-    process = world.start("grpo", "infer", SLOW="convsearch.grpo")
-    deadline = time.monotonic() + 60
-    while not world.noted():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.2)
-    os.kill(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
-    assert world.noted() == ["convsearch.grpo all", "convsearch.grpo saved"]

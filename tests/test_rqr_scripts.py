@@ -1,7 +1,8 @@
-"""scripts/rqr_gpu.sh: its dry run shows every command, starts none, and takes nothing that it does not know."""
+"""scripts/rqr.sh: the dry run checks every command and starts none, and each size has its own experiment."""
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,40 +10,58 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def bash(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in ("STACKEXCHANGE", "BRIGHT")}
-    return subprocess.run(
-        ["bash", "scripts/rqr_gpu.sh", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def rqr(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    known = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | environment
+    command = ["bash", "scripts/rqr.sh", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "python").exists(), reason="the scripts run .venv/bin/python")
-@pytest.mark.parametrize("size", ["1.5b", "7b"])
-def test_a_dry_run_shows_the_commands_and_starts_none(size: str) -> None:
-    done = bash(size, "--dry-run")
+def modules(*arguments: str, **environment: str) -> list[str]:
+    """The module and arguments of each command of the plan."""
+    done = rqr(*arguments, "--dry-run", PLAN="commands", **environment)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert f"actor_rollout_ref.model.path=Qwen/Qwen2.5-{size.upper()}-Instruct" in lines
-    commands = [line.partition(" -m ")[2] for line in lines if line.startswith("== ")]
-    assert [command.split()[0] for command in commands[:4]] == [
+    return [line.partition(" -m ")[2] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("size", ["1.5b", "7b"])
+def test_published_sizes_train_and_search_bright(size: str) -> None:
+    commands = modules(size, GPUS="1")
+    assert [command.split()[0] for command in commands[:3]] == [
         "data_preprocess.stackexchange",
         "retriever_server.index",
         "convsearch.grpo",
-        "convsearch.plots",
     ]
-    assert sum(command.startswith("convsearch.infer --task rqr") for command in commands) == 12
-    assert commands[-1].startswith("eval.bright --task all")
-    assert not (ROOT / "outputs" / f"rqr_qwen2.5-{size}").exists()
+    assert f"experiment=rqr_qwen2.5-{size}" in commands[2]
+    infer = [command for command in commands if command.startswith("convsearch.infer")]
+    assert len(infer) == 12
+    assert all("--task rqr --dtype fp32" in command for command in infer)
+    assert commands[-2].startswith("eval.bright --task all")
+    assert commands[-1].startswith("convsearch.plots")
 
 
-def test_unknown_words_and_missing_data_are_refused() -> None:
-    unknown, missing = bash("3b"), bash("7b")
-    assert (unknown.returncode, unknown.stderr) == (2, "error: 3b is neither 1.5b, 7b nor --dry-run\n")
-    assert missing.returncode != 0
-    assert "set STACKEXCHANGE to the folder" in missing.stderr
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["1.5b", "7b", "smollm2"])
+def test_dry_run_checks_the_commands_and_starts_none(size: str) -> None:
+    before = sorted((ROOT / "outputs").glob("rqr*"))
+    done = rqr(size, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "stages are valid; nothing was started" in done.stdout
+    assert sorted((ROOT / "outputs").glob("rqr*")) == before
+
+
+def test_reward_and_task_of_the_small_size() -> None:
+    [grpo] = modules("smollm2", "grpo")
+    assert grpo.startswith("convsearch.grpo experiment=rqr_smollm2 ")
+    [grpo] = modules("smollm2", "grpo", REWARD="mixed")
+    assert "reward=mixed" in grpo
+    assert "reward_model.reward.form=text" in grpo
+    assert "default_local_dir=outputs/rqr_smollm2_mixed/grpo" in grpo
+    [grpo] = modules("smollm2", "grpo", TASK="demo", SEED="2")
+    assert "experiment=demo_mixed" in grpo
+    assert "default_local_dir=outputs/demo_mixed_seed2/grpo" in grpo
+
+
+def test_unknown_size_is_refused() -> None:
+    done = rqr("3b")
+    assert done.returncode == 2
+    assert "there is no file configs/experiment/rqr_qwen2.5-3b.yaml" in done.stderr

@@ -1,3 +1,0 @@
-#!/usr/bin/env bash
-# ConvSearch-R1's Llama-3.2-3B on TopiOCQA with ANCE, both stages, inference and evaluation; stages and variables: scripts/reproduce.sh
-dataset=topiocqa model=llama retriever=ance exec bash "$(dirname "${BASH_SOURCE[0]}")/../reproduce.sh" "$@"

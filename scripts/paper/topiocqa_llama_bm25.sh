@@ -1,3 +1,0 @@
-#!/usr/bin/env bash
-# ConvSearch-R1's Llama-3.2-3B on TopiOCQA with BM25, both stages, inference and evaluation; stages and variables: scripts/reproduce.sh
-dataset=topiocqa model=llama retriever=bm25 exec bash "$(dirname "${BASH_SOURCE[0]}")/../reproduce.sh" "$@"
