@@ -1,9 +1,9 @@
 """Collections of any size from real sentences, with queries of about fifty terms that have a gold passage.
 
 ``python -m benchmarks.collection --passages 1000000 --queries 2000 --output DIR`` writes collection.jsonl and
-queries.jsonl. The sentences are those of --source (a collection.jsonl of {"id", "contents"}), by default of the embedded
-Wikipedia summaries. A passage is some random sentences, as long as passages of Wikipedia are; a query is one sentence of
-its gold passage among sentences of others.
+queries.jsonl. The sentences are those of --source (a collection.jsonl of {"id", "contents"}), by default of the
+embedded Wikipedia summaries. A passage is some random sentences, as long as passages of Wikipedia are; a query is one
+sentence of its gold passage among sentences of others.
 """
 
 import argparse

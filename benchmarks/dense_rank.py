@@ -1,12 +1,12 @@
-"""Dense gold ranks against a flat search of depth 100: ``python -m benchmarks.dense_rank --passages 50000 --queries 64``.
+"""Dense gold ranks against a flat search of depth 100: ``python -m benchmarks.dense_rank``.
 
 CPU: ours (int8 codes, exact products for doubtful cases) and faiss IndexFlatIP on the same vectors, with equal thread
-counts, in turns. The best time of each counts, and of faiss's two ways the faster (products by BLAS or by its own loops;
-its default depends on the version). ``--device cuda``: half precision with exact products, against torch's float32
-product and top-k, and its share of the device's measured half-precision product rate and read bandwidth.
+counts, in turns. The best time of each counts, and of faiss's two ways the faster (products by BLAS or by its own
+loops; its default depends on the version). ``--device cuda``: half precision with exact products, against torch's
+float32 product and top-k, and its share of the device's measured half-precision product rate and read bandwidth.
 
-ratio = time of the peer / ours. ``equal``: queries whose rank (or "beyond 100") is that of the peer's list; passages whose
-scores are too close in that list are ordered by the exact score.
+ratio = time of the peer / ours. ``equal``: queries whose rank (or "beyond 100") is that of the peer's list; passages
+whose scores are too close in that list are ordered by the exact score.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Gold ranks: this engine against the reference server's path, bm25s and rank_bm25.
 
 ``python -m benchmarks.gold_rank --passages 100000 --queries 200``. The reference path is a Lucene batch search of depth
-100, after which each hit's id is read from its stored JSON. All have the same collection, queries and number of threads;
-the contestants take turns, and the median round counts. The last line is ``ratio=… equal=n/n peers=…``: how many times the
-reference path's throughput, and on how many queries the ranks agree with Lucene's (with an exhaustive search if Lucene is
-not installed, and then the ratio is nan).
+100, after which each hit's id is read from its stored JSON. All have the same collection, queries and number of
+threads; the contestants take turns, and the median round counts. The last line is ``ratio=… equal=n/n peers=…``: how
+many times the reference path's throughput, and on how many queries the ranks agree with Lucene's (with an exhaustive
+search if Lucene is not installed, and then the ratio is nan).
 """
 
 import argparse

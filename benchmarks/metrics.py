@@ -1,7 +1,7 @@
 """Speed of the metrics against the reference's evaluation: ``python -m benchmarks.metrics``.
 
-Writes a seven-column run and qrels of the size of QReCC's test set, times both ways of evaluating them in turns, in this
-process, reading the files each time, and takes the best of each. ratio = time of the reference's loop / ours.
+Writes a seven-column run and qrels of the size of QReCC's test set, times both ways of evaluating them in turns, in
+this process, reading the files each time, and takes the best of each. ratio = time of the reference's loop / ours.
 """
 
 import argparse

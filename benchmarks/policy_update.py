@@ -1,11 +1,11 @@
-"""The rate of policy updates and log-prob passes, relative to the device's matrix product: ``python -m benchmarks.policy_update``.
+"""Policy updates and log-prob passes, relative to a matrix product: ``python -m benchmarks.policy_update``.
 
-A random model of Qwen2.5-3B's shape, trees of random tokens, packed without padding, bfloat16, gradient checkpointing: the
-work of one GPU of the canonical run. FLOPs are those that the result needs (a recomputed activation and a padded position
-count for nothing); their rate is compared with a large bfloat16 matrix product on the same device, measured first.
-``--unshared`` gives every sample its own copy of the prompt. The last line is
-``mfu=… logprob_mfu=… tokens_per_s=… sample_tokens_per_s=… peak_gib=… ceiling_tflops=…``: tokens as computed, and as they
-would be without sharing.
+A random model of Qwen2.5-3B's shape, trees of random tokens, packed without padding, bfloat16, gradient checkpointing:
+the work of one GPU of the canonical run. FLOPs are those that the result needs (a recomputed activation and a padded
+position count for nothing); their rate is compared with a large bfloat16 matrix product on the same device, measured
+first. ``--unshared`` gives every sample its own copy of the prompt. The last line is ``mfu=… logprob_mfu=…
+tokens_per_s=… sample_tokens_per_s=… peak_gib=… ceiling_tflops=…``: tokens as computed, and as they would be without
+sharing.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""Many clients at one server: ``python -m benchmarks.server_load --index outputs/demo/bm25 --clients 64 --seconds 300``.
+"""Many clients at one server: ``python -m benchmarks.server_load --index INDEX --clients 64 --seconds 300``.
 
-Real sockets, one keep-alive connection per client, no pause between its requests. The queries are pieces of passages that
-the server itself finds, so that no other file is needed. The server answers with their ranks once while nothing else runs;
-under load a different answer is an error. A client that gets 503 sleeps for Retry-After (up to twice as long) and asks
-again. Latencies are those of answered requests. Growth of memory is from the start, after the first ranks, to the end: of
-the anonymous pages (a memory-mapped index that is being read is no growth), or of all pages if only /metrics is known.
+Real sockets, one keep-alive connection per client, no pause between its requests. The queries are pieces of passages
+that the server itself finds, so that no other file is needed. The server answers with their ranks once while nothing
+else runs; under load a different answer is an error. A client that gets 503 sleeps for Retry-After (up to twice as
+long) and asks again. Latencies are those of answered requests. Growth of memory is from the start, after the first
+ranks, to the end: of the anonymous pages (a memory-mapped index that is being read is no growth), or of all pages if
+only /metrics is known.
 """
 
 import argparse

@@ -1,14 +1,15 @@
-"""The similarity reward of a rollout batch against scoring one output at a time: ``python -m benchmarks.similarity_reward``.
+"""The similarity reward per batch, against one output at a time: ``python -m benchmarks.similarity_reward``.
 
 RQR's reward function scores one at a time: for each output it encodes the question, the output and the positives, in
-three calls; we encode the batch together. Both get the same outputs, ``--samples`` per question. Questions, positives and
-outputs are made of the sentences of ``--source`` (by default the embedded summaries), so that no model has to write them.
+three calls; we encode the batch together. Both get the same outputs, ``--samples`` per question. Questions, positives
+and outputs are made of the sentences of ``--source`` (by default the embedded summaries), so that no model has to write
+them.
 
-On a CPU both are bound by the same matrix products, so the ratio is that of the tokens that each reads,
-(q + o + p) / (o + (q + p) / samples) with o tokens of an output, q of its question and p of all its positives. The
-defaults are outputs and questions as long as the CPU job's and StackExchange's, and eight positives longer than the
-encoder reads. The ratio is lower with fewer positives or longer outputs (docs/rqr.md has figures), and higher on a device
-that single texts do not fill.
+On a CPU both are bound by the same matrix products, so the ratio is that of the tokens that each reads, (q + o + p) /
+(o + (q + p) / samples) with o tokens of an output, q of its question and p of all its positives. The defaults are
+outputs and questions as long as the CPU job's and StackExchange's, and eight positives longer than the encoder reads.
+The ratio is lower with fewer positives or longer outputs (docs/rqr.md has figures), and higher on a device that single
+texts do not fill.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.grpo_step import compare, conversations, parser
+from benchmarks.grpo_step import build_parser, compare, conversations
 
 ORACLES = Path(os.environ.get("CONVSEARCH_ORACLES", Path(sys.prefix) / "oracles"))
 
@@ -38,7 +38,7 @@ def test_it_runs_against_trl(
         "--trl_micro_batch",
         "2",
     ]
-    args = parser().parse_args(
+    args = build_parser().parse_args(
         [*arguments, "--contestants", "ours", "trl", "--work", str(tmp_path), "--model", str(tmp_path / "none")]
     )
     assert re.fullmatch(r"ratio=\d+\.\d\d memory_ratio=\d+\.\d\d", compare(args))

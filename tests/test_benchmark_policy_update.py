@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.policy_update import SHAPES, forward_flops, measure, parser
+from benchmarks.policy_update import SHAPES, build_parser, forward_flops, measure
 from convsearch.model.batch import Branch, Tree, unshared
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,7 @@ def test_qwen_shape_has_three_billion_parameters() -> None:
 @pytest.mark.parametrize("options", [[], ["--unshared", "--padded", "--fp32", "--no_checkpointing"]])
 def test_it_runs_on_a_cpu(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--shape tiny --device cpu --prompts 3 --samples 2 --prompt_tokens 12 --response_tokens 6 --max_tokens 40 --steps 1 --side 64"
-    line = measure(parser().parse_args([*sizes.split(), *options]))
+    line = measure(build_parser().parse_args([*sizes.split(), *options]))
     numbers = dict(re.findall(r"(\w+)=([\d.]+|nan)", line))
     assert list(numbers) == ["mfu", "logprob_mfu", "tokens_per_s", "sample_tokens_per_s", "peak_gib", "ceiling_tflops"]
     shared = float(numbers["sample_tokens_per_s"]) > float(numbers["tokens_per_s"])

@@ -1,0 +1,70 @@
+"""The contestant of benchmarks.grpo_step that is ours: ``convsearch.trainers.grpo_step`` as it is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.grpo_step_work import PHASES, Work
+from convsearch.config import load_grpo_config
+from convsearch.model.loading import encode_chat, load_tokenizer
+from convsearch.sampling.hf import HfSampler, SamplingConfig
+from convsearch.trainers.grpo import build_policy
+from convsearch.trainers.grpo_step import Trainer, grpo_step
+from convsearch.types import Example
+
+
+class LengthJudge:
+    """Replaces the retriever: a rank from the text alone, at no cost, so that samples of a group differ."""
+
+    def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:
+        return [None if query is None else 1 + len(query) % 20 for query in queries]
+
+    def similarity_gains(self, *_: Any) -> list[float | None]:
+        raise NotImplementedError("the benchmark's reward has no similarity")
+
+
+def overrides(work: Work, share: bool, folder: Path) -> list[str]:
+    """The configuration; a pass takes one tree, because larger passes only cost memory on a CPU."""
+    count = len(work.prompts)
+    actor = {
+        "ppo_mini_batch_size": count,
+        "ppo_micro_batch_size_per_gpu": work.samples,
+        "ppo_max_token_len_per_gpu": 512 + work.tokens,
+        "kl_loss_coef": work.beta,
+        "share_prompts": str(share).lower(),
+    }
+    keys = {
+        "cluster": "cpu",
+        "algorithm": "grpo",
+        "data.train_files": "none",
+        "data.train_batch_size": count,
+        "data.max_prompt_length": 512,
+        "data.max_response_length": work.tokens,
+        "actor_rollout_ref.model.path": work.model,
+        **{f"actor_rollout_ref.actor.{key}": value for key, value in actor.items()},
+        "actor_rollout_ref.rollout.n": work.samples,
+        "actor_rollout_ref.rollout.temperature": work.temperature,
+        "reward_model.reward.form": "text",
+        "trainer.default_local_dir": folder,
+        "trainer.resume_mode": "disable",
+    }
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def run_ours(work: Work, share: bool, folder: Path) -> list[dict[str, float]]:
+    """Seconds of each measured step and of its phases."""
+    torch.set_num_threads(work.threads)
+    cfg = load_grpo_config(overrides(work, share, folder))
+    tokenizer = load_tokenizer(work.model)
+    chats = [({"role": "user", "content": text},) for text in work.prompts]
+    examples = [Example(f"q{i}", chat, chat[0]["content"], ("d",)) for i, chat in enumerate(chats)]
+    ids = {example.qid: encode_chat(tokenizer, example.messages) for example in examples}
+    _, policy, reference = build_policy(cfg, folder, torch.device("cpu"))
+    sampling = SamplingConfig(work.temperature, max_tokens=work.tokens)
+    sampler = HfSampler(policy.causal_lm, tokenizer, sampling, ())  # no token ends a sample
+    trainer = Trainer(cfg, folder, ids, sampler, LengthJudge(), policy, reference, 100)
+    steps = [grpo_step(trainer, step, examples) for step in range(work.steps + 1)]
+    assert all(step["response_tokens"] == work.tokens for step in steps)
+    return [{name: step[name] for name in ("step_s", *PHASES)} for step in steps[1:]]
