@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks import script_parser
 from benchmarks.grpo_step_work import PHASES, Work
 from convsearch.cli import run
+from convsearch.files import read_jsonl
 from convsearch.prompts import render
 from convsearch.types import Conversation, Turn
 
@@ -65,9 +66,8 @@ def conversations(count: int) -> list[Conversation]:
             history, qid = tuple(Turn(*pair) for pair in pairs), f"{row['Conversation_no']}_{row['Turn_no']}"
             found.append(Conversation(qid, history, row["Question"], ()))
     else:
-        from convsearch.trainers.data import read_conversations
-
-        found = read_conversations(ROOT / "assets" / "demo" / "train.jsonl")
+        lines = read_jsonl(ROOT / "assets" / "demo" / "train.jsonl")
+        found = [Conversation.from_record(record) for _, record in lines]
     chosen: dict[str, Conversation] = {}
     for conversation in found:
         if len(conversation.history) >= 3:

@@ -1,28 +1,29 @@
 """The contestant of benchmarks.grpo_step that is ours: ``convsearch.trainers.grpo_step`` as it is."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.grpo_step_work import PHASES, Work
 from convsearch.config import load_grpo_config
 from convsearch.model.loading import encode_chat, load_tokenizer
-from convsearch.sampling.hf import HfSampler, SamplingConfig
-from convsearch.trainers.grpo import build_policy
+from convsearch.policy.build import grpo_policy
+from convsearch.rewards.shapes import Feedback
+from convsearch.sampling.base import SamplingConfig
+from convsearch.sampling.hf import HfSampler
 from convsearch.trainers.grpo_step import Trainer, grpo_step
 from convsearch.types import Example
 
 
-class LengthJudge:
+class LengthRetriever:
     """Replaces the retriever: a rank from the text alone, at no cost, so that samples of a group differ."""
 
-    def gold_ranks(self, golds: Sequence[Sequence[str]], queries: Sequence[str | None]) -> list[int | None]:
-        return [None if query is None else 1 + len(query) % 20 for query in queries]
-
-    def similarity_gains(self, *_: Any) -> list[float | None]:
-        raise NotImplementedError("the benchmark's reward has no similarity")
+    def feedback(
+        self, examples_N: Sequence[Example], texts_N: Sequence[str | None], signals: Collection[str]
+    ) -> list[Feedback]:
+        return [Feedback(None if text is None else 1 + len(text) % 20) for text in texts_N]
 
 
 def overrides(work: Work, share: bool, folder: Path) -> list[str]:
@@ -60,11 +61,11 @@ def run_ours(work: Work, share: bool, folder: Path) -> list[dict[str, float]]:
     tokenizer = load_tokenizer(work.model)
     chats = [({"role": "user", "content": text},) for text in work.prompts]
     examples = [Example(f"q{i}", chat, chat[0]["content"], ("d",)) for i, chat in enumerate(chats)]
-    ids = {example.qid: encode_chat(tokenizer, example.messages) for example in examples}
-    _, policy, reference = build_policy(cfg, folder, torch.device("cpu"))
+    examples = [replace(example, prompt_ids=encode_chat(tokenizer, example.messages)) for example in examples]
+    _, policy, reference = grpo_policy(cfg, folder, torch.device("cpu"))
     sampling = SamplingConfig(work.temperature, max_tokens=work.tokens)
     sampler = HfSampler(policy.causal_lm, tokenizer, sampling, ())  # no token ends a sample
-    trainer = Trainer(cfg, folder, ids, sampler, LengthJudge(), policy, reference, 100)
-    steps = [grpo_step(trainer, step, examples) for step in range(work.steps + 1)]
+    trainer = Trainer(cfg, folder, 100, sampler, LengthRetriever(), policy, reference)
+    steps = [grpo_step(trainer, step, examples)[1] for step in range(work.steps + 1)]
     assert all(step["response_tokens"] == work.tokens for step in steps)
     return [{name: step[name] for name in ("step_s", *PHASES)} for step in steps[1:]]

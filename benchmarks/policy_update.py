@@ -149,7 +149,8 @@ def measure(args: argparse.Namespace) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}: matrix product of {args.side} x {args.side}: {top / 1e12:.2f} TFLOP/s")
     policy = build(args, device)
-    loss = grpo_loss(load_grpo_config(["algorithm=grpo", "data.train_files=none", "actor_rollout_ref.model.path=none"]))
+    cfg = load_grpo_config(["algorithm=grpo", "data.train_files=none", "actor_rollout_ref.model.path=none"])
+    loss = grpo_loss(cfg.actor_rollout_ref.actor, cfg.algorithm)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
