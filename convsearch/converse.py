@@ -1,4 +1,4 @@
-"""The process behind a playground's rewriter: conversations on standard input, rewrites on standard output, as JSON lines.
+"""The process behind a playground's rewriter: conversations on standard input, rewrites on standard output.
 
 ``echo '{"context": ["who wrote Hamlet?", "Shakespeare"], "question": "and his wife?"}' | python -m convsearch.converse
 --model_name_or_path MODEL`` answers ``{"rewrite": ..., "thinking": ..., "output": ..., "error": ..., "seconds": ...}``,

@@ -173,9 +173,9 @@ def test_dry_run_starts_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nonsense"], "there is no file configs/experiment/nonsense.yaml, choose one of demo_mixed, demo_smollm2"),
+        (["nonsense"], "configs/experiment/nonsense.yaml does not exist, choose one of demo_mixed, demo_smollm2"),
         (["demo_smollm2", "nonsense"], "nonsense is neither --dry-run, --device, GROUP=NAME, KEY=VALUE nor one of the"),
-        (["demo_smollm2", "retriever=x"], "there is no file configs/retriever/x.yaml"),
+        (["demo_smollm2", "retriever=x"], "configs/retriever/x.yaml does not exist"),
     ],
 )
 def test_unknown_words_are_refused(words: list[str], message: str) -> None:

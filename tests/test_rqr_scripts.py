@@ -64,4 +64,4 @@ def test_reward_and_task_of_the_small_size() -> None:
 def test_unknown_size_is_refused() -> None:
     done = rqr("3b")
     assert done.returncode == 2
-    assert "there is no file configs/experiment/rqr_qwen2.5-3b.yaml" in done.stderr
+    assert "configs/experiment/rqr_qwen2.5-3b.yaml does not exist" in done.stderr

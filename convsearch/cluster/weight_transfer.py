@@ -1,4 +1,4 @@
-"""Weights from the policy's processes to vLLM on GPUs, by vLLM's own transfer (0.32; its docs: training/weight_transfer).
+"""Weights from the policy's processes to vLLM on GPUs, by vLLM's own transfer (0.32, docs: training/weight_transfer).
 
 IPC if sampler and policy share a GPU, NCCL if they do not. Each process gathers one parameter after another with the
 others; process 0 talks to the samplers. On a CPU weights travel through Ray's object store instead
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from convsearch.cluster.workers import get_all
-from convsearch.model import lora
+from convsearch.model import distributed, lora
 from convsearch.policy.policy import LocalPolicy
 
 TRANSFER_TIMEOUT_S = 600.0
@@ -82,12 +82,10 @@ def open_sender(
             return [ParamMeta(name, wire(value), tuple(value.shape)) for name, value in kept.items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            for name, whole in lora.merged(policy.named_parameters(), lora.scaling_of(policy.module), gathered):
+            for name, whole in lora.merged(
+                policy.named_parameters(), lora.scaling_of(policy.module), distributed.whole
+            ):
                 yield name, whole.to(policy.device, wire(whole))
-
-    def gathered(value: Any) -> Tensor:
-        whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-        return whole
 
     def wire(value: Tensor) -> torch.dtype:
         return torch.bfloat16 if bf16 else value.dtype

@@ -109,11 +109,15 @@ def reshard(module: Any) -> None:
         module.reshard()
 
 
+def whole(tensor: Any) -> Tensor:
+    """The whole tensor, gathered if it is sharded (a collective call)."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
 def full(tensor: Tensor | nn.Parameter) -> Tensor:
-    """The whole tensor on the CPU, gathered if it is sharded (a collective call)."""
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    copied: Tensor = whole.detach().cpu().clone()
-    return copied
+    """A copy of the whole tensor on the CPU (a collective call)."""
+    return whole(tensor).detach().cpu().clone()
 
 
 def like(parameter: nn.Parameter, value: Tensor) -> Tensor:

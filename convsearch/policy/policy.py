@@ -138,8 +138,7 @@ class LocalPolicy:
     def optim_step(self, lr: float) -> dict[str, float]:
         """One clipped AdamW step. A gradient that is not finite is not applied: ``skipped`` is 1."""
         assert self.optimizer is not None, "a frozen model takes no step"
-        norm = torch.nn.utils.clip_grad_norm_(self._trained(), self.grad_clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = distributed.whole(torch.nn.utils.clip_grad_norm_(self._trained(), self.grad_clip))
         finite = bool(torch.isfinite(norm))
         if finite:
             for group in self.optimizer.param_groups:
