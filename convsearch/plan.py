@@ -13,9 +13,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 
@@ -68,11 +67,8 @@ def variables(overrides: Sequence[str]) -> str:
             raise ValueError(f"names.runner.{key} is unknown: choose one of {', '.join(known)} (configs/grpo.yaml)")
     values["base"] = sft.model.partial_pretrain
     values["index_name"] = grpo.retriever.index or f"{values['index'].split()[0]}_{Path(values['data']).name}"
-    return "\n".join(f"{key}={shlex.quote(_word(value))}" for key, value in values.items())
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    words = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in values.items()}
+    return "\n".join(f"{key}={shlex.quote(word)}" for key, word in words.items())
 
 
 def read_stages(lines: Iterable[str]) -> list[Stage]:
@@ -212,15 +208,9 @@ def grpo_figures(cfg: GrpoConfig, shape: Shape | None, rows: int | None, gpu_gib
 
 
 def _memory_lines(memory: Memory, gpu_gib: float) -> Iterator[str]:
-    parts = {
-        "weights and Adam": memory.state,
-        "gradients": memory.gradients,
-        "gathered layers": memory.gathered,
-        "activations": memory.activations,
-        "logits": memory.logits,
-        "reference": memory.reference,
-    }
-    shown = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if value)
+    names = ("weights and Adam", "gradients", "gathered layers", "activations", "logits", "reference")
+    parts = zip(names, astuple(memory), strict=False)  # the sampler comes last, and sleeps
+    shown = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts if value)
     yield f"memory per GPU, training: {memory.updating / GIB:.1f} GiB ({shown})"
     if memory.sampler:
         shown = f"sampler {memory.sampler / GIB:.1f}, weights and Adam {memory.state / GIB:.1f}"
@@ -247,7 +237,8 @@ def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, nam
     """Checks every command and adds figures to the stages. Raises ValueError for the first command that is refused."""
     sizes = next((SIZES[known] for known in SIZES if known in name), None)
     kept = next((sizes.kept[known] for known in sizes.kept if known in name), None) if sizes else None
-    shape = _base_shape(name)
+    # The shape of the base model, while the model of the warm-up is not on disk.
+    shape = shape_of(load_sft_config([f"experiment={name}"]).model.partial_pretrain) if name else None
     for stage in stages:
         for number, command in enumerate(stage.commands):
             try:
@@ -267,22 +258,9 @@ def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, nam
                 stage.figures += index_figures(arguments, sizes.passages)
             elif module in ("convsearch.distill", "convsearch.infer") and sizes and number + 1 == len(stage.commands):
                 questions = sizes.train if module == "convsearch.distill" else sizes.test
-                weights = (
-                    f"; {4.0 * shape.parameters / GIB:.1f} GiB of weights per GPU, plus the cache" if shape else ""
-                )
-                stage.figures.append(
-                    f"{questions:,} questions, one sample each, one process on each of {gpus} GPUs{weights}"
-                )
-
-
-def _base_shape(name: str) -> Shape | None:
-    """Of the base model of an experiment, while the model of the warm-up is not on disk."""
-    if not name:
-        return None
-    try:
-        return shape_of(load_sft_config([f"experiment={name}"]).model.partial_pretrain)
-    except ValueError:
-        return None
+                stage.figures.append(f"{questions:,} questions, one sample each, one process on each of {gpus} GPUs")
+                if shape:
+                    stage.figures.append(f"{4.0 * shape.parameters / GIB:.1f} GiB of weights per GPU, plus the cache")
 
 
 def text_of(stages: Sequence[Stage], name: str) -> str:
