@@ -173,7 +173,7 @@ def test_mistakes_are_one_sentence(form_llama: Path, conversations: Path, tmp_pa
     )
     assert f"{nameless}:1: field 'qid'" in failed(form_llama, nameless, fresh)
     assert str(tmp_path / "none.json") in failed(form_llama, tmp_path / "none.json", fresh)
-    assert "is no model folder" in failed(tmp_path, conversations, fresh)
+    assert "is not a model folder" in failed(tmp_path, conversations, fresh)
     assert "leaves no room for a prompt" in failed(form_llama, conversations, fresh, "--max_tokens", 2000)
     assert "temperature = -1.0" in failed(form_llama, conversations, fresh, "--temperature", -1)
     assert "each must be at least 1" in failed(form_llama, conversations, fresh, "--scaffold", "--think_tokens", 0)

@@ -259,7 +259,7 @@ def test_mistakes_in_the_model_are_one_sentence(tiny_llama: Path, files: tuple[P
     import shutil
 
     run_dir = tmp_path / "run"
-    assert "is no model folder: it has no config.json" in failed(tmp_path, files[0], run_dir)
+    assert "is not a model folder: it has no config.json" in failed(tmp_path, files[0], run_dir)
     damaged, bare, silent = tmp_path / "damaged", tmp_path / "bare", tmp_path / "silent"
     for folder in (damaged, bare, silent):
         shutil.copytree(tiny_llama, folder)

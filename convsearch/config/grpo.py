@@ -25,6 +25,7 @@ from convsearch.config.base import (
 from convsearch.config.guard import GuardConfig
 
 EMBEDDED = "embedded:"
+RewardName = Literal["rank_incentive", "reciprocal", "exponential", "curriculum", "mrr", "ndcg@3", "similarity_gain"]
 SEED_REWARD_FILE = "reward_score/rewrite_r1.py"
 
 
@@ -57,7 +58,7 @@ class AlgorithmConfig(Section):
         "token-mean: mean over all tokens of the mini-batch, on all ranks; seq-mean-token-mean: mean of the sequences' "
         "token means; seq-mean-token-sum-norm: mean of the sequences' token sums / loss_scale_factor (Dr. GRPO)",
     )
-    loss_scale_factor: int | None = key(None, "divisor of the token sums; null: data.max_response_length", ge=1)
+    loss_scale_factor: int | None = key(None, "divisor of the sums of loss_agg; null: data.max_response_length", ge=1)
     filter_groups: FilterGroupsConfig = FilterGroupsConfig()
     rollout_correction: RolloutCorrectionConfig = RolloutCorrectionConfig()
     kl_ctrl: KlCtrlConfig = KlCtrlConfig()
@@ -110,10 +111,10 @@ class RefFsdpConfig(Section):
 
 class ActorConfig(Section):
     optim: GrpoOptimConfig = GrpoOptimConfig()
-    ppo_mini_batch_size: int = key(128, "prompts per optimiser step; train_batch_size: on-policy", ge=1)
+    ppo_mini_batch_size: int = key(128, "prompts per optimiser step; on-policy if equal to train_batch_size", ge=1)
     ppo_micro_batch_size_per_gpu: int = key(8, "sequences per forward-backward pass of one rank", ge=1)
     ppo_max_token_len_per_gpu: int | None = key(
-        None, "largest number of tokens per such pass, with padding; null: off", ge=1
+        None, "largest number of tokens per forward-backward pass (padding counts); null: no limit", ge=1
     )
     ppo_epochs: int = key(1, "passes over the rollouts of a step", ge=1)
     use_kl_loss: bool = key(True, "add the KL to the frozen reference to the loss")
@@ -162,11 +163,9 @@ class ActorRolloutRefConfig(Section):
 
 
 class RewardConfig(Section):
-    name: Literal["rank_incentive", "reciprocal", "exponential", "curriculum", "mrr", "ndcg@3", "similarity_gain"] = (
-        key(
-            "rank_incentive",
-            "reward of a gold rank; rank_incentive: the paper's; similarity_gain: only the similarity (RQR)",
-        )
+    name: RewardName = key(
+        "rank_incentive",
+        "reward of a gold rank; rank_incentive: the paper's; similarity_gain: only the similarity (RQR)",
     )
     rank_weight: float = key(1.0, "weight of the rank's reward; not used under similarity_gain", ge=0)
     similarity_weight: float = key(
@@ -307,8 +306,8 @@ class GrpoConfig(Section):
         require_multiple(name, gpus, "rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size)
         if rollout.overlap and not rollout.n_gpus_per_node:
             raise ValueError(
-                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers on the policy's GPUs "
-                "sleep while it trains; give them their own GPUs (cluster=disaggregated), or set overlap=false"
+                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers that share the policy's "
+                "GPUs sleep while it trains; give them their own GPUs (cluster=disaggregated), or set overlap=false"
             )
         return self
 
