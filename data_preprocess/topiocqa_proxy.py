@@ -3,7 +3,7 @@
 There is one pseudo-passage for each (Topic, Topic_section) of both files: the topic, the section and all answers given
 under it, train first, in the order of the files; a turn's gold is its own pair. UNANSWERABLE turns have no topic: they
 are no queries and add to no passage, but stay in the history. A passage contains the answers to its own turns, so these
-figures must never stand beside those of the real collection.
+figures must never be compared with those of the real collection.
 """
 
 from collections.abc import Iterator
