@@ -1,4 +1,4 @@
-"""Our contestant of benchmarks.grpo_step: ``convsearch.trainers.grpo_step`` as it is; and a tiny model for a quick run."""
+"""Our contestant of benchmarks.grpo_step: ``convsearch.trainers.grpo_step`` as it is, and a tiny model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +73,7 @@ def run_ours(work: Work, share: bool, folder: Path) -> list[dict[str, float]]:
 
 
 def save_tiny_model(folder: Path, source: Path) -> None:
-    """Makes a random Llama of two layers with the tokenizer of ``source``, or with one of bytes if ``source`` has none."""
+    """Makes a random Llama of two layers with the tokenizer of ``source``, or one of bytes if it has none."""
     if (folder / "config.json").is_file():
         return
     tokenizer = _tokenizer(source)
