@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_source(parser)
     work = "folder that keeps collections and indexes for the next run"
     add("--work", type=Path, default=Path("data/benchmarks"), help=work)
-    add("--peers", nargs="*", default=[peer.__name__ for peer in PEERS], help="whom to run against")
+    add("--peers", nargs="*", default=[*PEERS], help="whom to run against")
     return parser
 
 
@@ -84,17 +84,8 @@ def lucene(folder: Path, threads: int) -> tuple[str, Contestant]:
     return "lucene", lambda queries: index.reference_path(queries, DEPTH, threads)
 
 
-def bm25s(folder: Path, threads: int) -> tuple[str, Contestant]:
-    """bm25s with its default backend (numpy) over the same terms, top 100."""
-    return f"bm25s-{version('bm25s')}", _bm25s(folder, threads, "numpy")
-
-
-def bm25s_numba(folder: Path, threads: int) -> tuple[str, Contestant]:
-    """The same, compiled."""
-    return f"bm25s-{version('bm25s')}-numba", _bm25s(folder, threads, "numba")
-
-
-def _bm25s(folder: Path, threads: int, backend: str) -> Contestant:
+def bm25s(folder: Path, threads: int, backend: str = "numpy") -> tuple[str, Contestant]:
+    """bm25s with its default backend over the same terms, top 100."""
     import bm25s as library
 
     term_ids = TermIds()
@@ -108,7 +99,7 @@ def _bm25s(folder: Path, threads: int, backend: str) -> Contestant:
         query_ids = library.tokenization.Tokenized(ids=tokens, vocab=vocabulary)
         return model.retrieve(query_ids, k=DEPTH, n_threads=threads, show_progress=False, return_as="documents")
 
-    return search
+    return f"bm25s-{version('bm25s')}" + ("" if backend == "numpy" else f"-{backend}"), search
 
 
 def rank_bm25(folder: Path, threads: int) -> tuple[str, Contestant]:
@@ -124,7 +115,12 @@ def rank_bm25(folder: Path, threads: int) -> tuple[str, Contestant]:
     return f"rank_bm25-{version('rank_bm25')}", search
 
 
-PEERS = (lucene, bm25s, bm25s_numba, rank_bm25)
+PEERS: dict[str, Callable[[Path, int], tuple[str, Contestant]]] = {
+    "lucene": lucene,
+    "bm25s": bm25s,
+    "bm25s_numba": partial(bm25s, backend="numba"),
+    "rank_bm25": rank_bm25,
+}
 
 
 def compare(args: argparse.Namespace) -> str:
@@ -137,14 +133,13 @@ def compare(args: argparse.Namespace) -> str:
     print(f"{sizes}; our index built or found in {ours.build_s:.1f} s")
     contestants: dict[str, Contestant] = {"gold_ranks": ours}
     reason = "not asked for"
-    for peer in PEERS:
-        if peer.__name__ in args.peers:
-            try:
-                name, call = peer(folder, args.threads)
-                contestants[name] = call
-            except (ImportError, Unavailable, ValueError) as error:
-                print(f"{peer.__name__}: not run: {error}")
-                reason = str(error) if peer is lucene else reason
+    for peer in (peer for peer in PEERS if peer in args.peers):
+        try:
+            name, call = PEERS[peer](folder, args.threads)
+            contestants[name] = call
+        except (ImportError, Unavailable, ValueError) as error:
+            print(f"{peer}: not run: {error}")
+            reason = str(error) if peer == "lucene" else reason
     seconds, answers = rounds(contestants, queries, args.rounds)
     ours_s = statistics.median(seconds["gold_ranks"])
     print(f"\n{'contestant':<20}{'ms per query':>12}{'ours is faster by':>20}")

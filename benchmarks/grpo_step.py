@@ -78,7 +78,7 @@ def conversations(count: int) -> list[Conversation]:
 def make_work(args: argparse.Namespace) -> Work:
     model, tokens = args.model, 64
     if args.size == "tiny":
-        from benchmarks.tiny_model import save_tiny_model
+        from benchmarks.grpo_step_ours import save_tiny_model
 
         model, tokens = args.work / "tiny_model", 24
         save_tiny_model(model, args.model)

@@ -1,10 +1,12 @@
-"""The contestant of benchmarks.grpo_step that is ours: ``convsearch.trainers.grpo_step`` as it is."""
+"""Our contestant of benchmarks.grpo_step: ``convsearch.trainers.grpo_step`` as it is, and a tiny model."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.grpo_step_work import PHASES, Work
 from convsearch.config import load_grpo_config
@@ -69,3 +71,30 @@ def run_ours(work: Work, share: bool, folder: Path) -> list[dict[str, float]]:
     steps = [grpo_step(trainer, step, examples)[1] for step in range(work.steps + 1)]
     assert all(step["response_tokens"] == work.tokens for step in steps)
     return [{name: step[name] for name in ("step_s", *PHASES)} for step in steps[1:]]
+
+
+def save_tiny_model(folder: Path, source: Path) -> None:
+    """Makes a random Llama of two layers with the tokenizer of ``source``, or one of bytes if it has none."""
+    if (folder / "config.json").is_file():
+        return
+    tokenizer = _tokenizer(source)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, **heads}
+    ids = {f"{kind}_token_id": tokenizer.eos_token_id for kind in ("bos", "eos", "pad")}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape, **ids)).save_pretrained(folder)
+
+
+def _tokenizer(source: Path) -> Any:
+    if (source / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(source)
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
+    )
+    return tokenizer

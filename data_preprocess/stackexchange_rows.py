@@ -10,7 +10,7 @@ from data_preprocess.sources import BadRecords, Source
 from data_preprocess.splits import hold_out
 from data_preprocess.stackexchange_answers import Endpoint, model_answers
 from data_preprocess.stackexchange_questions import Filters, Question, read_questions, sample
-from data_preprocess.writers import COLLECTION, OutputFolder, Row, split_files, write_collection, write_splits
+from data_preprocess.writers import COLLECTION, OutputFolder, Row, split_files, write_splits
 
 
 def find_inputs(places: list[Path]) -> list[Source]:
@@ -78,10 +78,9 @@ def convert(arguments: argparse.Namespace) -> None:
             remedy = f"leaves none of {len(questions)} to train on; hold out fewer"
             raise ValueError(f"--validation-questions {num_held_out} {remedy}")
         held_out = hold_out([question.qid for question in questions], num_held_out, arguments.seed)
-        made = rows(questions, held_out)
-        counts = write_splits(folder.path, splits, made, "stackexchange", prompt, bad, with_positives=True)
-        passages = {docid: text for question in questions for docid, text in positives(question).items()}
-        counts["collection"] = write_collection(folder.path / COLLECTION, passages.items(), set(passages), bad)
+        passages = (passage for question in questions for passage in positives(question).items())
+        made = folder.path, splits, rows(questions, held_out), "stackexchange", prompt, bad
+        counts = write_splits(*made, passages=passages, with_positives=True)
         sites = Counter(question.site for question in questions)
         return counts | {"sites": dict(sites), "dropped": dict(dropped)}
 

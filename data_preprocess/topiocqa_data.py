@@ -14,7 +14,7 @@ from typing import Any
 from data_preprocess.options import PromptOptions
 from data_preprocess.sources import BadRecords, Record, Source, find_sources, pick, read_records, read_table
 from data_preprocess.splits import held_out_conversations
-from data_preprocess.writers import OutputFolder, Row, split_files, write_splits
+from data_preprocess.writers import OutputFolder, Row
 
 RETRIEVER_URL = "https://zenodo.org/records/6151011 (data/retriever/all_history/train.json and dev.json)"
 COLLECTION_URL = "https://zenodo.org/records/6149599 (data/wikipedia_split/full_wiki_segments.tsv)"
@@ -129,25 +129,21 @@ def convert(
     files: Files, folder: OutputFolder, prompt: PromptOptions, validation_conversations: int, seed: int
 ) -> None:
     """The whole data set: train and validation (from train), dev, collection."""
-    dataset_train, dataset_dev = files.conversations()
-    retriever_train, retriever_dev, collection = files.golds()
+    train, dev = files.conversations()
+    train_golds, dev_golds, collection = files.golds()
     splits = ["train", "validation"] if validation_conversations else ["train"]
+    title = f"{train.suffix_path}: conversations"
 
-    def make_train(bad: BadRecords) -> dict[str, Any]:
-        description = f"{dataset_train.suffix_path}: conversations"
-        validation = held_out_conversations(
-            dataset_train, description, lambda turn: True, validation_conversations, seed
-        )
-        rows = gold_rows(dataset_train, retriever_train, "train", validation, bad)
-        return write_splits(folder.path, splits, rows, "topiocqa", prompt, bad)
+    def train_rows(bad: BadRecords) -> Iterator[Row]:
+        validation = held_out_conversations(train, title, lambda turn: True, validation_conversations, seed)
+        return gold_rows(train, train_golds, "train", validation, bad)
 
-    def make_dev(bad: BadRecords) -> dict[str, Any]:
-        rows = gold_rows(dataset_dev, retriever_dev, "dev", frozenset(), bad)
-        return write_splits(folder.path, ["dev"], rows, "topiocqa", prompt, bad)
+    def dev_rows(bad: BadRecords) -> Iterator[Row]:
+        return gold_rows(dev, dev_golds, "dev", frozenset(), bad)
 
-    options = prompt.as_dict() | {"proxy": False}
+    options = {"proxy": False}
     train_options = options | {"validation_conversations": validation_conversations, "seed": seed}
-    folder.step("train", split_files(*splits), [dataset_train, retriever_train], train_options, make_train)
-    folder.step("dev", split_files("dev"), [dataset_dev, retriever_dev], options, make_dev)
-    inputs = [collection, retriever_train, retriever_dev]
-    folder.collection_step(inputs, {"proxy": False}, lambda bad: passages(collection, bad), [*splits, "dev"])
+    folder.splits_step("train", splits, [train, train_golds], train_options, train_rows, "topiocqa", prompt)
+    folder.splits_step("dev", ["dev"], [dev, dev_golds], options, dev_rows, "topiocqa", prompt)
+    inputs = [collection, train_golds, dev_golds]
+    folder.collection_step(inputs, options, lambda bad: passages(collection, bad), [*splits, "dev"])

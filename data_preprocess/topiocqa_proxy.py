@@ -3,7 +3,7 @@
 There is one pseudo-passage for each (Topic, Topic_section) of both files: the topic, the section and all answers given
 under it, train first, in the order of the files; a turn's gold is its own pair. UNANSWERABLE turns have no topic: they
 are no queries and add to no passage, but stay in the history. A passage contains the answers to its own turns, so these
-figures must never stand beside those of the real collection.
+figures must never be compared with those of the real collection.
 """
 
 from collections.abc import Iterator
@@ -13,16 +13,7 @@ from data_preprocess.options import PromptOptions
 from data_preprocess.sources import BadRecords, Source, read_records
 from data_preprocess.splits import hold_out
 from data_preprocess.topiocqa_data import Files, turn_record
-from data_preprocess.writers import (
-    COLLECTION,
-    UNANSWERABLE,
-    OutputFolder,
-    Row,
-    read_golds,
-    split_files,
-    write_collection,
-    write_splits,
-)
+from data_preprocess.writers import COLLECTION, UNANSWERABLE, OutputFolder, Row, split_files, write_splits
 
 Pair = tuple[str, str]
 
@@ -85,10 +76,8 @@ def convert(
                     held_out = own_split == "train" and str(record["conv_id"]) in validation
                     yield Row("validation" if held_out else own_split, record, where)
 
-        counts = write_splits(folder.path, splits, rows(), "topiocqa-proxy", prompt, bad)
-        golds = read_golds(folder.path, splits)
-        counts["collection"] = write_collection(folder.path / COLLECTION, pseudo.passages(), golds, bad)
-        return counts
+        passages = pseudo.passages()
+        return write_splits(folder.path, splits, rows(), "topiocqa-proxy", prompt, bad, passages=passages)
 
     options = prompt.as_dict() | {"proxy": True, "validation_conversations": validation_conversations, "seed": seed}
     folder.step("proxy", [*split_files(*splits), COLLECTION], datasets.values(), options, make)

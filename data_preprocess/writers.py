@@ -144,10 +144,14 @@ def write_splits(
     prompt: PromptOptions,
     bad: BadRecords,
     *,
+    passages: Iterable[tuple[str, str]] | None = None,
     without_parquet: Sequence[str] = (),
     with_positives: bool = False,
 ) -> dict[str, Any]:
-    """Writes each row to its split's files; returns {split: {"queries", "conversations", "qrels"}}.
+    """Writes each row to its split's files, then (id, contents) of ``passages`` as the collection.
+
+    Returns:
+        {split: {"queries", "conversations", "qrels"}}, and the counts of ``write_collection`` under "collection".
 
     Raises:
         ValueError: more malformed rows than ``bad`` tolerates, or a split that stays empty.
@@ -164,7 +168,10 @@ def write_splits(
             if not files.seen_qids:
                 problem = f"no turn with a gold passage for split '{name}' of {data_source}"
                 raise ValueError(f"{problem}: is this the right input?")
-        return {name: files.counts() for name, files in opened.items()}
+        counts: dict[str, Any] = {name: files.counts() for name, files in opened.items()}
+    if passages is not None:
+        counts["collection"] = write_collection(folder / COLLECTION, passages, read_golds(folder, splits), bad)
+    return counts
 
 
 def read_golds(folder: Path, splits: Iterable[str]) -> set[str]:
@@ -277,6 +284,23 @@ class OutputFolder:
             print(f"skipped a malformed record: {message}", file=sys.stderr)
         result: dict[str, Any] = entry["counts"]
         return result
+
+    def splits_step(
+        self,
+        name: str,
+        splits: Sequence[str],
+        inputs: Iterable[Source],
+        options: dict[str, Any],
+        rows: Callable[[BadRecords], Iterable[Row]],
+        data_source: str,
+        prompt: PromptOptions,
+    ) -> None:
+        """A step that writes the splits' files."""
+
+        def make(bad: BadRecords) -> dict[str, Any]:
+            return write_splits(self.path, splits, rows(bad), data_source, prompt, bad)
+
+        self.step(name, split_files(*splits), inputs, prompt.as_dict() | options, make)
 
     def collection_step(
         self,

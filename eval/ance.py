@@ -72,16 +72,8 @@ def main() -> None:
     args = build_parser().parse_args()
     from eval.search import Job, search_and_score, through_server
 
-    job = Job(
-        query_files=args.test_file_path,
-        run_names=args.output_trec_file,
-        output_dir=Path(args.qrel_output_dir),
-        query_type=args.test_type,
-        top_k=args.top_k,
-        qrels=args.trec_gold_qrel_file_path,
-        rel_threshold=args.rel_threshold,
-        tag="ance",
-    )
+    files = args.test_file_path, args.output_trec_file, Path(args.qrel_output_dir)
+    job = Job(*files, args.test_type, args.top_k, args.trec_gold_qrel_file_path, args.rel_threshold, tag="ance")
     search_and_score(through_server(args.server) if args.server is not None else open_index(args), job)
 
 

@@ -63,16 +63,9 @@ def main() -> None:
         parser.error("give --gold_qrel_file_path, or --not_perform_evaluation")
     from eval.search import Job, search_and_score, through_server
 
-    job = Job(
-        query_files=args.query_file,
-        run_names=args.output_file_name,
-        output_dir=Path(args.retrieval_output_path),
-        query_type=args.query_type,
-        top_k=args.top_n,
-        qrels=None if args.not_perform_evaluation else args.gold_qrel_file_path,
-        rel_threshold=args.rel_threshold,
-        max_words=args.max_seq_length,
-    )
+    files = args.query_file, args.output_file_name, Path(args.retrieval_output_path)
+    qrels = None if args.not_perform_evaluation else args.gold_qrel_file_path
+    job = Job(*files, args.query_type, args.top_n, qrels, args.rel_threshold, args.max_seq_length)
     search_and_score(through_server(args.server) if args.server else open_index(args), job)
 
 

@@ -236,7 +236,7 @@ def _slow(path: str | Path, raw: Any, form: Format) -> Columns:
 def _fields(where: str, line: bytes, form: Format) -> list[str]:
     if b"\0" in line:
         kind = f"a binary file (or UTF-16), not the text of a {form.noun} file"
-        raise ValueError(f"{where}: holds a NUL byte: this is {kind}")
+        raise ValueError(f"{where}: has a NUL byte: this is {kind}")
     try:
         return [field.decode() for field in line.split()]
     except UnicodeDecodeError as error:

@@ -18,15 +18,15 @@ from retriever_server.searcher import Searcher
 Record = dict[str, Any]
 # metric of metrics.jsonl -> (title, unit); a metric and its val_ twin share a chart
 CURVES = {
-    "reward": ("Reward", "mean of a sample"),
-    "mrr": ("Reciprocal rank", "mean of a sample"),
+    "reward": ("Reward", "mean over samples"),
+    "mrr": ("Reciprocal rank", "mean over samples"),
     "format_rate": ("Format kept", "share of samples"),
-    "kl": ("KL to the reference", "nats a token"),
-    "entropy": ("Entropy", "nats a token"),
+    "kl": ("KL to the reference", "nats per token"),
+    "entropy": ("Entropy", "nats per token"),
     "response_tokens": ("Response length", "tokens"),
     "spread_rate": ("Groups that teach", "share with differing rewards"),
     "grad_norm": ("Gradient norm", "before clipping"),
-    "loss": ("Loss", "a token"),
+    "loss": ("Loss", "per token"),
 }
 
 PAPER: dict[str, dict[str, list[float]]] = json.loads(
@@ -109,7 +109,7 @@ def breakdown_section(name: str, cells: Sequence[Record], systems: Sequence[str]
     groups = (tag("span", f"{group or '?'}", tag("br"), tag("span", f"n = {n}")) for group, n in counts.items())
     head: list[Node] = ["", *groups]
     rows = [[system, *(percent(means[group, system], 1) for group in counts)] for system in systems]
-    return section(f"By {name}", "MRR in percent; n is how many questions stand in a column.", table(head, rows))
+    return section(f"By {name}", "MRR in percent; n is how many questions are in a column.", table(head, rows))
 
 
 def curves_section(records: Sequence[Record], shares: Sequence[tuple[str, Sequence[float]]]) -> list[Html]:

@@ -59,7 +59,7 @@ def from_mapping(mapping: Mapping[str, Mapping[str, float]], form: Format = RUN,
         where = f"{name}: query {qid!r}"
         if not isinstance(scored, Mapping):
             found = type(scored).__name__
-            raise ValueError(f"{where} must hold an object {{docid: {form.value_name}}}, got {found}")
+            raise ValueError(f"{where} must be an object {{docid: {form.value_name}}}, got {found}")
         for docid, value in scored.items():
             cell = f"{where}, passage {docid!r}"
             if isinstance(value, bool) or not isinstance(value, int if form.integer else int | float):

@@ -1,7 +1,7 @@
 """Runs verl's and TRL's own functions on arrays from a file: ``python helpers_oracles.py INPUTS.npz OUTPUTS.npz``.
 
-It is a process of its own because the two live in a folder that only its path names. What it writes is theirs alone: nothing of this project
-is imported here.
+It is a process of its own because the two are in a folder that only its path names. What it writes is theirs alone:
+nothing of this project is imported here.
 """
 
 import ast
@@ -21,7 +21,7 @@ Arrays = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One algorithm as verl and TRL are told of it. ``pieces``: the mean of micro-batches' means instead of one batch."""
+    """One algorithm in the settings of verl and TRL. ``pieces``: the mean of micro-batches' means, not of one batch."""
 
     verl_average: str
     trl_loss: str
@@ -104,7 +104,7 @@ def ask_verl(given: Arrays) -> Arrays:
 
 
 def verl_case(given: Arrays, case: Case) -> tuple[torch.Tensor, Any]:
-    """The loss that their actor minimises (``verl.workers.utils.losses.ppo_loss``: policy - entropy + KL), and its gradient."""
+    """The loss of their actor (``verl.workers.utils.losses.ppo_loss``: policy - entropy + KL), and its gradient."""
     from verl.trainer.ppo import core_algos
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
     from verl.workers.config import ActorConfig
@@ -175,7 +175,7 @@ def trl_advantages(module: Any, rewards_N: Any, group_size: int) -> torch.Tensor
 
 
 def trl_loss(module: Any, given: Arrays, logprobs_NT: torch.Tensor, case: Case) -> torch.Tensor:
-    """The sum of their ``_compute_loss`` over the micro-batches of one optimiser step, called on a stand-in for the trainer."""
+    """The sum of their ``_compute_loss`` over the micro-batches of an optimiser step, on a fake trainer."""
     chunks = torch.arange(len(logprobs_NT)).split(int(given["micro_batch_size"]) if case.pieces else len(logprobs_NT))
     mask_NT = torch.tensor(given["mask_NT"])
     trainer = SimpleNamespace(

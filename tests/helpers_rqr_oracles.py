@@ -1,4 +1,6 @@
-"""gensim's BM25, sentence-transformers' vectors and cosines, each by the plainest use of the library: ``python helpers_rqr_oracles.py KIND IN.json OUT.npy``.
+"""gensim's BM25, sentence-transformers' vectors and cosines, each by the plainest use of the library.
+
+``python helpers_rqr_oracles.py KIND IN.json OUT.npy``.
 
 A process of its own, because the libraries live in a folder that only its path names (tests/requirements-oracles.txt).
 """
@@ -31,7 +33,7 @@ def ask(kind: str, given: dict[str, Any], folder: Path) -> np.ndarray:
 
 
 def gensim(given: dict[str, Any]) -> np.ndarray:
-    """LuceneBM25Model on both sides of a product, as BRIGHT's own script has it: [queries, documents] of texts as lists of terms."""
+    """LuceneBM25Model on both sides of a product, as in BRIGHT's own script: [queries, documents]."""
     from gensim.corpora import Dictionary
     from gensim.models import LuceneBM25Model
     from gensim.similarities import SparseMatrixSimilarity
@@ -50,7 +52,7 @@ def gensim(given: dict[str, Any]) -> np.ndarray:
 
 
 def sentence_transformers(given: dict[str, Any]) -> np.ndarray:
-    """The vectors of ``texts``; or RQR's reward of (output, question, positives), one after the other: 10 x mean over d of
+    """The vectors of ``texts``; or RQR's reward of (output, question, positives), one by one: 10 x mean over d of
     [cos(output, d) - cos(question, d)]."""
     from sentence_transformers import SentenceTransformer
 

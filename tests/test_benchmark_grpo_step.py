@@ -1,4 +1,4 @@
-"""The GRPO step benchmark runs whole, on a tiny model, against the real TRL; the figures are its output, never asserted here."""
+"""The GRPO step benchmark runs whole, on a tiny model, against the real TRL; no figure is asserted."""
 
 import os
 import re

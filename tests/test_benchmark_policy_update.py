@@ -1,4 +1,4 @@
-"""The policy-update benchmark counts its FLOPs right and runs whole on a CPU; scripts/gpu_checks.sh runs it on a GPU."""
+"""The policy-update benchmark counts its FLOPs right and runs on a CPU; scripts/gpu_checks.sh runs it on a GPU."""
 
 import re
 import subprocess
@@ -13,8 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_flops_worked_by_hand() -> None:
-    # Tiny: query and output 32 x 32 each, key and value 32 x 16 each, three 32 x 64: 9216 weights a layer. A prompt of 3, samples of 2 and 1:
-    # 6 positions; the prompt sees 6 pairs, the samples 2 x 3 + 3 and 1 x 3 + 1: 19 pairs. Logits: 3 response tokens x 32 x 100.
+    # Tiny: query and output 32 x 32 each, key and value 32 x 16 each, three 32 x 64: 9216 weights a layer. A prompt of
+    # 3, samples of 2 and 1:
+    # 6 positions; the prompt sees 6 pairs, the samples 2 x 3 + 3 and 1 x 3 + 1: 19 pairs. Logits: 3 response tokens x
+    # 32 x 100.
     tree = Tree((1, 2, 3), (Branch((4, 5)), Branch((6,))))
     assert forward_flops(SHAPES["tiny"], [tree]) == 2 * (2 * 9216 * 6 + 4 * 32 * 19) + 2 * 100 * 32 * 3
     # Without sharing the prompt's 3 positions and 6 pairs come once more.
@@ -34,7 +36,8 @@ def test_qwen_shape_has_three_billion_parameters() -> None:
 
 @pytest.mark.parametrize("options", [[], ["--unshared", "--padded", "--fp32", "--no_checkpointing"]])
 def test_it_runs_on_a_cpu(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = "--shape tiny --device cpu --prompts 3 --samples 2 --prompt_tokens 12 --response_tokens 6 --max_tokens 40 --steps 1 --side 64"
+    sizes = "--shape tiny --device cpu --prompts 3 --samples 2 --prompt_tokens 12 --response_tokens 6 --max_tokens 40"
+    sizes += " --steps 1 --side 64"
     line = measure(build_parser().parse_args([*sizes.split(), *options]))
     numbers = dict(re.findall(r"(\w+)=([\d.]+|nan)", line))
     assert list(numbers) == ["mfu", "logprob_mfu", "tokens_per_s", "sample_tokens_per_s", "peak_gib", "ceiling_tflops"]

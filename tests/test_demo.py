@@ -1,4 +1,4 @@
-"""The embedded conversations: their size and form, that their questions need their context, and that good rewrites find the passages."""
+"""The embedded conversations: size, form, questions that need their context, rewrites that find the passages."""
 
 import json
 from collections import Counter
@@ -47,7 +47,7 @@ def test_there_are_enough_conversations_of_four_to_seven_turns() -> None:
     assert all(4 <= len(c["turns"]) <= 7 for split in SPLITS for c in conversations(split))
 
 
-def test_no_article_and_no_longer_question_stands_in_two_conversations() -> None:
+def test_no_article_and_no_longer_question_is_in_two_conversations() -> None:
     articles = Counter(
         a for split in SPLITS for c in conversations(split) for a in {turn["article"] for turn in c["turns"]}
     )
@@ -85,7 +85,7 @@ def test_rewrites_made_by_hand_find_the_passages(built: tuple[Path, Bm25Index]) 
     assert mrr(index, [row["question"] for row in rewritten], golds) <= 0.35
 
 
-def test_the_training_files_hold_no_human_rewrite(built: tuple[Path, Bm25Index]) -> None:
+def test_the_training_files_have_no_human_rewrite(built: tuple[Path, Bm25Index]) -> None:
     folder, _ = built
     for split in ("train", "validation"):
         assert "rewrite" not in (folder / f"{split}.json").read_text()

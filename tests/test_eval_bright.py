@@ -1,4 +1,4 @@
-"""eval.bright: hand-worked scores, parity with gensim, excluded ids, reasoned queries, and the figures on BRIGHT's own TheoremQA queries."""
+"""eval.bright: hand-worked scores, parity with gensim, excluded ids, reasoned queries, BRIGHT's TheoremQA figures."""
 
 import gzip
 import json
@@ -28,7 +28,8 @@ needs_bright = pytest.mark.skipif(not BRIGHT.is_dir(), reason="BRIGHT's queries 
 
 def test_query_weighted_scores_by_hand() -> None:
     index = QueryWeightedBm25([("d1", "cat cat dog"), ("d2", "dog"), ("d3", "fish and chips")], k1=0.9, b=0.4)
-    # lengths 3, 1, 2 ("and" is a stop word): mean 2; N = 3; df: cat 1, dog 2; the query "cat dog dog bird" has 3 known terms
+    # lengths 3, 1, 2 ("and" is a stop word): mean 2; N = 3; df: cat 1, dog 2; the query "cat dog dog bird" has 3 known
+    # terms
     idf_cat, idf_dog = math.log(4 / 1.5), math.log(4 / 2.5)
     norm_3, norm_1 = 0.9 * (0.6 + 0.4 * 3 / 2), 0.9 * (0.6 + 0.4 * 1 / 2)
     query = {"cat": idf_cat / (1 + norm_3), "dog": idf_dog * 2 / (2 + norm_3)}
@@ -105,7 +106,9 @@ def evaluate(
 
 
 @pytest.mark.parametrize("form", ["lucene", "query-weighted"])
-def test_excluded_documents_are_out_and_reasoned_queries_stand_in(capsys, monkeypatch, files: Path, form: str) -> None:
+def test_excluded_documents_are_removed_and_reasoned_queries_are_used(
+    capsys, monkeypatch, files: Path, form: str
+) -> None:
     def call(*more: str) -> tuple[dict[str, float], str]:
         return evaluate(capsys, monkeypatch, files, "--bm25", form, *more)
 
@@ -124,7 +127,7 @@ def test_excluded_documents_are_out_and_reasoned_queries_stand_in(capsys, monkey
     assert none["nDCG@10"] == 0.5
 
 
-def test_lines_of_infer_are_read_and_fallbacks_are_not_taken_for_reasoning(files: Path) -> None:
+def test_lines_of_infer_are_read_without_fallbacks(files: Path) -> None:
     rows = [{"qid": "t1", "rewrite": "r1", "fallback": False}, {"qid": "t2", "rewrite": "what grows", "fallback": True}]
     (files / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     reasoned = bright_data.read_reasoned(files / "made.jsonl")
@@ -209,7 +212,10 @@ def test_theoremqa_questions(capsys, monkeypatch) -> None:
 
 
 def release(folder: Path) -> None:
-    """BRIGHT's folders as they are released, for all tasks: the first query excludes the only document that it finds, and finds its gold when reasoned."""
+    """BRIGHT's folders as they are released, for all tasks.
+
+    The first query excludes the only document that it finds; its reasoned form finds the gold document.
+    """
     for number, task in enumerate(bright_table.TASKS):
         documents = [{"id": f"{task}/{i}.txt", "content": f"topic{i} of {task}"} for i in range(14)]
         examples = [

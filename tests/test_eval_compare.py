@@ -1,4 +1,4 @@
-"""Comparisons: tests worked by hand and against scipy, coverage of the intervals, and the command with its four forms."""
+"""Comparisons: worked by hand and against scipy, coverage of the intervals, the four forms of the command."""
 
 import csv
 import io
@@ -52,7 +52,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def test_permutation_test_by_hand() -> None:
-    """Of the 8 flips of (1, 2, 3), those of sum 6 and -6 are as far out: 2/8; of (1, -1, 2): sums of at least 2 in 6 of 8."""
+    """Of the 8 flips of (1, 2, 3), 2 have a sum of 6 or -6; of (1, -1, 2), 6 have one of at least 2 or at most -2."""
     tests = paired_tests(np.array([[1.0, 1.0, 0.0], [2.0, -1.0, 0.0], [3.0, 2.0, 0.0]]), draws=1000, seed=1)
     assert tests.permutation_p.tolist() == [2 / 8, 6 / 8, 1.0]
     assert tests.difference == pytest.approx([2, 2 / 3, 0])
@@ -60,7 +60,7 @@ def test_permutation_test_by_hand() -> None:
     assert tests.t_p[2] == 1.0
 
 
-def test_sampled_permutations_come_near_the_exact_ones() -> None:
+def test_sampled_permutations_approximate_the_exact_ones() -> None:
     differences = np.random.default_rng(3).normal(0.3, 1, size=(14, 4))
     exact = paired_tests(differences, draws=1 << 14, seed=1).permutation_p
     sampled = paired_tests(differences, draws=(1 << 14) - 1, seed=1).permutation_p
@@ -68,7 +68,7 @@ def test_sampled_permutations_come_near_the_exact_ones() -> None:
     assert (exact != sampled).any()
 
 
-def test_p_values_are_uniform_where_nothing_differs() -> None:
+def test_p_values_are_uniform_if_nothing_differs() -> None:
     differences = np.random.default_rng(5).choice([-1.0, -0.5, 0.0, 0.5, 1.0], size=(200, 400))
     tests = paired_tests(differences, draws=1000, seed=1)
     assert 0.02 < (tests.permutation_p < 0.05).mean() < 0.09
@@ -212,7 +212,7 @@ def test_breakdown_by_turn(files: list[Path], tmp_path: Path) -> None:
 
 
 def test_breakdowns_by_hand(tmp_path: Path) -> None:
-    """Two conversations; the second changes its topic at turn 3, whose turn 2 is no query of the qrels but stands in the file."""
+    """Two conversations; the second changes its topic at turn 3, and its turn 2 is in the file but not in the qrels."""
     file = tmp_path / "c.json"
     turns = [
         ("a1", "a", 1, "x", 0),

@@ -1,7 +1,8 @@
 """Measures: worked by hand, against pytrec_eval and ir_measures on random runs, and against published figures.
 
-What is locked here: (1) the mean is over the qrels' queries, a missing one counts 0; (2) ties go by docid descending, in
-float32; (3) nDCG weighs grades, the others count grades from a threshold; (4) names are printed as they were asked for.
+What is tested here: (1) the mean is over the qrels' queries, a missing one counts 0; (2) ties go by docid descending,
+in float32; (3) nDCG weighs grades, the others count grades from a threshold; (4) names are printed as they were asked
+for.
 """
 
 import gzip
@@ -106,7 +107,7 @@ def test_threshold_moves_all_but_ndcg(files: tuple[Path, Path]) -> None:
         ({"a": 1.0, "b": 1.0, "ba": 1.0}, 2),
     ],
 )
-def test_ties_go_by_docid_descending_in_float32(scores: dict[str, float], rank: int) -> None:
+def test_ties_are_ordered_by_docid_descending_in_float32(scores: dict[str, float], rank: int) -> None:
     run, qrels = from_mapping({"q": scores}), from_mapping({"q": {"b": 1}}, QRELS)
     assert evaluate(run, qrels, parse_measures("RR")).means() == {"RR": 1 / rank}
 
@@ -132,8 +133,9 @@ def test_equal_to_pytrec_eval(
     if not set(qrels) & set(run) or max(grade for grades in qrels.values() for grade in grades.values()) < threshold:
         return
     names = {
-        "RR": "recip_rank", "nDCG": "ndcg", "nDCG@3": "ndcg_cut_3", "nDCG@100": "ndcg_cut_100", "R@1": "recall_1", "R@5": "recall_5",
-        "AP": "map", "AP@3": "map_cut_3", "P@1": "P_1", "P@5": "P_5", "Success@1": "success_1", "Success@5": "success_5",
+        "RR": "recip_rank", "nDCG": "ndcg", "nDCG@3": "ndcg_cut_3", "nDCG@100": "ndcg_cut_100", "R@1": "recall_1",
+        "R@5": "recall_5", "AP": "map", "AP@3": "map_cut_3", "P@1": "P_1", "P@5": "P_5", "Success@1": "success_1",
+        "Success@5": "success_5",
     }  # fmt: skip
     asked = {"recip_rank", "ndcg", "ndcg_cut.3,100", "recall.1,5", "map", "map_cut.3", "P.1,5", "success.1,5"}
     expected = pytrec_eval.RelevanceEvaluator(qrels, asked, relevance_level=threshold).evaluate(run)
@@ -180,7 +182,8 @@ def test_a_large_unsorted_tied_run_equals_pytrec_eval() -> None:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("FOO@3", "unknown measure 'FOO@3'"), ("R", "needs a cutoff"), ("P@0", "at least 1"), ("", "no measure"), ("nDCG(rel=2)@3", "threshold"),
+    [("FOO@3", "unknown measure 'FOO@3'"), ("R", "needs a cutoff"), ("P@0", "at least 1"), ("", "no measure"),
+     ("nDCG(rel=2)@3", "threshold"),
      ("RR@x", "unknown measure 'RR@x'")],
 )  # fmt: skip
 def test_wrong_measures(name: str, words: str) -> None:
@@ -189,12 +192,15 @@ def test_wrong_measures(name: str, words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_names_of_all_three_traditions() -> None:
+def test_measure_names_of_trec_eval_ir_measures_and_the_paper() -> None:
     asked = "mrr RR@10 recip_rank NDCG@3 ndcg_cut_3 ndcg_cut.3 Recall@5 recall_5 MAP map_cut_5 P_5 success_5 R(rel=2)@5"
     assert [(m.name, m.kind, m.cutoff, m.rel) for m in parse_measures(asked)] == [
-        ("mrr", "RR", None, None), ("RR@10", "RR", 10, None), ("recip_rank", "RR", None, None), ("NDCG@3", "nDCG", 3, None),
-        ("ndcg_cut_3", "nDCG", 3, None), ("ndcg_cut.3", "nDCG", 3, None), ("Recall@5", "R", 5, None), ("recall_5", "R", 5, None),
-        ("MAP", "AP", None, None), ("map_cut_5", "AP", 5, None), ("P_5", "P", 5, None), ("success_5", "Success", 5, None),
+        ("mrr", "RR", None, None), ("RR@10", "RR", 10, None), ("recip_rank", "RR", None, None),
+        ("NDCG@3", "nDCG", 3, None),
+        ("ndcg_cut_3", "nDCG", 3, None), ("ndcg_cut.3", "nDCG", 3, None), ("Recall@5", "R", 5, None),
+        ("recall_5", "R", 5, None),
+        ("MAP", "AP", None, None), ("map_cut_5", "AP", 5, None), ("P_5", "P", 5, None),
+        ("success_5", "Success", 5, None),
         ("R(rel=2)@5", "R", 5, 2),
     ]  # fmt: skip
 
@@ -246,7 +252,7 @@ def test_command_refuses_in_one_sentence(files: tuple[Path, Path], tmp_path: Pat
 
 @needs_oracles
 def test_ikat_2023_published_figures() -> None:
-    """MRR and recall on the binary qrels, nDCG on the graded; grade 2 and more of the graded qrels is the binary form."""
+    """MRR and recall on the binary qrels, nDCG on the graded ones; grades from 2 on are relevant in the binary form."""
     folder = ORACLES / "ikat2023"
     published = json.loads((folder / "perf.json").read_text())
     names = {key: key.replace("mrr_", "RR@") for key in published}

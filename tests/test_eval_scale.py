@@ -38,7 +38,8 @@ def test_memory(form: str, tmp_path: Path) -> None:
                 )
             else:
                 run.write(
-                    f"topiocqa-dev_{query}_1\tQ0\twikipedia-{query * 7 + rank * 13:010}\t{rank + 1}\t{(100 - rank) // 4}\tbm25\r\n"
+                    f"topiocqa-dev_{query}_1\tQ0\twikipedia-{query * 7 + rank * 13:010}\t{rank + 1}\t"
+                    f"{(100 - rank) // 4}\tbm25\r\n"
                 )
     with (tmp_path / "qrels").open("w") as qrels:
         for query in range(QUERIES):

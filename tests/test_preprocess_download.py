@@ -24,7 +24,10 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``content`` under any path. An entry of ``cuts`` breaks one transfer after so many bytes; ``seen`` notes the Range headers."""
+    """Serves ``content`` under any path. An entry of ``cuts`` breaks one transfer after so many bytes.
+
+    ``seen`` notes the Range headers.
+    """
 
     content: bytes = CONTENT
     etag: str | None = '"v1"'
@@ -104,13 +107,13 @@ def test_a_file_is_fetched_checked_and_reused(
     assert _names(tmp_path) == ["data.bin", "data.bin.sha256"]
 
 
-def test_a_broken_transfer_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
+def test_a_broken_transfer_resumes(server: Server, tmp_path: Path) -> None:
     server.cuts = [1_500_000, 500_000]
     assert _get(Release("data.bin", f"{server.url}/data.bin", None, MD5), tmp_path).read_bytes() == CONTENT
     assert server.seen == [None, "bytes=1500000-", "bytes=2000000-"]
 
 
-def test_a_later_run_goes_on_where_a_dead_one_stopped(server: Server, tmp_path: Path) -> None:
+def test_a_later_run_resumes_a_dead_one(server: Server, tmp_path: Path) -> None:
     server.cuts = [100_000] * module.ATTEMPTS
     release = Release("data.bin", f"{server.url}/data.bin", len(CONTENT), MD5)
     with pytest.raises(cli.Unavailable, match="cannot fetch"):
@@ -121,7 +124,7 @@ def test_a_later_run_goes_on_where_a_dead_one_stopped(server: Server, tmp_path: 
     assert server.seen == [f"bytes={100_000 * module.ATTEMPTS}-"]
 
 
-def test_a_part_of_an_older_version_is_not_glued_to_the_new_one(server: Server, tmp_path: Path) -> None:
+def test_a_part_of_an_older_version_is_discarded(server: Server, tmp_path: Path) -> None:
     server.cuts = [100_000] * module.ATTEMPTS
     release = Release("data.bin", f"{server.url}/data.bin")
     with pytest.raises(cli.Unavailable):
@@ -186,7 +189,7 @@ def test_zenodos_record_gives_the_checksum(server: Server, tmp_path: Path, capsy
     assert f"sha256 {SHA256} (no published checksum to check against; note this one)" in capsys.readouterr().out
 
 
-def test_a_refusal_is_final_and_a_sick_server_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_a_refusal_is_final_and_a_server_error_is_retried(server: Server, tmp_path: Path) -> None:
     release = Release("data.bin", f"{server.url}/data.bin")
     server.status = 404
     with pytest.raises(
@@ -215,8 +218,8 @@ def test_no_network_is_one_sentence_with_url_and_path(tmp_path: Path) -> None:
         )
     assert result.returncode == 2
     assert (
-        result.stderr
-        == f"error: cannot fetch {url} ([Errno 111] Connection refused): fetch it by hand and put it at {tmp_path / 'data.bin'}\n"
+        result.stderr == f"error: cannot fetch {url} ([Errno 111] Connection refused): "
+        f"fetch it by hand and put it at {tmp_path / 'data.bin'}\n"
     )
 
 

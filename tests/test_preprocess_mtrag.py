@@ -106,7 +106,7 @@ def _flat(folder: Path, conversations: int = 10) -> Path:
     return folder
 
 
-def test_markers_go_grades_count_and_fractions_split(run: Run, tmp_path: Path) -> None:
+def test_markers_are_removed_grades_count_and_fractions_split(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(
         "--input",
@@ -188,7 +188,7 @@ def test_malformed_qrels_and_passages_are_named(run: Run, tmp_path: Path) -> Non
 def test_what_is_missing_is_named(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"lacks queries\.jsonl, corpus\.jsonl, qrels\.trec .* get it from https://github.com/IBM/mt-rag-benchmark",
+        match=r"lacks queries\.jsonl, corpus\.jsonl, qrels\.trec .* get it from https://github.com/IBM/mt-rag-",
     ):
         run("--input", tmp_path, "--output", tmp_path / "out")
     with pytest.raises(ValueError, match="no such folder"):
@@ -196,7 +196,7 @@ def test_what_is_missing_is_named(run: Run, tmp_path: Path) -> None:
 
 
 def _repository(root: Path, human: str, qid: Callable[[str, int], str]) -> Path:
-    """IBM's layout: two domains, one conversation of 3 turns each, of which turn 2 is unanswerable and so in no retrieval task."""
+    """IBM's layout: two domains, one conversation of 3 turns each; turn 2 is unanswerable: in no retrieval task."""
     for domain in ("clapnq", "govt"):
         folder = root / human / "retrieval_tasks" / domain
         questions = [f"{domain} one?", f"{domain} two\nin two lines?", f"{domain} three?"]

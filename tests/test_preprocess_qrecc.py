@@ -125,7 +125,7 @@ def test_a_full_release_is_converted(
 
 
 @pytest.mark.parametrize("name", ["NewContext", "Context"])
-def test_turns_that_stand_alone_bring_their_context(name: str, run: Run, tmp_path: Path) -> None:
+def test_single_turns_use_their_context_field(name: str, run: Run, tmp_path: Path) -> None:
     turn = _turn(4, 3, ["http://x/a_p0"]) | {name: ["q4.1", "a4.1", "q4.2", ""]}
     (tmp_path / "test.json").write_text(json.dumps([turn, _turn(4, 4, ["http://x/a_p0"])]))
     run("--test", tmp_path / "test.json", "--without-train", "--without-collection", "--output", tmp_path / "out")

@@ -172,7 +172,7 @@ conversation_sets = st.sets(st.integers(0, 10_000), min_size=2, max_size=60)
 
 
 @given(conversation_sets, st.integers(0, 5), st.data())
-def test_held_out_conversations_are_nested_and_blind_to_order(
+def test_held_out_conversations_are_nested_and_independent_of_order(
     conv_ids: set[int], seed: int, data: st.DataObject
 ) -> None:
     count = data.draw(st.integers(0, len(conv_ids) - 1))

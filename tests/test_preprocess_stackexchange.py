@@ -1,4 +1,4 @@
-"""StackExchange: the public shards, the reference's two forms, filters that count, a model's answers; and BRIGHT's files."""
+"""StackExchange: the public shards, the reference's two forms, filters, a model's answers; and BRIGHT's files."""
 
 import json
 import sys
@@ -173,7 +173,7 @@ def endpoint() -> Iterator[tuple[str, list[Any]]]:
     thread.join()
 
 
-def test_a_models_answers_are_kept_as_they_come(
+def test_a_models_answers_are_saved_one_by_one(
     run: Run,
     tmp_path: Path,
     endpoint: tuple[str, list[Any]],

@@ -1,4 +1,4 @@
-"""data_preprocess.subset: the first questions of a data set with their qrels, byte for byte as head and awk write them."""
+"""data_preprocess.subset: the first questions with their qrels, byte for byte as head and awk write them."""
 
 import subprocess
 import sys

@@ -157,14 +157,14 @@ def test_without_gold_passages_the_error_says_what_is_missing_and_that_there_is_
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith(
-        "error: TopiOCQA's conversations have no gold passages, and --retriever-train, --retriever-dev, --collection did"
+        "error: TopiOCQA's conversations have no gold passages, and --retriever-train, --retriever-dev, --collection"
     )
     for part in ("zenodo.org/records/6151011", "zenodo.org/records/6149599", "--proxy"):
         assert part in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_without_conversations_nothing_goes(run: Run, tmp_path: Path) -> None:
+def test_missing_conversations_are_an_error(run: Run, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"conversations are missing: give --dataset-train and --dataset-dev, from https://zenodo"
     ):
@@ -282,7 +282,7 @@ def test_the_proxy_of_the_real_conversations_has_the_known_counts(run: Run, tmp_
     assert pq.read_metadata(out / "train.parquet").num_rows == 40601
 
 
-def test_a_killed_conversion_leaves_no_half_collection_and_runs_through_afterwards(
+def test_a_killed_conversion_leaves_no_partial_collection_and_can_be_run_again(
     run: Run, release: Path, tmp_path: Path
 ) -> None:
     with open(release / "full_wiki_segments.tsv", "a") as file:

@@ -88,7 +88,7 @@ def test_parquet_has_exactly_the_columns_of_the_contract(tmp_path: Path) -> None
     assert (tmp_path / "train.trec").read_text() == "x_1_2 0 d17 1\nx_1_2 0 d4 1\n"
 
 
-def test_the_human_rewrite_never_reaches_a_training_file(tmp_path: Path) -> None:
+def test_training_files_have_no_human_rewrite(tmp_path: Path) -> None:
     _write(tmp_path, [Row("train", RECORD, "a"), Row("test", RECORD, "b")], ("train", "test"))
     assert "rewrite" not in json.loads((tmp_path / "train.json").read_text())
     assert json.loads((tmp_path / "test.json").read_text()) == RECORD
@@ -104,7 +104,7 @@ def test_prompt_style_and_history_are_the_options(tmp_path: Path) -> None:
     assert row["extra_info"]["context"] == RECORD["context"]  # the whole history stays at hand
 
 
-def test_rows_go_out_in_row_groups_with_a_running_index(tmp_path: Path) -> None:
+def test_rows_are_written_in_row_groups_with_a_running_index(tmp_path: Path) -> None:
     counts = _write(tmp_path, _rows(2 * ROW_GROUP_ROWS + 10))
     file = pq.ParquetFile(tmp_path / "train.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [
@@ -211,7 +211,7 @@ def test_a_broken_run_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
     assert made == ["train", "train"]  # but is not trusted
 
 
-def test_files_of_another_split_do_not_stay_behind(tmp_path: Path) -> None:
+def test_files_of_another_split_are_removed(tmp_path: Path) -> None:
     raw = tmp_path / "raw.json"
     raw.write_text("[]")
     folder, made = OutputFolder(tmp_path / "out"), list[str]()
@@ -225,7 +225,7 @@ def test_files_of_another_split_do_not_stay_behind(tmp_path: Path) -> None:
     ]
 
 
-def test_what_was_skipped_is_told_again_and_not_reused_under_a_stricter_limit(
+def test_skipped_records_are_listed_again_and_a_stricter_limit_makes_the_files_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = tmp_path / "raw.json"

@@ -22,7 +22,7 @@ def test_table_by_hand(tmp_path: Path) -> None:
     assert "±" not in markdown([first])
 
 
-def test_the_table_stands_between_the_marks() -> None:
+def test_the_table_is_put_between_the_marks() -> None:
     assert replaced(f"a\n{BEGIN}old\n{END}\nb\n", "new\n", "X") == f"a\n{BEGIN}new\n{END}\nb\n"
     with pytest.raises(ValueError, match="X needs one line"):
         replaced("no marks", "new\n", "X")

@@ -1,4 +1,4 @@
-"""The report of a run: its figures by hand, nothing in it that a browser would fetch or run, and what a browser makes of it."""
+"""The report of a run: its figures by hand, nothing that a browser would fetch or run, its look in a browser."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def html(run: Path) -> str:
     return report(run, draws=200)
 
 
-def test_the_page_is_whole_and_fetches_and_runs_nothing(html: str) -> None:
+def test_the_page_is_complete_and_fetches_and_runs_nothing(html: str) -> None:
     page = Reader(html)
     names = {name for name, _ in page.elements}
     assert names.isdisjoint({"script", "img", "iframe", "object", "form", "base"})
@@ -58,7 +58,7 @@ def test_charts_have_names_and_words(html: str) -> None:
     page = Reader(html)
     charts = [attributes for name, attributes in page.elements if name == "svg" and attributes.get("role") == "img"]
     assert len(charts) == 7  # six metrics and the ranks
-    assert "Reward, mean of a sample" in page.text
+    assert "Reward, mean over samples" in page.text
     assert "training: from 1 to 1.2, lowest 1, highest 1.2" in page.text
     assert "rank 1: 25% in step 1, 25% in step 3" in page.text
     assert "no rewrite: 25% in step 1" in page.text
@@ -126,7 +126,7 @@ def test_command_line(
         ("demo-test_", 2514, "x", None),
     ],
 )
-def test_the_papers_figures_stand_beside_whole_test_sets_only(
+def test_the_papers_figures_are_shown_for_whole_test_sets_only(
     prefix: str, size: int, gold: str, expected: str | None
 ) -> None:
     qids = [f"{prefix}{i}" for i in range(size)]
@@ -161,7 +161,7 @@ def test_ticks_and_running_means_by_hand() -> None:
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9))
-def test_ticks_hold_the_values_between_them(low: float, span: float) -> None:
+def test_ticks_enclose_the_values(low: float, span: float) -> None:
     high = low + span
     marks = report_charts.ticks(low, high)
     assert marks[0] <= low + 1e-6 * (abs(low) + span)
