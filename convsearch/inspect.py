@@ -18,7 +18,7 @@ def arguments() -> argparse.ArgumentParser:
         prog="python -m convsearch.inspect", description="Serves a page on one training run, or two to compare."
     )
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder of convsearch.grpo, or of scripts/job_cpu.sh; two at most"
+        "runs", nargs="+", metavar="RUN", help="run folder of convsearch.grpo, or of scripts/quickstart.sh; two at most"
     )
     parser.add_argument("--port", type=int, default=8090, help="port on 127.0.0.1 (8090; 0 takes a free one)")
     return parser

@@ -23,7 +23,7 @@ def markdown(folders: Sequence[Path]) -> str:
     for folder in folders:
         results = read_results(folder)
         if results is None:
-            remedy = "give a run folder as scripts/job_cpu.sh writes it"
+            remedy = "give a run folder as scripts/quickstart.sh writes it"
             raise ValueError(f"{folder} has no test.trec with runs beside it: {remedy}")
         if results.disagreements:
             remedy = "make results.json again with `python -m eval.summary`"

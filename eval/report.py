@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m eval.report", description="Writes one self-contained HTML page about a run."
     )
     add = parser.add_argument
-    add("run", help="run folder, as scripts/job_cpu.sh or convsearch.grpo writes it")
+    add("run", help="run folder, as scripts/quickstart.sh or convsearch.grpo writes it")
     add("--output", help="HTML file to write (default: report.html in the run folder)")
     add("--index", help="index folder of the runs: adds the passages' text")
     add("--cases", type=int, default=20, help="wins and losses to show, each (20)")

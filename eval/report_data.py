@@ -1,4 +1,4 @@
-"""What a report shows, read from a run folder (of scripts/job_cpu.sh, or of convsearch.grpo alone)."""
+"""What a report shows, read from a run folder (of scripts/quickstart.sh, or of convsearch.grpo alone)."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -10,7 +10,7 @@ import helpers_lucene
 import pytest
 
 from convsearch.files import read_jsonl
-from data_preprocess.demo import find_summaries, read_articles
+from data_preprocess.demo_data import find_summaries, read_articles
 from retriever_server import lucene
 from retriever_server.bm25.index import Bm25Index
 

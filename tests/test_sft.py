@@ -345,7 +345,7 @@ def test_two_ranks_that_are_told_to_stop_save_and_go_on_as_one(
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1, output  # torchrun's own; scripts/reproduce.sh makes 143 of it
+    assert process.returncode == 1, output  # torchrun's own; scripts/run.sh makes 143 of it
     done = len(read_metrics(tmp_path / "run"))
     assert done < 120
     assert f"stopped: SIGTERM after step {done} of 120" in output
