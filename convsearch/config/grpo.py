@@ -306,8 +306,8 @@ class GrpoConfig(Section):
         require_multiple(name, gpus, "rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size)
         if rollout.overlap and not rollout.n_gpus_per_node:
             raise ValueError(
-                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers that share the policy's "
-                "GPUs sleep while it trains; give them their own GPUs (cluster=disaggregated), or set overlap=false"
+                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers that share the "
+                "policy's GPUs sleep while it trains; give them GPUs (cluster=disaggregated), or set overlap=false"
             )
         return self
 
