@@ -27,8 +27,7 @@ MAX_CHUNKS = 1 << 18  # remembered by one dictionary: about 90 MB with the words
 MAX_CHUNK_CHARS = 40  # longer ones hardly come twice
 
 _ASCII_WORD = re.compile(
-    r"_*[A-Za-z0-9]\w*(?:(?:(?<=[A-Za-z])['.:](?=[A-Za-z])|(?<=[0-9])['.,;](?=[0-9]))\w+)*",
-    re.ASCII,
+    r"_*[A-Za-z0-9]\w*(?:(?:(?<=[A-Za-z])['.:](?=[A-Za-z])|(?<=[0-9])['.,;](?=[0-9]))\w+)*", re.ASCII
 )
 _POSSESSIVES = ("'s", "'S", "\u2019s", "\u2019S", "\uff07s", "\uff07S")
 _SPACE_BUT_CONNECTOR = re.compile(r"[^\S\u202f]+")
