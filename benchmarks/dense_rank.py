@@ -77,7 +77,7 @@ def on_cpu(args: argparse.Namespace) -> str:
     vectors, queries, golds = generate(args.passages, args.queries, args.dim, args.seed)
     scanner = Flat(vectors)
     calls: dict[str, Callable[[], Any]] = {
-        f"ours ({scanner.coarse})": lambda: count_beating(vectors, queries, golds[:, None].tolist(), DEPTH, scanner)
+        f"ours ({scanner.coarse})": lambda: count_beating(scanner, queries, golds[:, None].tolist(), DEPTH)
     }
     ours, theirs, peer = next(iter(calls)), "faiss IndexFlatIP", "faiss-cpu"
     try:
@@ -123,7 +123,7 @@ def on_device(args: argparse.Namespace) -> str:
     matrix, asked = torch.from_numpy(vectors).to(args.device), torch.from_numpy(queries).to(args.device)
     half, half_asked = matrix.half(), asked.half()
     calls: dict[str, Callable[[], Any]] = {
-        "ours (half)": lambda: count_beating(vectors, queries, golds[:, None].tolist(), DEPTH, scanner),
+        "ours (half)": lambda: count_beating(scanner, queries, golds[:, None].tolist(), DEPTH),
         "torch float32": lambda: torch.topk(asked @ matrix.T, min(DEPTH, args.passages)).indices,
         "half product": lambda: torch.mm(half_asked, half.T),
         "read of the halves": lambda: half.view(torch.int32).amax(),

@@ -56,10 +56,11 @@ class Ours:
     """Bm25Index.gold_ranks."""
 
     def __init__(self, folder: Path, threads: int, golds: list[list[str]]) -> None:
+        from retriever_server.bm25.build import build
         from retriever_server.bm25.index import Bm25Index
 
         start = time.monotonic()
-        Bm25Index.build(folder / "collection.jsonl", folder / "bm25", progress=False, processes=threads)
+        build(folder / "collection.jsonl", folder / "bm25", progress=False, processes=threads)
         self.build_s = time.monotonic() - start
         self.index, self.golds = Bm25Index.load(folder / "bm25", threads), golds
 

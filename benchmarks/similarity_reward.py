@@ -102,10 +102,11 @@ def timed(work: Callable[[], list[float]]) -> tuple[list[float], float]:
 
 
 def compare(args: argparse.Namespace) -> str:
+    from retriever_server.encoder import Encoder
     from retriever_server.similarity import Similarity
 
     items = make_items(args)
-    similarity = Similarity.load(args.model or minilm(), args.device)
+    similarity = Similarity.of(Encoder.load(args.model or minilm(), args.device))
     similarity.gains(items[:8])
     one_by_one(similarity, items[:2])
     batched_s, warm_s, singly_s, singly = 0.0, 0.0, 0.0, []

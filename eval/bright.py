@@ -110,11 +110,11 @@ def open_search(args: argparse.Namespace, documents: Mapping[str, str], folder: 
     collection = folder / "collection.jsonl"
     write_jsonl(collection, ({"id": docid, "contents": text} for docid, text in documents.items()))
     if args.encoder is None:
+        from retriever_server.bm25 import build as bm25_build
         from retriever_server.bm25.index import Bm25Index
 
-        return Bm25Index.build(
-            collection, folder / "bm25", args.k1, args.b, overwrite=True, progress=sys.stderr.isatty()
-        ).search
+        bm25_build.build(collection, folder / "bm25", args.k1, args.b, overwrite=True, progress=sys.stderr.isatty())
+        return Bm25Index.load(folder / "bm25").search
     from retriever_server.dense import build as dense_build
     from retriever_server.dense.index import DenseIndex
 

@@ -13,12 +13,14 @@ from typing import Any, ClassVar
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from helpers_pages import FAINT, ROOT, SCRIPT, Reader, browser_page
-from helpers_retriever import running, until
+from helpers_retriever import build_bm25, running, until
 
 from convsearch.converse import answer
+from convsearch.pages import TYPES
 from retriever_server.bm25.index import Bm25Index
-from retriever_server.playground.routes import FILES, rewriter_commands
+from retriever_server.playground.routes import FILES, playground, rewriter_commands
 from retriever_server.serving.app import create_app
 from retriever_server.serving.schemas import Limits
 
@@ -47,18 +49,18 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Bm25Index:
     (root / "c.jsonl").write_text(
         "\n".join(json.dumps({"id": docid, "contents": text}) for docid, text in PASSAGES.items())
     )
-    Bm25Index.build(root / "c.jsonl", root / "index", progress=False)
-    return Bm25Index.load(root / "index")
+    return build_bm25(root / "c.jsonl", root / "index")
+
+
+def app_of(indexes: dict[str, Any], rewriters: dict[str, list[str]]) -> FastAPI:
+    app = create_app(indexes, limits=Limits(query_chars=1_000))
+    app.include_router(playground(app.state.service, rewriters))
+    return app
 
 
 @pytest.fixture(scope="module")
 def server(index: Bm25Index) -> Iterator[httpx.Client]:
-    app = create_app(
-        {"plays": index, "again": index},
-        limits=Limits(query_chars=1_000),
-        rewriters={"fake": [sys.executable, "-c", FAKE]},
-    )
-    with running(app) as client:
+    with running(app_of({"plays": index, "again": index}, {"fake": [sys.executable, "-c", FAKE]})) as client:
         yield client
 
 
@@ -75,9 +77,9 @@ def test_the_page_is_served_with_a_strict_policy(server: httpx.Client) -> None:
     assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on") or key == "style"]
     assert "script-src 'self'" in answer.headers["content-security-policy"]
     assert "unsafe" not in answer.headers["content-security-policy"]
-    for path, (_, kind) in FILES.items():
-        assert server.get(path).headers["content-type"] == f"{kind}; charset=utf-8"
-    script = FILES["/playground/page.js"][0].read_text()
+    for path, file in FILES.items():
+        assert server.get(path).headers["content-type"] == f"{TYPES[file.suffix]}; charset=utf-8"
+    script = "".join(path.read_text() for path in FILES.values() if path.suffix == ".js")
     assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script) == []
 
 
@@ -93,7 +95,7 @@ def test_every_field_has_a_label(server: httpx.Client) -> None:
 def test_what_there_is_to_choose(server: httpx.Client) -> None:
     about = server.get("/playground/about").json()
     assert [index["name"] for index in about["indexes"]] == ["plays", "again"]
-    assert (about["rewriters"], about["style"]) == (["fake"], "paper")
+    assert (about["rewriters"], about["style"], about["styles"]) == (["fake"], "paper", ["paper", "compact"])
 
 
 def test_the_wire_is_as_it_was(server: httpx.Client) -> None:
@@ -167,7 +169,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(
 
 
 def test_the_processes_end_with_the_server(index: Bm25Index) -> None:
-    with running(create_app({"plays": index}, rewriters={"fake": [sys.executable, "-c", FAKE]})) as client:
+    with running(app_of({"plays": index}, {"fake": [sys.executable, "-c", FAKE]})) as client:
         pid = ask(client, "x").json()["thinking"].split()[-1]
         assert Path(f"/proc/{pid}").exists()
     until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
@@ -277,9 +279,7 @@ def test_an_endpoint_of_openais_kind() -> None:
 
 @pytest.mark.slow
 def test_a_model_of_ours_in_its_own_process(index: Bm25Index, form_llama: Path) -> None:
-    with running(
-        create_app({"plays": index}, rewriters=rewriter_commands([f"tiny={form_llama}"], "compact"))
-    ) as client:
+    with running(app_of({"plays": index}, rewriter_commands([f"tiny={form_llama}"], "compact"))) as client:
         client.timeout = httpx.Timeout(120)
         body = {"rewriter": "tiny", "question": "what is it?", "context": [], "style": "compact"}
         found = client.post("/playground/rewrite", json=body).json()

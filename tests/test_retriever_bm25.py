@@ -12,6 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from helpers_retriever import build_bm25
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +35,7 @@ def write(path: Path, passages: dict[str, str]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bm25")
-    Bm25Index.build(write(root / "collection.jsonl", PASSAGES), root / "index", progress=False)
+    build_bm25(write(root / "collection.jsonl", PASSAGES), root / "index")
     return root / "index"
 
 
@@ -147,7 +148,7 @@ def test_parity_with_brute_force(
 ) -> None:
     root = tmp_path_factory.mktemp("parity")
     docids = [f"p{number}" for number in range(len(texts))]
-    index = Bm25Index.build(
+    index = build_bm25(
         write(root / "c.jsonl", dict(zip(docids, texts, strict=True))), root / "index", k1, b, progress=False
     )
     for query, hits in zip(queries, index.search(queries, len(texts) + 3), strict=True):
@@ -207,7 +208,7 @@ def test_ranks_and_searches_are_those_of_brute_force(
     passages[0] = passages[0] or ["w0"]
     root = tmp_path_factory.mktemp("brute")
     collection = write(root / "c.jsonl", {f"p{number}": " ".join(passage) for number, passage in enumerate(passages)})
-    index = Bm25Index.build(collection, root / "index", progress=False)
+    index = build_bm25(collection, root / "index")
     index.window = window
     queries = [list(draw.choice(vocabulary, size)) for size in (1, 2, 7, 40, 300)]
     golds = [data.draw(st.lists(st.integers(0, len(passages) - 1), min_size=1, max_size=3)) for _ in queries]
@@ -231,8 +232,8 @@ def test_processes_build_the_same_index(tmp_path: Path, monkeypatch: pytest.Monk
     texts = {f"d{number}": " ".join(draw.choice(words_, 30)) for number in range(2000)}
     collection = write(tmp_path / "c.jsonl", texts)
     monkeypatch.setattr(bm25_build, "CHUNK_BYTES", 1 << 16)  # several chunks
-    Bm25Index.build(collection, tmp_path / "one", progress=False, processes=1)
-    Bm25Index.build(collection, tmp_path / "two", progress=False, processes=2)
+    build_bm25(collection, tmp_path / "one", processes=1)
+    build_bm25(collection, tmp_path / "two", processes=2)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert [path.name for path in sorted((tmp_path / "two").iterdir())] == files
     for name in files:
@@ -249,7 +250,7 @@ def test_length_bytes_by_hand(length: int, stands_for: int) -> None:
 
 def test_equal_passages_rank_by_index_order(tmp_path: Path) -> None:
     texts = {f"d{number}": "same words here" for number in range(50)}
-    index = Bm25Index.build(write(tmp_path / "c.jsonl", texts), tmp_path / "index", progress=False)
+    index = build_bm25(write(tmp_path / "c.jsonl", texts), tmp_path / "index")
     assert index.gold_ranks(["words"] * 50, [[docid] for docid in texts], 40) == [*range(1, 41), *[None] * 10]
     assert [docid for docid, _ in index.search(["words"], 7)[0]] == list(texts)[:7]
 
@@ -275,7 +276,7 @@ def test_several_gzipped_files_and_odd_texts(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", {"1": "alpha", "é ü": "beta\nwith\u2028lines \ud83d"})
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write('\n{"id": "3", "contents": "gamma", "title": "ignored"}\n')
-    index = Bm25Index.build([first, tmp_path / "b.jsonl.gz"], tmp_path / "index", progress=False)
+    index = build_bm25([first, tmp_path / "b.jsonl.gz"], tmp_path / "index")
     assert [[docid for docid, _ in hits] for hits in index.search(["gamma", "beta", "ignored"], 1)] == [
         ["3"],
         ["é ü"],
@@ -285,7 +286,7 @@ def test_several_gzipped_files_and_odd_texts(tmp_path: Path) -> None:
 
 
 def test_a_collection_without_terms(tmp_path: Path) -> None:
-    index = Bm25Index.build(write(tmp_path / "c.jsonl", {"a": "", "b": "the"}), tmp_path / "index", progress=False)
+    index = build_bm25(write(tmp_path / "c.jsonl", {"a": "", "b": "the"}), tmp_path / "index")
     assert index.search(["the cat"], 3) == [[]]
     assert index.gold_ranks(["cat"], [["b"]], 3) == [None]
 
@@ -305,7 +306,7 @@ def test_a_collection_without_terms(tmp_path: Path) -> None:
 def test_bad_collections_leave_nothing_behind(tmp_path: Path, lines: list[str], message: str) -> None:
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
-        Bm25Index.build(tmp_path / "c.jsonl", tmp_path / "index", progress=False)
+        build_bm25(tmp_path / "c.jsonl", tmp_path / "index")
     assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
 
 
@@ -314,7 +315,7 @@ def test_bad_collections_leave_nothing_behind(tmp_path: Path, lines: list[str], 
 )
 def test_bad_parameters(tmp_path: Path, k1: float, b: float) -> None:
     with pytest.raises(ValueError, match="k1 >= 0 and 0 <= b <= 1"):
-        Bm25Index.build(tmp_path / "c.jsonl", tmp_path / "index", k1, b)
+        build_bm25(tmp_path / "c.jsonl", tmp_path / "index", k1, b)
 
 
 def damage_manifest(**changes: object):  # type: ignore[no-untyped-def]
@@ -421,8 +422,8 @@ def test_a_damaged_index_is_never_reused(tmp_path: Path, folder: Path) -> None:
     shutil.copytree(folder, tmp_path / "index")
     cut("postings_docs.npy")(tmp_path / "index")
     with pytest.raises(ValueError, match=r"postings_docs\.npy is cut short"):
-        Bm25Index.build(collection, tmp_path / "index", progress=False)
-    index = Bm25Index.build(collection, tmp_path / "index", overwrite=True, progress=False)
+        build_bm25(collection, tmp_path / "index")
+    index = build_bm25(collection, tmp_path / "index", overwrite=True)
     assert index.gold_ranks(["cat"], [["d2"]], 1) == [1]
 
 
@@ -441,7 +442,7 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
     dead, alive = tmp_path / "index.tmp-4194399", tmp_path / "index.tmp-1"
     dead.mkdir()
     alive.mkdir()
-    Bm25Index.build(write(tmp_path / "c.jsonl", PASSAGES), tmp_path / "index", progress=False)
+    build_bm25(write(tmp_path / "c.jsonl", PASSAGES), tmp_path / "index")
     assert not dead.exists()
     assert alive.exists()
 
@@ -455,7 +456,7 @@ def test_columns_tails_and_windows_change_no_rank(tmp_path: Path, monkeypatch: p
         for _ in range(700)
     ]
     collection = write(tmp_path / "c.jsonl", {f"p{number}": text for number, text in enumerate(texts)})
-    Bm25Index.build(collection, tmp_path / "index", progress=False)
+    build_bm25(collection, tmp_path / "index")
     index = Bm25Index(tmp_path / "index", threads=3)
     monkeypatch.setattr(bm25_ranks, "SHORTEST_WINDOW", 64)
     monkeypatch.setattr(bm25_ranks, "LONGEST_WINDOW", 256)

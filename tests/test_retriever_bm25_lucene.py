@@ -8,6 +8,7 @@ from pathlib import Path
 
 import helpers_lucene
 import pytest
+from helpers_retriever import build_bm25
 
 from convsearch.files import read_jsonl
 from data_preprocess.demo import find_summaries, read_articles
@@ -26,7 +27,7 @@ def compare(
 ) -> tuple[Bm25Index, lucene.LuceneIndex]:
     """Builds both indexes and holds their ranks of the golds together, to depth 100 and to depth 1,000."""
     theirs = helpers_lucene.lucene_index(passages, folder)
-    ours = Bm25Index.build(folder / "collection.jsonl", folder / "bm25", progress=False)
+    ours = build_bm25(folder / "collection.jsonl", folder / "bm25")
     queries, golds = [query for query, _ in cases], [golds for _, golds in cases]
     expected = helpers_lucene.lucene_ranks(theirs, queries, golds, 1000)
     assert ours.gold_ranks(queries, golds, 1000) == expected

@@ -418,9 +418,9 @@ def test_parts_in_ray_actors_agree_and_outlive_a_kill(tmp_path: Path) -> None:
         assert "1 passed" in done.stdout
         return
     import ray
+    from retriever_server.dense.ray_parts import spread
 
     from retriever_server.dense.build import Manifest
-    from retriever_server.dense.ray_parts import spread
 
     rng = np.random.default_rng(3)
     vectors, queries = rng.integers(-1, 2, (60, 6)).astype(np.float32), rng.integers(-2, 3, (25, 6)).astype(np.float32)

@@ -11,14 +11,13 @@ import helpers_rqr_oracles
 import helpers_trainers
 import numpy as np
 import pytest
-from helpers_retriever import Lengths, running
+from helpers_retriever import Lengths, build_bm25, running
 
 from convsearch.config.grpo import RewardConfig
 from convsearch.retriever.client import RetrieverClient
 from convsearch.rewards.scoring import score
 from convsearch.rewards.shapes import rank_incentive, reward
 from convsearch.types import Completion, Example, Rewrite
-from retriever_server.bm25.index import Bm25Index
 from retriever_server.serving.app import create_app
 from retriever_server.similarity import Item, Similarity, unit
 
@@ -134,7 +133,7 @@ def test_scores_through_a_server_are_those_of_the_formula(tmp_path: Path, form: 
     (tmp_path / "c.jsonl").write_text(
         "".join(json.dumps({"id": f"d{i}", "contents": text}) + "\n" for i, text in ((1, "output"), (2, "nearer")))
     )
-    index = Bm25Index.build(tmp_path / "c.jsonl", tmp_path / "index", progress=False)
+    index = build_bm25(tmp_path / "c.jsonl", tmp_path / "index")
     cfg = RewardConfig(name="rank_incentive", rank_weight=0.5, similarity_weight=1.0, format_penalty=-1.0, form=form)  # type: ignore[arg-type]
     outputs = ["output", "output", " \n"]
     if form == "answer":

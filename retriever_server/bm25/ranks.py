@@ -1,4 +1,4 @@
-"""Exact gold ranks of a batch of queries: which terms become columns, and the threads' shares (the loops are in bm25_gold.py)."""
+"""Exact gold ranks of a batch of queries: which terms become columns, and the threads' shares (the loops are in gold.py)."""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retriever_server.bm25 import gold as bm25_gold
+from retriever_server.bm25 import gold
 from retriever_server.bm25.gold import Batch, Columns, Golds, Plan
 from retriever_server.bm25.kernels import Postings
 
@@ -48,7 +48,7 @@ def ranks(
         order=np.empty(terms, np.int64),
         num_head=np.empty(queries, np.int64),
     )
-    share_queries(lambda share: bm25_gold.score_golds(share, num_passages, batch, golds, postings))
+    share_queries(lambda share: gold.score_golds(share, num_passages, batch, golds, postings))
     columns = choose_columns(batch, golds, num_passages)
     repeats = np.where(columns.of_term < 0, 0, batch.times)
     unit, sum_type = units(batch, columns, repeats, postings)
@@ -62,15 +62,13 @@ def ranks(
         columns_rest=np.empty(repeats.sum() + queries, np.float32),
         columns_head=np.empty(queries, np.int64),
     )
-    share_queries(lambda share: bm25_gold.arrange(share, batch, golds, columns, plan, postings))
+    share_queries(lambda share: gold.arrange(share, batch, golds, columns, plan, postings))
     beaten = np.zeros((threads, queries), np.int64)
 
     def scan(me: int) -> None:
         low, high = (num_passages * part // threads for part in (me, me + 1))
         scratch = _arrays(len(columns.starts), sum_type)
-        bm25_gold.scan(
-            low, high, me, depth, num_passages, batch, golds, columns, plan, postings, unit, *scratch, beaten
-        )
+        gold.scan(low, high, me, depth, num_passages, batch, golds, columns, plan, postings, unit, *scratch, beaten)
 
     list(pool.map(scan, range(threads)))
     total = beaten.sum(axis=0)
