@@ -288,7 +288,7 @@ def test_qrels(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -
     qrels = read_qrels([tmp_path / "a.trec", tmp_path / "b.trec"])
     assert qrels == {"q1": ["p1", "p2"], "q2": ["zz"], "q3": ["p4"]}
     warn_of_missing(qrels, Bm25Index.load(folder / "main"))
-    assert "1 gold docids of --trec_path, such as 'zz', are not in the index" in caplog.text
+    assert "1 gold docids of --trec_path, for example 'zz', are not in the index" in caplog.text
     (tmp_path / "b.trec").write_text("q3 0 p4 1\nq3 p4 1")
     with pytest.raises(ValueError, match=r"b\.trec:2: expected 'qid 0 docid relevance', got 'q3 p4 1'"):
         read_qrels([tmp_path / "b.trec"])

@@ -337,11 +337,11 @@ def cut(name: str):  # type: ignore[no-untyped-def]
         (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
         (lambda folder: (folder / "manifest.json").write_text('{"format"'), "manifest.json is damaged"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is damaged"),
-        (damage_manifest(format="faiss"), "has format 'faiss', not 'convsearch-bm25'"),
+        (damage_manifest(format="faiss"), "has format 'faiss', this program reads 'convsearch-bm25'"),
         (damage_manifest(version=99), "has version 99, this program reads 2"),
         (damage_manifest(analyzer="german"), "has analyzer 'german'"),
         (damage_manifest(k1="0.9"), "field 'k1' must be float"),
-        (damage_manifest(num_passages=5), r"docids_offsets.npy holds int64\[5\] where the manifest counts int64\[6\]"),
+        (damage_manifest(num_passages=5), r"docids_offsets.npy holds int64\[5\], the manifest counts int64\[6\]"),
         (
             lambda folder: np.save(folder / "docids_offsets.npy", np.zeros(4, np.int64)),
             r"docids_offsets.npy holds int64\[4\]",
@@ -431,7 +431,7 @@ def test_index_command_leaves_other_folders_alone(tmp_path: Path, monkeypatch: p
     collection = write(tmp_path / "c.jsonl", PASSAGES)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1").write_text("years of work")
-    with pytest.raises(ValueError, match="is no index folder"):
+    with pytest.raises(ValueError, match="is not an index folder"):
         run_index(monkeypatch, "--collection", collection, "--output", tmp_path / "thesis", "--overwrite")
     assert (tmp_path / "thesis" / "chapter1").read_text() == "years of work"
     with pytest.raises(ValueError, match="there is no collection file"):
