@@ -29,7 +29,7 @@ class Index(ABC):
         """``golds``: one or more rows per query."""
 
     def search(self, queries: Sequence[str], k: int) -> list[Hits]:
-        """The best ``k`` passages per query, best first, ties by index order; BM25 returns only those that score above 0.
+        """The best ``k`` passages per query, best first, ties by index order; of BM25 only those that score above 0.
 
         Raises:
             ValueError: k is below 1.

@@ -1,6 +1,7 @@
-"""Building a BM25 index folder: several processes analyse the collection chunk by chunk; it is inverted on disk, bucket by bucket.
+"""Building a BM25 index folder: processes analyse the collection chunk by chunk, then postings are sorted bucket by bucket.
 
-Memory holds the vocabulary, the passages' offsets and hashes (24 bytes each) and one bucket of postings; never the collection.
+Memory holds the vocabulary, the passages' offsets and hashes (24 bytes each) and one bucket of postings, but never the
+collection.
 """
 
 import math
@@ -75,7 +76,7 @@ def build(
 
 
 def _differences(folder: Path, k1: float, b: float, sha256: str) -> list[str]:
-    """What differs in the index of a folder; ValueError if it is damaged, which must not be found only when it is served."""
+    """What differs in the index of a folder; ValueError if it is damaged, so that the server does not find it out."""
     found = Manifest.read(folder)
     Bm25Index.load(folder)
     pairs = {
@@ -87,7 +88,7 @@ def _differences(folder: Path, k1: float, b: float, sha256: str) -> list[str]:
 
 
 def _chunks(paths: Sequence[Path], processes: int) -> Iterator[Chunk]:
-    """The collection's chunks in order, inverted by several processes; a collection of one chunk is inverted in this one."""
+    """The collection's chunks in order, inverted by several processes, or by this one if there is only one chunk."""
     blocks = ((str(path), line, block) for path in paths for line, block in line_blocks(path, CHUNK_BYTES))
     if processes == 1 or sum(path.stat().st_size for path in paths) <= CHUNK_BYTES:
         yield from (invert(*block) for block in blocks)
@@ -107,7 +108,7 @@ def _chunks(paths: Sequence[Path], processes: int) -> Iterator[Chunk]:
 
 
 class _Writer:
-    """The folder being written: passages go to their tables, postings to BUCKETS scratch files by their term's number."""
+    """The folder being written: passages go to tables, postings to BUCKETS scratch files by their term's number."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,8 +1,7 @@
-"""BM25 over an index folder, equal to Lucene's scores to the last bit: the best k passages, and exact gold ranks without a ranking.
+"""BM25 over an index folder, bit for bit as Lucene scores: the best k passages, and exact gold ranks without a ranking.
 
-A passage's score is the float32 of the double sum of its terms' float32 scores (retriever_server/bm25/formula.py). Doubles
-hold such sums without rounding except for extremely unlike terms, so the order of the terms does not matter, and search and
-gold ranks agree, ties included.
+A passage's score is the float32 of the double sum of its terms' float32 scores (formula.py). Doubles hold such sums without
+rounding except for extremely unlike terms, so the order of the terms does not matter, and search and gold ranks agree.
 """
 
 import os
@@ -38,7 +37,7 @@ class Bm25Index(Index):
     window = kernels.WINDOW
 
     def __init__(self, folder: str | Path, threads: int | None = None) -> None:
-        """Opens the folder; the arrays stay on disk and are memory-mapped. ``threads`` share the queries of a call (one per core).
+        """Opens the folder and memory-maps its arrays. ``threads`` share the queries of a call (default: one per core).
 
         Raises:
             ValueError: something is missing, damaged, of another version, or does not fit the manifest.
@@ -83,7 +82,7 @@ class Bm25Index(Index):
         return tuple(Counter(number for term in analyze(text) if (number := self._term(term)) is not None).items())
 
     def _lists(self, bags: Sequence[Bag]) -> tuple[Lists, npt.NDArray[np.int64]]:
-        """Where the postings of all bags' terms start and end, their weights and largest codes; and where each bag's terms end."""
+        """The start, end, weight and largest code of the postings of all bags' terms; and where each bag's terms end."""
         pairs = np.array([pair for bag in bags for pair in bag], np.int64).reshape(-1, 2)
         numbers, times = pairs[:, 0], pairs[:, 1].astype(np.float32)
         starts = self._starts[numbers]

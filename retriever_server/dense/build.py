@@ -1,8 +1,8 @@
 """Building a dense index folder: the collection's texts, their vectors block by block, and the coarse codes.
 
-A build is in ``<output>.building`` until it is finished, so that a killed one can resume. It writes the texts once. Then each
-block of vectors goes to its place in a preallocated file, and is noted in ``done/`` when it is on the disk. Under torchrun every
-process takes every n-th block.
+A build is in ``<output>.building`` until it is finished, so that a killed one can resume. It writes the texts once. Then it
+writes each block of vectors to its place in a preallocated file, and notes it in ``done/``. Under torchrun every process takes
+every n-th block.
 """
 
 import json
@@ -102,7 +102,7 @@ def _wait_for_all(world_size: int) -> None:
 
 
 def _start(building: Path, paths: Sequence[Path], manifest: Manifest, settings: Settings) -> int:
-    """Writes the texts and makes room for the vectors, unless an unfinished build has done so; returns the number of passages."""
+    """Writes the texts and makes room for the vectors, unless an unfinished build did; returns the number of passages."""
     plan_path, wanted = building / "plan.json", {**asdict(manifest), "block": settings.block, "encoder": ""}
     if plan_path.is_file():
         plan = json.loads(plan_path.read_bytes())
@@ -116,9 +116,8 @@ def _start(building: Path, paths: Sequence[Path], manifest: Manifest, settings: 
         if path.name != "lock":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     count = folders.write_texts(building, paths, settings.progress)
-    shape = (count * manifest.dim,)
-    room = np.lib.format.open_memmap(building / "vectors.npy", "w+", np.dtype(manifest.dtype), shape)  # type: ignore[no-untyped-call]
-    room.flush()
+    path, kind = building / "vectors.npy", np.dtype(manifest.dtype)
+    np.lib.format.open_memmap(path, "w+", kind, (count * manifest.dim,)).flush()  # type: ignore[no-untyped-call]
     (building / "done").mkdir()
     with atomic_write(plan_path) as file:
         json.dump(wanted | {"count": count}, file)

@@ -1,4 +1,4 @@
-"""faiss (IndexFlatIP) for searches; gold ranks stay ours. It sums in float32, so equal vectors may differ in the last bit."""
+"""faiss (IndexFlatIP) for searches, not for gold ranks. It sums in float32, so scores of equal vectors may differ."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from retriever_server.storage import Array
 
 
 class FaissTop(Flat):
-    """Flat, with faiss for ``top``. Its candidates are scored again, so scores and ties are ours among those it finds."""
+    """Flat, with faiss for ``top``. Its candidates are scored again, so their scores and ties are those of Flat."""
 
     def __init__(self, vectors: Array, n_gpu: int = 0) -> None:
         """Copies the vectors into faiss, on the CPU or sharded over ``n_gpu`` devices.

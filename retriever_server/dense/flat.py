@@ -1,7 +1,7 @@
-"""Exact flat search over vectors on the CPU: gold ranks by counting, and the best k, from coarse products and few exact ones.
+"""Exact flat search over vectors on the CPU: gold ranks by counting, and the best k, from coarse and few exact products.
 
-Every answer is that of ``kernels.dot`` over all passages, ties by row. Coarse products (int8, see codes; or float32) only decide
-what their error bound settles.
+Every answer is that of ``kernels.dot`` over all passages, ties by row. Coarse products (int8, see codes.py; or float32) only
+decide what their error bound settles.
 """
 
 import functools
@@ -29,9 +29,9 @@ class Scanner(Protocol):
         """The exact scores of some rows, float32."""
 
     def count(self, queries: Array, thresholds: Array, ties_before: Array, depth: int) -> Array:
-        """How many rows beat each threshold, int64 [Q]; exact below ``depth``, else any number that is at least ``depth``.
+        """How many rows beat each threshold, int64 [Q]; exact below ``depth``, else any number from ``depth`` on.
 
-        ``queries`` float32 [Q, D]; ``thresholds`` float32 [Q]; rows below ``ties_before`` [Q] beat with an equal score too.
+        ``queries`` float32 [Q, D], ``thresholds`` float32 [Q]; rows below ``ties_before`` [Q] also beat an equal score.
         """
 
     def top(self, queries: Array, k: int) -> list[tuple[Array, Array]]:
@@ -39,7 +39,7 @@ class Scanner(Protocol):
 
 
 class Coarse(NamedTuple):
-    """A block's coarse products with some queries: score = products x (query's scale x scale) + offset, within ``bounds``."""
+    """Coarse products of a block: score = products x (query's scale x scale) + offset, up to an error of ``bounds``."""
 
     start: int  # the row of its first passage
     products: Array  # int32 or float32 [Q, n]
@@ -52,8 +52,8 @@ class Flat:
     """Vectors [N, D] (float32 or float16, memory-mapped or not) on the CPU. Thread-safe."""
 
     def __init__(self, vectors: Array, codes: Codes | None = None, coarse: str | None = None) -> None:
-        """``codes``: those of the vectors, made here if None. ``coarse``: "int8" or "float32"; by default int8 if this processor's
-        product of bytes is exact."""
+        """``codes``: those of the vectors, made here if None. ``coarse``: "int8" or "float32"; by default int8 if this
+        processor's product of bytes is exact."""
         self.vectors = vectors
         self._read = vectors.view(np.uint16) if vectors.dtype == np.float16 else vectors  # as kernels.dot reads them
         self.coarse = coarse or ("int8" if bytes_multiply_exactly() else "float32")
@@ -183,10 +183,10 @@ class Shards:
 
 
 def count_beating(scanner: Scanner, queries: Array, gold_rows: Sequence[Sequence[int]], depth: int) -> Array:
-    """How many passages beat the best gold of each query, int64 [Q]; exact below ``depth``, else any number of at least ``depth``.
+    """How many passages beat the best gold of each query, int64 [Q]; exact below ``depth``, else any number from it on.
 
-    ``queries`` float32 [Q, D], ``gold_rows``: one or more rows per query. A passage beats with a higher score, or with the same
-    and a lower row. ``count_beating(Flat(numpy.eye(3, dtype="float32")), [[1, 3, 2]], [[0, 2]], 100)`` is ``[1]``.
+    ``queries`` float32 [Q, D], ``gold_rows``: one or more rows per query. A passage beats with a higher score, or with the
+    same and a lower row. ``count_beating(Flat(numpy.eye(3, dtype="float32")), [[1, 3, 2]], [[0, 2]], 100)`` is ``[1]``.
     """
     queries = np.ascontiguousarray(queries, np.float32)
     best = [best_gold(scanner, query, rows) for query, rows in zip(queries, gold_rows, strict=True)]
@@ -208,7 +208,7 @@ def best_first(scores: Array, rows: Array) -> tuple[Array, Array]:
 
 
 def limits(thresholds: Array, shifts: Array, bounds: Array) -> tuple[Array, Array]:
-    """(low, high) float32 [Q]: a coarse score above ``high`` certainly beats the threshold, one below ``low`` certainly does not."""
+    """(low, high) float32 [Q]: a coarse score above ``high`` beats the threshold for sure, one below ``low`` does not."""
     exact = thresholds.astype(np.float64)
     bounds = bounds + (np.abs(exact) + np.abs(shifts)) * 2**-22  # scores are rounded to float32
     low, high = (exact - shifts - bounds).astype(np.float32), (exact - shifts + bounds).astype(np.float32)
@@ -216,7 +216,7 @@ def limits(thresholds: Array, shifts: Array, bounds: Array) -> tuple[Array, Arra
 
 
 def plain_bounds(query_lengths: Array, block: Codes, dim: int) -> Array:
-    """Of a float32 product summed in any order: gamma_D |q| |d| (Higham, Accuracy and Stability, section 3.1), float64 [Q]."""
+    """Of a float32 sum in any order, float64 [Q]: gamma_D |q| |d| (Higham, Accuracy and Stability, section 3.1)."""
     unit = dim * 2.0**-24
     norm = float(block.norm.max()) + float(np.linalg.norm(block.mean.astype(np.float64)))
     return np.asarray(query_lengths * (unit / (1 - unit) + 1e-12) * norm)

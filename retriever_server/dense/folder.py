@@ -98,7 +98,7 @@ def check_vectors(vectors: Array, first: int) -> Array:
 
 
 def finish(building: Path, folder: Path, manifest: Manifest, progress: bool) -> None:
-    """Adds codes and manifest, and gives the folder its name; removes what had that name (the caller has checked it)."""
+    """Adds codes and manifest, and renames the folder; replaces what had that name (the caller has checked it)."""
     vectors = read_matrix(building, manifest)
     with storage.bar(progress, total=len(vectors), desc="codes", unit=" passages") as bar:
         codes.write(building, vectors, bar.update)
