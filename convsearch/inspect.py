@@ -1,7 +1,7 @@
 """A page on a GRPO run, during the run or afterwards: ``python -m convsearch.inspect RUN_FOLDER [RUN_FOLDER2]``.
 
-It shows curves, the groups of the newest steps, a search over all rollouts, each rollout under its own address, and two runs side
-by side. It reads what the run writes to disk, and writes nothing. Only this machine can connect to it.
+It shows curves, the groups of the newest steps, a search over all rollouts, each rollout under its own address, and two
+runs side by side. It reads what the run writes to disk, and writes nothing. Only this machine can connect to it.
 """
 
 import argparse

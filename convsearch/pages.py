@@ -1,4 +1,5 @@
-"""What the three pages share on the server's side: security headers, files that are served as they are, and a listening socket."""
+"""What the three pages share on the server's side: security headers, files that are served as they are, and a listening
+socket."""
 
 import socket
 from collections.abc import Mapping

@@ -36,7 +36,8 @@ SKIPPED = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.onnx"]  # wei
 class Encoder:
     """A loaded model; thread-safe (one call at a time).
 
-    Example: ``Encoder.load("castorini/ance-msmarco-passage").encode(["who wrote Hamlet?"], max_length=512)`` is float32 [1, 768].
+    Example: ``Encoder.load("castorini/ance-msmarco-passage").encode(["who wrote Hamlet?"], max_length=512)`` is float32
+        [1, 768].
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Encoder:
         return cls(folder, name_or_path, device, "ance", model, "cls", heads, limit)
 
     def encode(self, texts: Sequence[str], max_length: int, batch_size: int = 64, progress: bool = False) -> Array:
-        """float32 [n, dim], in the order of the texts, each cut at ``max_length`` tokens (with special ones) or the model's limit.
+        """float32 [n, dim], in the order of the texts, each cut at ``max_length`` tokens (with special ones) or the
+        model's limit.
 
-        Texts are sorted by length. A batch ends before a text shorter than three quarters of its first one, to limit padding.
+        Texts are sorted by length. A batch ends before a text shorter than three quarters of its first one, to limit
+        padding.
         """
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         lengths = [min(len(text), CHARS_PER_TOKEN * max_length) for text in texts]
@@ -180,7 +183,8 @@ def _positions(model: Any) -> int:
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """Parameter name -> tensor of a folder's weight file, without a wrapper's "model." or "module." if all names begin with it."""
+    """Parameter name -> tensor of a folder's weight file, without a wrapper's "model." or "module." if all names begin
+    with it."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")

@@ -80,7 +80,8 @@ def open_indexes(
     retriever_name: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Searcher]:
-    """name -> index, from DIR or NAME=DIR (without a name, the index has its folder's name). ``options``: for dense ones.
+    """name -> index, from DIR or NAME=DIR (without a name, the index has its folder's name). ``options``: for dense
+    ones.
 
     Raises:
         ValueError: an index cannot be opened, two have one name, k1 or b differ from what is asked for, or the first
@@ -117,8 +118,8 @@ def _check_bm25(index: Bm25Index, folder: str, k1: float | None, b: float | None
 def fuse(lists: Sequence[Sequence[str]], rrf_k: int) -> list[tuple[str, float]]:
     """Reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009): (docid, score) in the fused order.
 
-    A score is the sum of 1 / (rrf_k + rank) over the lists that hold the passage. Equal scores are ordered by rank in the
-    first list (a passage that is not in it comes last), then by rank in the second, and so on.
+    A score is the sum of 1 / (rrf_k + rank) over the lists that hold the passage. Equal scores are ordered by rank in
+    the first list (a passage that is not in it comes last), then by rank in the second, and so on.
     ``fuse([["a", "b"], ["b", "c"]], 60)`` is ``[("b", 1/62 + 1/61), ("a", 1/61), ("c", 1/62)]``.
     """
     ranks: dict[str, list[float]] = {}

@@ -1,7 +1,8 @@
-"""The server's command line: ``python -m retriever_server --index_path outputs/demo/bm25 --trec_path dev.trec --port 8000``.
+"""The server's command line:
+``python -m retriever_server --index_path outputs/demo/bm25 --trec_path dev.trec --port 8000``.
 
-It takes the flags of the reference's server. Differences: it listens on 127.0.0.1 by default, k1 and b come from the index, and
---trec_path is optional for clients that send the gold docids themselves.
+It takes the flags of the reference's server. Differences: it listens on 127.0.0.1 by default, k1 and b come from the
+index, and --trec_path is optional for clients that send the gold docids themselves.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""How much nearer a text is to its positives than its question: mean over positives d of cos(output, d) - cos(question, d).
+"""How much nearer a text is to its positives than its question: mean over positives d of cos(output, d) - cos(question,
+d).
 
-The reward of RQR (arXiv 2506.11603, section 3) is ten times this. Whole batches are encoded at once. Questions and positives,
-which come again with every sample and epoch, are encoded once and kept.
+The reward of RQR (arXiv 2506.11603, section 3) is ten times this. Whole batches are encoded at once. Questions and
+positives, which come again with every sample and epoch, are encoded once and kept.
 """
 
 import hashlib
@@ -38,7 +39,8 @@ class TextEncoder(Protocol):
 
 
 class Similarity:
-    """An encoder with its memory; thread-safe. ``Similarity.of(Encoder.load(model)).gains([item])`` is one number in -2..2."""
+    """An encoder with its memory; thread-safe. ``Similarity.of(Encoder.load(model)).gains([item])`` is one number in
+    -2..2."""
 
     def __init__(self, encode: Encode, name: str, kept: int = KEPT) -> None:
         """``kept``: how many vectors of questions and positives stay in memory; the least recently used are dropped."""

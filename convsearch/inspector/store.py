@@ -1,4 +1,5 @@
-"""A run's files, read as a page needs them: the columns that are asked for, one step's dump at a time, never all the text at once."""
+"""A run's files, read as a page needs them: the columns that are asked for, one step's dump at a time, never all the
+text at once."""
 
 import json
 import re
@@ -29,7 +30,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rollouts to show; what is None or empty does not count. ``text``: words that all occur, "a phrase in quotes" as it stands."""
+    """Which rollouts to show; what is None or empty does not count. ``text``: words that all occur, "a phrase in
+    quotes" as it stands."""
 
     text: str = ""
     qid: str = ""
@@ -92,7 +94,8 @@ class Run:
         self._lock = threading.Lock()
 
     def metrics(self, version: str = "", offset: int = 0) -> Record:
-        """The lines of metrics.jsonl from byte ``offset`` on; all of them, with ``reset``, where the file is not the one of ``version`` any more.
+        """The lines of metrics.jsonl from byte ``offset`` on; all of them, with ``reset``, where the file is not the
+        one of ``version`` any more.
 
         A run that resumes writes the file anew: then it has another inode.
         """
@@ -155,9 +158,11 @@ class Run:
         return {"step": step, "start": start, "total": len(firsts), "groups": groups}
 
     def find(self, wanted: Filter, cursor: str = "", size: int = 50) -> Record:
-        """A page of rollouts, the newest steps first: ``{"rollouts": [...], "cursor": where to go on or None, "scanned": rows looked at}``.
+        """A page of rollouts, the newest steps first:
+        ``{"rollouts": [...], "cursor": where to go on or None, "scanned": rows looked at}``.
 
-        One call looks at SCAN_ROWS rows (and the rest of their dump) at most, so a page may come back short, even empty, with a cursor.
+        One call looks at SCAN_ROWS rows (and the rest of their dump) at most, so a page may come back short, even
+        empty, with a cursor.
         """
         step_from, row_from = _position(cursor)
         found: list[Record] = []
@@ -232,7 +237,8 @@ class Run:
 
 
 def compare(one: Run, other: Run, most: int = 25) -> Record:
-    """Where two runs ended (mean of their last steps, metric by metric), and the queries of both whose rewards differ most."""
+    """Where two runs ended (mean of their last steps, metric by metric), and the queries of both whose rewards differ
+    most."""
     ends = [_ends(run.metrics()["records"]) for run in (one, other)]
     names = [name for name in ends[0] if name in ends[1] and name != "step"]
     a, b = one.rewards(), other.rewards()

@@ -1,4 +1,5 @@
-"""Building a BM25 index folder: processes analyse the collection chunk by chunk, then postings are sorted bucket by bucket.
+"""Building a BM25 index folder: processes analyse the collection chunk by chunk, then postings are sorted bucket by
+bucket.
 
 Memory holds the vocabulary, the passages' offsets and hashes (24 bytes each) and one bucket of postings, but never the
 collection.

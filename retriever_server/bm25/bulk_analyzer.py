@@ -1,7 +1,7 @@
 """The analyzer for whole collections: many texts at once, from bytes to term numbers, in compiled code for known words.
 
-Text is cut into chunks at ASCII white space, which no word crosses. A hash table in compiled code maps known chunks to the
-numbers of their terms. A new chunk goes through ``analyzer``, once.
+Text is cut into chunks at ASCII white space, which no word crosses. A hash table in compiled code maps known chunks to
+the numbers of their terms. A new chunk goes through ``analyzer``, once.
 """
 
 from typing import Any
@@ -129,7 +129,8 @@ def find(
     known_ends: Array,
     chunks: Array,
 ) -> int:
-    """Fills ``chunks`` from position ``at`` with the numbers of known chunks; returns the position of the first new one."""
+    """Fills ``chunks`` from position ``at`` with the numbers of known chunks; returns the position of the first new
+    one."""
     for c in range(at, len(starts)):
         slot, found = slot_of(hashes[c], len(slots)), -1
         while slots[slot] >= 0:

@@ -16,7 +16,8 @@ CHUNK_BYTES = 4 << 20  # of collection text: about 8,000 passages, 20 MB between
 class Chunk:
     """N passages, numbered from 0, and their P postings; the postings of a term are in the order of passages.
 
-    Example: "cat dog cat" and "dog" -> terms ["cat", "dog"], postings_term [0, 1, 1], postings_doc [0, 0, 1], tf [2, 1, 1].
+    Example: "cat dog cat" and "dog" -> terms ["cat", "dog"], postings_term [0, 1, 1], postings_doc [0, 0, 1], tf [2, 1,
+        1].
     """
 
     docids: bytes  # UTF-8, one after the other

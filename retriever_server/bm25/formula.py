@@ -1,7 +1,8 @@
-"""BM25 as Lucene computes it (org.apache.lucene.search.similarities.BM25Similarity): one-byte lengths, float32 arithmetic.
+"""BM25 as Lucene computes it (org.apache.lucene.search.similarities.BM25Similarity): one-byte lengths, float32
+arithmetic.
 
-score(term, passage) = w - w / (1 + tf x inverse norm), with w = (times in the query) x idf. A passage's score is the sum of
-its terms' scores in double precision, rounded to float32 at the end.
+score(term, passage) = w - w / (1 + tf x inverse norm), with w = (times in the query) x idf. A passage's score is the
+sum of its terms' scores in double precision, rounded to float32 at the end.
 """
 
 import math
@@ -30,7 +31,8 @@ def length_bytes(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
 
 
 def inverse_norms(k1: float, b: float, num_tokens: int, num_nonempty: int) -> Floats:
-    """float32[256]: 1 / (k1 x (1 - b + b x length / mean length)) per length byte; the mean is over non-empty passages."""
+    """float32[256]: 1 / (k1 x (1 - b + b x length / mean length)) per length byte; the mean is over non-empty
+    passages."""
     k1_, b_, one = np.float32(k1), np.float32(b), np.float32(1)
     mean = np.float32(num_tokens / num_nonempty) if num_nonempty else one
     with np.errstate(divide="ignore"):  # k1 = 0: tf does not matter, and infinity says so

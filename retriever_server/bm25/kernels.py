@@ -1,8 +1,8 @@
-"""The compiled loops of BM25 that search and gold ranks share, and the search for the best k passages; all without the GIL.
+"""The compiled loops of BM25 that search and gold ranks share, and the search for the best k passages; all without the
+GIL.
 
-A posting is a passage number and a code. A code stands for a (tf, length byte) pair. ``gain[code]`` is
-1 - 1 / (1 + tf x inverse norm), so weight x gain is the term's score up to float32 rounding. Codes are numbered by ascending
-gain.
+A posting is a passage number and a code. A code stands for a (tf, length byte) pair. ``gain[code]`` is 1 - 1 / (1 + tf
+x inverse norm), so weight x gain is the term's score up to float32 rounding. Codes are numbered by ascending gain.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,8 @@ def lower_bound(docs: Array, low: int, high: int, doc: int) -> int:
 
 @compiled
 def seek(docs: Array, low: int, high: int, doc: int, num_passages: int) -> int:
-    """lower_bound in docs[low:high], begun where ``doc`` would be if passages were spread evenly up to ``num_passages``.
+    """lower_bound in docs[low:high], begun where ``doc`` would be if passages were spread evenly up to
+    ``num_passages``.
 
     A search from ``low`` would wait for memory at every step; this one mostly stays within a few cache lines.
     """
@@ -167,7 +168,8 @@ def sift_down(docs: Array, scores: Array, size: int) -> None:
 
 @compiled
 def push(docs: Array, scores: Array, size: int, k: int, doc: int, score: np.float32) -> int:
-    """Adds a passage to the heap of the best ``k``; if it is full, the passage must beat the root. Returns the new size."""
+    """Adds a passage to the heap of the best ``k``; if it is full, the passage must beat the root. Returns the new
+    size."""
     if size == k:
         docs[0], scores[0] = doc, score
         sift_down(docs, scores, size)

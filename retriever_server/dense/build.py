@@ -1,8 +1,8 @@
 """Building a dense index folder: the collection's texts, their vectors block by block, and the coarse codes.
 
-A build is in ``<output>.building`` until it is finished, so that a killed one can resume. It writes the texts once. Then it
-writes each block of vectors to its place in a preallocated file, and notes it in ``done/``. Under torchrun every process takes
-every n-th block.
+A build is in ``<output>.building`` until it is finished, so that a killed one can resume. It writes the texts once.
+Then it writes each block of vectors to its place in a preallocated file, and notes it in ``done/``. Under torchrun
+every process takes every n-th block.
 """
 
 import json
@@ -102,7 +102,8 @@ def _wait_for_all(world_size: int) -> None:
 
 
 def _start(building: Path, paths: Sequence[Path], manifest: Manifest, settings: Settings) -> int:
-    """Writes the texts and makes room for the vectors, unless an unfinished build did; returns the number of passages."""
+    """Writes the texts and makes room for the vectors, unless an unfinished build did; returns the number of
+    passages."""
     plan_path, wanted = building / "plan.json", {**asdict(manifest), "block": settings.block, "encoder": ""}
     if plan_path.is_file():
         plan = json.loads(plan_path.read_bytes())

@@ -1,10 +1,10 @@
 """One byte per number: a coarse copy of the vectors with a known error, so that most vectors need not be read.
 
-With m the mean vector, d' = d - m and q' = q - m, exactly q.d = q'.d' + m.d' + q.m; the last term is the same for all d.
-d' is stored as scale x code, code int8, scale = max|d'| / 127, with r >= |d' - scale x code|; q' likewise, with error e.
-By Cauchy and Schwarz |q'.d' - coarse product| <= |q'| r + e (|d'| + r). The coarse product is an integer sum, hence exact.
-Centring matters for encoders such as ANCE, whose vectors point in similar directions: it removes the common part of the
-error.
+With m the mean vector, d' = d - m and q' = q - m, exactly q.d = q'.d' + m.d' + q.m; the last term is the same for all
+d. d' is stored as scale x code, code int8, scale = max|d'| / 127, with r >= |d' - scale x code|; q' likewise, with
+error e. By Cauchy and Schwarz |q'.d' - coarse product| <= |q'| r + e (|d'| + r). The coarse product is an integer sum,
+hence exact. Centring matters for encoders such as ANCE, whose vectors point in similar directions: it removes the
+common part of the error.
 """
 
 from collections.abc import Callable
@@ -127,7 +127,8 @@ class Queries:
 
 
 def bounds(queries: Queries, codes: Codes, arithmetic: float) -> Array:
-    """The largest error of a block's coarse scores, float64 [Q]; ``arithmetic``: relative error of the coarse product."""
+    """The largest error of a block's coarse scores, float64 [Q]; ``arithmetic``: relative error of the coarse
+    product."""
     error, norm = float(codes.error.max()), float(codes.norm.max())
     offset, mean = float(np.abs(codes.offset).max()), float(np.linalg.norm(codes.mean.astype(np.float64)))
     coarse = queries.length * error + queries.error * (norm + error)

@@ -1,7 +1,8 @@
-"""Exact flat search over vectors on the CPU: gold ranks by counting, and the best k, from coarse and few exact products.
+"""Exact flat search over vectors on the CPU: gold ranks by counting, and the best k, from coarse and few exact
+products.
 
-Every answer is that of ``kernels.dot`` over all passages, ties by row. Coarse products (int8, see codes.py; or float32) only
-decide what their error bound settles.
+Every answer is that of ``kernels.dot`` over all passages, ties by row. Coarse products (int8, see codes.py; or float32)
+only decide what their error bound settles.
 """
 
 import functools
@@ -185,8 +186,9 @@ class Shards:
 def count_beating(scanner: Scanner, queries: Array, gold_rows: Sequence[Sequence[int]], depth: int) -> Array:
     """How many passages beat the best gold of each query, int64 [Q]; exact below ``depth``, else any number from it on.
 
-    ``queries`` float32 [Q, D], ``gold_rows``: one or more rows per query. A passage beats with a higher score, or with the
-    same and a lower row. ``count_beating(Flat(numpy.eye(3, dtype="float32")), [[1, 3, 2]], [[0, 2]], 100)`` is ``[1]``.
+    ``queries`` float32 [Q, D], ``gold_rows``: one or more rows per query. A passage beats with a higher score, or with
+    the same and a lower row. ``count_beating(Flat(numpy.eye(3, dtype="float32")), [[1, 3, 2]], [[0, 2]], 100)`` is
+    ``[1]``.
     """
     queries = np.ascontiguousarray(queries, np.float32)
     best = [best_gold(scanner, query, rows) for query, rows in zip(queries, gold_rows, strict=True)]
@@ -208,7 +210,8 @@ def best_first(scores: Array, rows: Array) -> tuple[Array, Array]:
 
 
 def limits(thresholds: Array, shifts: Array, bounds: Array) -> tuple[Array, Array]:
-    """(low, high) float32 [Q]: a coarse score above ``high`` beats the threshold for sure, one below ``low`` does not."""
+    """(low, high) float32 [Q]: a coarse score above ``high`` beats the threshold for sure, one below ``low`` does
+    not."""
     exact = thresholds.astype(np.float64)
     bounds = bounds + (np.abs(exact) + np.abs(shifts)) * 2**-22  # scores are rounded to float32
     low, high = (exact - shifts - bounds).astype(np.float32), (exact - shifts + bounds).astype(np.float32)

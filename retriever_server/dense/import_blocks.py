@@ -1,8 +1,9 @@
 """The reference's pickled embeddings -> an index folder of ours, without running code from a pickle.
 
 Its pickles hold numpy arrays: ``passage__emb_p__data_obj_{i}.pb`` (vectors) with ``passage__embid_p__data_obj_{i}.pb``
-(docids), or ``doc_emb_cat.pkl`` with ``doc_embid_cat.pkl``. The reader below accepts the few names that numpy writes, replaces
-them by stand-ins, and refuses every other name before anything is called. Large arrays are memory-mapped, not read.
+(docids), or ``doc_emb_cat.pkl`` with ``doc_embid_cat.pkl``. The reader below accepts the few names that numpy writes,
+replaces them by stand-ins, and refuses every other name before anything is called. Large arrays are memory-mapped, not
+read.
 """
 
 import hashlib
@@ -160,7 +161,8 @@ def _plain(value: Any) -> Any:
 
 
 def read_arrays(path: str | Path) -> Any:
-    """Reads a pickle of an array, or of a list of strings or numbers; or ``.npy``, or a text file of one docid per line.
+    """Reads a pickle of an array, or of a list of strings or numbers; or ``.npy``, or a text file of one docid per
+    line.
 
     Raises:
         ValueError: the file is missing, damaged, or holds anything else.
@@ -189,7 +191,8 @@ class Block:
 
 
 def find_blocks(embeddings: Path, docid_file: Path | None) -> list[Block]:
-    """The blocks of a folder by number, or one file with ``docid_file``; ValueError if one of the two files is missing."""
+    """The blocks of a folder by number, or one file with ``docid_file``; ValueError if one of the two files is
+    missing."""
     if embeddings.is_file():
         if docid_file is None:
             raise ValueError(f"{embeddings} has no docids: give --corpus_docid_path")
@@ -210,7 +213,8 @@ def find_blocks(embeddings: Path, docid_file: Path | None) -> list[Block]:
 def convert(
     embeddings: Path, docid_file: Path | None, collection: Sequence[Path], output: Path, dtype: str, overwrite: bool
 ) -> None:
-    """Writes an index folder of imported vectors; ``collection`` has the texts in any order, found by docid, or is empty.
+    """Writes an index folder of imported vectors; ``collection`` has the texts in any order, found by docid, or is
+    empty.
 
     Raises:
         ValueError: a block is malformed, counts differ, a docid is given twice or has no text, or the output is taken.

@@ -1,7 +1,7 @@
 """Dense retrieval over an index folder: exact flat search by inner product, and exact gold ranks without a ranking.
 
-A score is kernels.dot (float64 sum, rounded to float32). Every passage has a rank, whatever the sign of its score; equal scores
-are ordered by row.
+A score is kernels.dot (float64 sum, rounded to float32). Every passage has a rank, whatever the sign of its score;
+equal scores are ordered by row.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,8 @@
 """The compiled loops of dense search: which passages could pass a threshold, and the inner product that decides.
 
-``scaled[j] = products[q, j] x (query_scale x scale[j]) + offset[j]`` approximates a passage's score, shifted by a number of the
-query, within a bound that the caller gives; only passages that the bound leaves open are scored with ``dot``.
+``scaled[j] = products[q, j] x (query_scale x scale[j]) + offset[j]`` approximates a passage's score, shifted by a
+number of the query, within a bound that the caller gives; only passages that the bound leaves open are scored with
+``dot``.
 """
 
 from collections.abc import Callable
@@ -42,8 +43,8 @@ def dot(query: Array, row: Array) -> np.float32:
     """A passage's score: the inner product (float32; or ``row`` the bits of float16), summed in float64 in one fixed
     order, rounded to float32.
 
-    Products of float32 numbers are exact in float64, so the sum's error is at most about 1e-13 of |query| |row|, and equal
-    vectors score equally.
+    Products of float32 numbers are exact in float64, so the sum's error is at most about 1e-13 of |query| |row|, and
+    equal vectors score equally.
     """
     size = len(query)
     whole = size - size % 8
@@ -96,8 +97,9 @@ def count_block(
 ) -> None:
     """Adds to ``counts`` the block's passages that beat each query's threshold; a query stops at ``depth``.
 
-    ``products`` [Q, n] is the block's approximation, whose first passage is row ``first`` of ``vectors``. Above ``high`` a
-    passage beats for sure, below ``low`` it does not. An equal score beats if its row is below ``ties_before``.
+    ``products`` [Q, n] is the block's approximation, whose first passage is row ``first`` of ``vectors``. Above
+    ``high`` a passage beats for sure, below ``low`` it does not. An equal score beats if its row is below
+    ``ties_before``.
     """
     size = products.shape[1]
     for q in range(len(counts)):

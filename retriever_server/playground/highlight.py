@@ -1,4 +1,5 @@
-"""Which words of a passage match a query, by the analyzer: "running" matches "runs", and "cat" does not match "category"."""
+"""Which words of a passage match a query, by the analyzer: "running" matches "runs", and "cat" does not match
+"category"."""
 
 from retriever_server.text import word_break
 from retriever_server.text.analyzer import analyze

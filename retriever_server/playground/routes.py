@@ -1,7 +1,8 @@
-"""The page at ``/``: a conversation, its rewrite, the passages found. It searches through /search and /rank as any client does.
+"""The page at ``/``: a conversation, its rewrite, the passages found. It searches through /search and /rank as any
+client does.
 
-Rewriters run in processes of their own (``python -m convsearch.converse``), started at their first question, so the server
-loads no model. None of these addresses is in /openapi.json, which is the interface for scripts.
+Rewriters run in processes of their own (``python -m convsearch.converse``), started at their first question, so the
+server loads no model. None of these addresses is in /openapi.json, which is the interface for scripts.
 """
 
 import asyncio

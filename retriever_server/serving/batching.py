@@ -1,7 +1,7 @@
 """Merges the work of many requests into batches for the searchers: bounded, fair to all clients, dropped on disconnect.
 
-All of it runs in one event loop; only the searcher calls run in worker threads. An item is one query (with its golds). A job is
-the items of one request that may share a batch: those of one ``Key``.
+All of it runs in one event loop; only the searcher calls run in worker threads. An item is one query (with its golds).
+A job is the items of one request that may share a batch: those of one ``Key``.
 """
 
 import asyncio
@@ -102,7 +102,8 @@ class Batcher:
 
     @contextmanager
     def admit(self, items: int, client: str = "") -> Iterator[None]:
-        """Room for a request's items while the block runs. While refused clients are expected back, others get half of it.
+        """Room for a request's items while the block runs. While refused clients are expected back, others get half of
+        it.
 
         Raises:
             Overloaded: there is no room.
@@ -265,8 +266,8 @@ class Batcher:
 def _outcomes(call: Call, items: Sequence[Item], sizes: Sequence[int]) -> list[Any]:
     """One result or exception per item; ``sizes`` are the requests' shares, in order.
 
-    A ValueError is the fault of one item: halving finds which. After any other fault each request is tried by itself, so that
-    one client's request cannot fail those that share its batch.
+    A ValueError is the fault of one item: halving finds which. After any other fault each request is tried by itself,
+    so that one client's request cannot fail those that share its batch.
     """
     try:
         return _one_by_one(call, items)

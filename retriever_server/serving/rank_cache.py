@@ -1,7 +1,7 @@
 """Ranks on disk: a repeated item is answered without a search, even after a restart.
 
-One SQLite file. A row is a key (sha256 of index id, query, golds and depth), the rank and a checksum of both, so that a rank
-that a bad disk has changed is not used.
+One SQLite file. A row is a key (sha256 of index id, query, golds and depth), the rank and a checksum of both, so that a
+rank that a bad disk has changed is not used.
 """
 
 import hashlib
@@ -79,7 +79,8 @@ class RankCache:
         return connection
 
     def _recover(self, error: sqlite3.Error, doing: str) -> None:
-        """After an error: renames a damaged file and starts a new one; leaves a file alone that is locked or out of room."""
+        """After an error: renames a damaged file and starts a new one; leaves a file alone that is locked or out of
+        room."""
         if isinstance(error, sqlite3.OperationalError):
             log.warning(f"the rank cache {self._path} is not used this time, it failed to {doing} ({error})")
             return

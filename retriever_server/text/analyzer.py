@@ -1,8 +1,8 @@
 """Text -> index terms, token for token as Lucene's English analyzer makes them in Anserini's default setting.
 
-Words (UAX #29), no possessive 's, lower case, no stop words, Porter stems. Text is cut at white space into chunks, which
-repeat so much that a bounded dictionary of chunks answers nearly always; an unseen chunk goes through one regular expression
-where it is ASCII and through word_break where it is not.
+Words (UAX #29), no possessive 's, lower case, no stop words, Porter stems. Text is cut at white space into chunks,
+which repeat so much that a bounded dictionary of chunks answers nearly always; an unseen chunk goes through one regular
+expression where it is ASCII and through word_break where it is not.
 """
 
 import re
@@ -97,9 +97,11 @@ class _Terms(_ByChunk[str]):
 
 
 class TermIds(_ByChunk[int]):
-    """Text -> the numbers of its terms, which ``vocabulary`` gives out in order of first appearance; for building an index.
+    """Text -> the numbers of its terms, which ``vocabulary`` gives out in order of first appearance; for building an
+    index.
 
-    ``ids = TermIds(); ids("dogs, a dog, cats") == [0, 0, 1]; ids.vocabulary == {"dog": 0, "cat": 1}``. Not for several threads.
+    ``ids = TermIds(); ids("dogs, a dog, cats") == [0, 0, 1]; ids.vocabulary == {"dog": 0, "cat": 1}``. Not for several
+    threads.
     """
 
     def __init__(self, vocabulary: dict[str, int] | None = None) -> None:
@@ -115,7 +117,8 @@ _terms = _Terms()
 
 
 def analyze(text: str) -> list[str]:
-    """The index terms of a text, in order and with repetitions. ``analyze("The dogs are running")`` is ``["dog", "run"]``."""
+    """The index terms of a text, in order and with repetitions. ``analyze("The dogs are running")`` is
+    ``["dog", "run"]``."""
     return _terms(text)
 
 

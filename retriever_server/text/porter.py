@@ -5,7 +5,8 @@ M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980, with wha
 counts as a consonant, digits and foreign letters too.
 """
 
-# The first suffix that fits decides, whether or not its condition then holds: a longer one stands before those that end it.
+# The first suffix that fits decides, whether or not its condition then holds: a longer one stands before those that end
+# it.
 _STEP_2 = (
     ("ational", "ate"), ("tional", "tion"), ("enci", "ence"), ("anci", "ance"), ("izer", "ize"), ("bli", "ble"), ("alli", "al"),
     ("entli", "ent"), ("eli", "e"), ("ousli", "ous"), ("ization", "ize"), ("ation", "ate"), ("ator", "ate"), ("alism", "al"),

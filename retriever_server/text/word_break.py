@@ -1,8 +1,9 @@
-"""The words of any Unicode text, cut as Lucene's StandardTokenizer cuts them: UAX #29, with rules of its own for emoji and Thai.
+"""The words of any Unicode text, cut as Lucene's StandardTokenizer cuts them: UAX #29, with rules of its own for emoji
+and Thai.
 
-The grammar is that tokenizer's (org.apache.lucene.analysis.standard in Lucene 9: the word classes of Unicode 9, the emoji of
-Unicode 11) over classes of characters, each a letter here, that word_break.txt lists. A word is the longest match within 255
-UTF-16 units; where nothing matches, one character is passed over.
+The grammar is that tokenizer's (org.apache.lucene.analysis.standard in Lucene 9: the word classes of Unicode 9, the
+emoji of Unicode 11) over classes of characters, each a letter here, that word_break.txt lists. A word is the longest
+match within 255 UTF-16 units; where nothing matches, one character is passed over.
 """
 
 import re
@@ -18,10 +19,12 @@ DATA = Path(__file__).with_name("word_break.txt")
 MAX_UNITS = 255  # StandardAnalyzer.DEFAULT_MAX_TOKEN_LENGTH: longer words are cut
 
 # A letter a class, in the order of Lucene's numbers (tests/helpers_lucene.py compares the two):
-#   - in no word   Q double quote   # # and *   ' single quote   , joins digits   . joins letters, and digits   9 ASCII digit
+#   - in no word   Q double quote   # # and *   ' single quote   , joins digits   . joins letters, and digits   9 ASCII
+# digit
 #   : joins letters   A letter   _ connector   P pictograph   x mark or format sign   H Hebrew   N other digit
 #   T Thai, Lao, Khmer, Myanmar   t their marks   G Hangul   z zero-width joiner   k keycap   L letter and emoji (ℹ Ⓜ)
-#   C Han   K Katakana   R Hiragana   v text style   V emoji style   I regional indicator   M skin tone   s tag   e end of tags
+#   C Han   K Katakana   R Hiragana   v text style   V emoji style   I regional indicator   M skin tone   s tag   e end
+# of tags
 CLASSES = "-Q#',.9:A_PxHNTtGzkLCKRvVIMse"
 
 Expression = tuple[Any, ...]  # ("set", letters), ("cat", a, b), ("alt", frozenset of expressions), ("star", a)
@@ -103,7 +106,8 @@ def ends(expression: Expression) -> bool:
 
 @cache
 def after(expression: Expression, letter: str) -> Expression:
-    """Brzozowski's derivative: what may follow ``letter``. There are finitely many, so they are the states of a machine."""
+    """Brzozowski's derivative: what may follow ``letter``. There are finitely many, so they are the states of a
+    machine."""
     kind, *parts = expression
     if kind == "set":
         return EMPTY if letter in parts[0] else NOTHING
@@ -118,7 +122,8 @@ def after(expression: Expression, letter: str) -> Expression:
 
 @cache
 def machine() -> tuple[list[dict[str, int]], list[bool]]:
-    """The grammar as a table: of each state, class letter -> next state (absent where no token goes on so), and whether it ends one."""
+    """The grammar as a table: of each state, class letter -> next state (absent where no token goes on so), and whether
+    it ends one."""
     states = [grammar()]
     steps: list[dict[str, int]] = []
     numbers = {states[0]: 0}
@@ -200,8 +205,8 @@ def _match(text: str, start: int) -> int:
 def _tokens_before_half_a_pair(text: str) -> Iterator[str]:
     """The same where the last character is the first half of a surrogate pair.
 
-    Lucene's reader takes the text for finished when it meets that half while it fills its buffer of 255 units: the word at
-    hand is cut there, and what begins there is lost. So the buffer has to be followed.
+    Lucene's reader takes the text for finished when it meets that half while it fills its buffer of 255 units: the word
+    at hand is cut there, and what begins there is lost. So the buffer has to be followed.
     """
     steps, final = machine()
     classes = _classes()
