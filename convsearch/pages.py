@@ -1,5 +1,4 @@
-"""What the three pages share on the server's side: security headers, files that are served as they are, and a listening
-socket."""
+"""What the servers of the pages share: security headers, the addresses of static files, and a listening socket."""
 
 import socket
 from collections.abc import Mapping

@@ -36,8 +36,7 @@ SKIPPED = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot", "*.onnx"]  # wei
 class Encoder:
     """A loaded model; thread-safe (one call at a time).
 
-    Example: ``Encoder.load("castorini/ance-msmarco-passage").encode(["who wrote Hamlet?"], max_length=512)`` is float32
-        [1, 768].
+    Example: ``Encoder.load("castorini/ance-msmarco-passage").encode(["who wrote Hamlet?"], 512)`` is float32 [1, 768].
     """
 
     def __init__(
@@ -77,11 +76,10 @@ class Encoder:
         return cls(folder, name_or_path, device, "ance", model, "cls", heads, limit)
 
     def encode(self, texts: Sequence[str], max_length: int, batch_size: int = 64, progress: bool = False) -> Array:
-        """float32 [n, dim], in the order of the texts, each cut at ``max_length`` tokens (with special ones) or the
-        model's limit.
+        """float32 [n, dim] in the order of the texts, cut at ``max_length`` tokens or the model's limit, special ones
+        included.
 
-        Texts are sorted by length. A batch ends before a text shorter than three quarters of its first one, to limit
-        padding.
+        Texts are sorted by length; a batch ends before a text shorter than 3/4 of its first one, to limit padding.
         """
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         lengths = [min(len(text), CHARS_PER_TOKEN * max_length) for text in texts]
@@ -163,7 +161,7 @@ def _ance(folder: Path) -> tuple[Any, list[Any], int]:
         raise ValueError(f"{folder} has neither modules.json nor config.json, so it is no encoder")
     weights = read_weights(folder)
     if "embeddingHead.weight" not in weights or "norm.weight" not in weights:
-        what = f"{folder} is no ANCE checkpoint (no parameters embeddingHead.weight and norm.weight) and has no modules.json"
+        what = f"{folder} is no ANCE checkpoint (no embeddingHead.weight or norm.weight) and has no modules.json"
         raise ValueError(f"{what}: save it as a sentence-transformers folder, which says how its vectors are pooled")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModel.from_config(config, add_pooling_layer=False, trust_remote_code=False).float()
@@ -183,8 +181,7 @@ def _positions(model: Any) -> int:
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """Parameter name -> tensor of a folder's weight file, without a wrapper's "model." or "module." if all names begin
-    with it."""
+    """Parameter name -> tensor of a folder's weight file, without a "model." or "module." at the start of all names."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has none of {', '.join(WEIGHTS)}")

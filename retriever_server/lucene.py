@@ -149,8 +149,8 @@ class LuceneIndex(Index):
 
     @alone
     def reference_path(self, queries: Sequence[str], k: int, threads: int) -> list[list[str]]:
-        """What the reference server does for a batch: Anserini's search of depth ``k``, then each hit's docid from its
-        stored JSON.
+        """What the reference server does for a batch: Anserini's search of depth ``k``, then docids from the stored
+        JSON.
 
         Unlike ``search``, it orders equal scores by docid and rounds scores.
         """
@@ -219,8 +219,7 @@ def passages(folder: str | Path) -> Iterator[dict[str, str]]:
 
 
 def build(collections: str | Path | Sequence[str | Path], output: str | Path, threads: int = 1) -> int:
-    """Makes a Lucene index of files of JSON lines (gzipped or not) with Anserini's IndexCollection; returns how many
-    passages.
+    """Makes a Lucene index of JSON lines (gzipped or not) with Anserini's IndexCollection; returns how many passages.
 
     Anserini leaves out passages without text. With one thread the others keep their order as long as Lucene writes one
     segment (about 2 GB in memory). More threads share the files.

@@ -80,12 +80,10 @@ def open_indexes(
     retriever_name: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Searcher]:
-    """name -> index, from DIR or NAME=DIR (without a name, the index has its folder's name). ``options``: for dense
-    ones.
+    """name -> index, from NAME=DIR or DIR (whose last part is the name). ``options``: for dense indexes.
 
     Raises:
-        ValueError: an index cannot be opened, two have one name, k1 or b differ from what is asked for, or the first
-            index is not of the kind ``retriever_name``.
+        ValueError: an index cannot be opened, two have one name, or k1, b or ``retriever_name`` do not match.
     """
     indexes: dict[str, Searcher] = {}
     for argument in arguments:

@@ -39,8 +39,7 @@ class TextEncoder(Protocol):
 
 
 class Similarity:
-    """An encoder with its memory; thread-safe. ``Similarity.of(Encoder.load(model)).gains([item])`` is one number in
-    -2..2."""
+    """An encoder with its memory; thread-safe. ``Similarity.of(Encoder.load(model)).gains([item])`` is in -2..2."""
 
     def __init__(self, encode: Encode, name: str, kept: int = KEPT) -> None:
         """``kept``: how many vectors of questions and positives stay in memory; the least recently used are dropped."""

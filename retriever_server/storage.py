@@ -1,5 +1,4 @@
-"""Index folders on disk: arrays that grow by appending, tables of strings, manifests, and loading that says what is
-wrong."""
+"""Index folders on disk: arrays that grow by appending, tables of strings, manifests, and checked loading."""
 
 import hashlib
 import io
@@ -85,8 +84,7 @@ class NpyAppender:
 
 
 class StringTableWriter:
-    """Writes ``<name>.npy`` (UTF-8 bytes, all strings joined) and ``<name>_offsets.npy`` (int64, one more than
-    strings)."""
+    """Writes ``<name>.npy`` (UTF-8, all strings joined) and ``<name>_offsets.npy`` (int64, one more than strings)."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._bytes = NpyAppender(folder / f"{name}.npy", "uint8")
@@ -149,8 +147,7 @@ def string_hash(value: bytes) -> int:
 
 
 def write_dictionary(folder: Path, name: str, hashes: Array, strings: StringTable) -> tuple[int, int] | None:
-    """Writes ``<name>_hashes.npy`` and ``<name>_order.npy``; returns the indices of two equal strings, None if all
-    differ."""
+    """Writes ``<name>_hashes.npy`` and ``<name>_order.npy``; returns the indices of two equal strings, or None."""
     order = np.argsort(hashes, kind="stable").astype(np.int32)
     ascending = hashes[order]
     for at in np.flatnonzero(ascending[1:] == ascending[:-1]):
@@ -164,8 +161,7 @@ def write_dictionary(folder: Path, name: str, hashes: Array, strings: StringTabl
 
 @contextmanager
 def whole_folder(folder: Path, replace: bool) -> Iterator[Path]:
-    """A temporary folder beside ``folder``: it takes that name when the block ends well, and is removed when it does
-    not.
+    """A temporary folder beside ``folder``: it gets that name when the block ends well, else it is removed.
 
     Removes the temporary folders of killed builds first.
     """
@@ -246,8 +242,7 @@ def load_manifest(kind: type[M], folder: Path, **expected: object) -> M:
 def already_built(folder: Path, differences: Callable[[], Sequence[str]], overwrite: bool) -> bool:
     """True if ``folder`` can be used as it is, False if it may be written.
 
-    ``differences`` opens the folder and returns what differs from the index to build; it raises ValueError if it is
-    damaged.
+    ``differences`` returns what differs from the index to build, and raises ValueError if the folder is damaged.
 
     Raises:
         ValueError: the folder is something else, or is damaged or differs and ``overwrite`` is off.

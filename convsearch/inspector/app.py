@@ -25,8 +25,8 @@ Natural = Annotated[int, Query(ge=0, le=2**31 - 1)]
 
 
 def create_app(runs: Sequence[Run]) -> FastAPI:
-    """The application over one run or two. It accepts only this machine's names as host, so that another site's page in
-    a browser cannot read from it."""
+    """The application over one run or two; only for this machine's host names, so that other sites' pages cannot read
+    it."""
     routes = pages.file_routes(FILES)
     app = FastAPI(title="inspector", routes=routes, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])

@@ -1,8 +1,6 @@
-"""Building a BM25 index folder: processes analyse the collection chunk by chunk, then postings are sorted bucket by
-bucket.
+"""Building a BM25 index folder: processes analyse the collection chunk by chunk; buckets sort the postings on disk.
 
-Memory holds the vocabulary, the passages' offsets and hashes (24 bytes each) and one bucket of postings, but never the
-collection.
+Memory holds the vocabulary, 24 bytes per passage (offsets and hash) and one bucket of postings, never the collection.
 """
 
 import math

@@ -129,8 +129,7 @@ def find(
     known_ends: Array,
     chunks: Array,
 ) -> int:
-    """Fills ``chunks`` from position ``at`` with the numbers of known chunks; returns the position of the first new
-    one."""
+    """Fills ``chunks`` from position ``at`` with the numbers of known chunks; returns where the first new one is."""
     for c in range(at, len(starts)):
         slot, found = slot_of(hashes[c], len(slots)), -1
         while slots[slot] >= 0:

@@ -1,5 +1,4 @@
-"""BM25 as Lucene computes it (org.apache.lucene.search.similarities.BM25Similarity): one-byte lengths, float32
-arithmetic.
+"""BM25 as org.apache.lucene.search.similarities.BM25Similarity: one-byte passage lengths, float32 arithmetic.
 
 score(term, passage) = w - w / (1 + tf x inverse norm), with w = (times in the query) x idf. A passage's score is the
 sum of its terms' scores in double precision, rounded to float32 at the end.
@@ -31,7 +30,7 @@ def length_bytes(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
 
 
 def inverse_norms(k1: float, b: float, num_tokens: int, num_nonempty: int) -> Floats:
-    """float32[256]: 1 / (k1 x (1 - b + b x length / mean length)) per length byte; the mean is over non-empty
+    """float32[256]: 1 / (k1 x (1 - b + b x length / mean length)) per length byte; the mean is of non-empty
     passages."""
     k1_, b_, one = np.float32(k1), np.float32(b), np.float32(1)
     mean = np.float32(num_tokens / num_nonempty) if num_nonempty else one

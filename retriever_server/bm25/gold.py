@@ -1,16 +1,13 @@
-"""The compiled loops behind exact gold ranks by BM25, without a ranking. Threads run them without the GIL, each over
-its passages.
+"""The compiled loops of exact gold ranks by BM25, without a ranking. Threads run them without the GIL.
 
 The gold passage is scored first. Its score is a threshold that a top-k search never has. Scores are then added up in
 whole units, each posting's rounded up, so that a sum below the threshold is final; a passage whose sum does not decide
 is scored again, exactly as Lucene does. The loops work on one window of passages at a time, for all queries of a batch:
 
 * The postings of a common term of several queries are written once, as a column with one byte per passage, and added to
-  each query's sums by vector instructions: about 10 microseconds per million passages, where 100,000 postings would
-  take 50 and more.
+  each query's sums by vector instructions, in 10 microseconds per million passages (100,000 postings take 50 and more).
 * The postings of the other terms are added one by one, except for the tail, the terms with the lowest bounds: a passage
-  that has only terms of the tail cannot reach the threshold. The tail is looked up for the few passages that it could
-  lift over it.
+  that has only terms of the tail cannot reach the threshold. It is looked up for the few other candidates.
 
 The inner loops use slices and unsigned indices, because numba checks every signed index for being negative.
 """
@@ -289,7 +286,7 @@ def at_least(sums: Array, needed: int, found: Array) -> int:
 def add_tail_columns(
     q: int, count: int, needed: float, plan: Plan, unit: float, written: Array, sums: Array, found: Array
 ) -> int:
-    """Adds the columns of query q's tail for the ``count`` passages in ``found``; returns how many can still reach
+    """Adds the columns of query q's tail to the passages in ``found``; keeps and counts those that can reach
     ``needed``."""
     c, kept = plan.column_ends[q], 0
     for i in found[:count]:
@@ -321,8 +318,7 @@ def add_tail(
     sums: Array,
     found: Array,
 ) -> int:
-    """Adds the scanned tail's scores of the ``count`` passages in ``found``; returns how many can still reach
-    ``needed``."""
+    """Adds the scanned tail to the passages in ``found``; keeps and counts those that can reach ``needed``."""
     a, n = batch.term_ends[q], plan.num_scanned[q]
     for j in range(plan.scanned_head[q], n + 1):
         kept, missing = 0, needed - plan.scanned_rest[a + q + j] / unit

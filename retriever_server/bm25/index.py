@@ -1,8 +1,7 @@
 """BM25 over an index folder, bit for bit as Lucene scores: the best k passages, and exact gold ranks without a ranking.
 
 A passage's score is the float32 of the double sum of its terms' float32 scores (formula.py). Doubles hold such sums
-without rounding except for extremely unlike terms, so the order of the terms does not matter, and search and gold ranks
-agree.
+without rounding except for extremely unlike terms, so the order of terms does not matter.
 """
 
 import os
@@ -83,8 +82,7 @@ class Bm25Index(Index):
         return tuple(Counter(number for term in analyze(text) if (number := self._term(term)) is not None).items())
 
     def _lists(self, bags: Sequence[Bag]) -> tuple[Lists, npt.NDArray[np.int64]]:
-        """The start, end, weight and largest code of the postings of all bags' terms; and where each bag's terms
-        end."""
+        """Start, end, weight and largest code of the postings of all bags' terms; and where each bag's terms end."""
         pairs = np.array([pair for bag in bags for pair in bag], np.int64).reshape(-1, 2)
         numbers, times = pairs[:, 0], pairs[:, 1].astype(np.float32)
         starts = self._starts[numbers]

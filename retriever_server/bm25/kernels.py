@@ -1,5 +1,4 @@
-"""The compiled loops of BM25 that search and gold ranks share, and the search for the best k passages; all without the
-GIL.
+"""The compiled loops that search and gold ranks by BM25 share, and the search for the best k passages; without the GIL.
 
 A posting is a passage number and a code. A code stands for a (tf, length byte) pair. ``gain[code]`` is 1 - 1 / (1 + tf
 x inverse norm), so weight x gain is the term's score up to float32 rounding. Codes are numbered by ascending gain.
@@ -64,8 +63,7 @@ def lower_bound(docs: Array, low: int, high: int, doc: int) -> int:
 
 @compiled
 def seek(docs: Array, low: int, high: int, doc: int, num_passages: int) -> int:
-    """lower_bound in docs[low:high], begun where ``doc`` would be if passages were spread evenly up to
-    ``num_passages``.
+    """lower_bound in docs[low:high], begun where ``doc`` would be if passages were spread evenly.
 
     A search from ``low`` would wait for memory at every step; this one mostly stays within a few cache lines.
     """
@@ -168,8 +166,7 @@ def sift_down(docs: Array, scores: Array, size: int) -> None:
 
 @compiled
 def push(docs: Array, scores: Array, size: int, k: int, doc: int, score: np.float32) -> int:
-    """Adds a passage to the heap of the best ``k``; if it is full, the passage must beat the root. Returns the new
-    size."""
+    """Adds a passage to the heap of the best ``k`` (to a full one only if it beats the root); returns the new size."""
     if size == k:
         docs[0], scores[0] = doc, score
         sift_down(docs, scores, size)

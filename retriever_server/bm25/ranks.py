@@ -15,8 +15,8 @@ from retriever_server.bm25.kernels import Postings
 Array = npt.NDArray[Any]
 
 # Approximate nanoseconds on one core: adding a posting to a sum, writing it into a column; per passage, clearing a
-# column and
-# adding it. The time of a batch hardly depends on them (97 to 605 columns chosen: within 10%).
+# column
+# and adding it. The time of a batch hardly depends on them (97 to 605 columns chosen: within 10%).
 ADD_POSTING, WRITE_POSTING, CLEAR_COLUMN, ADD_COLUMN = 0.9, 0.9, 0.02, 0.012
 MAX_COLUMNS = 1024
 CACHE_BYTES = 8 << 20  # of the last-level cache for a thread's columns
@@ -32,8 +32,7 @@ def ranks(
 ) -> Array:
     """1 + the passages that beat each query's best gold; 0 if it scores 0, or ``depth`` passages beat it.
 
-    The threads first share the queries, to prepare them, and then the passages, so that a single query uses all
-    threads.
+    The threads share the queries while preparing them, and then the passages, so that one query uses all threads.
     """
     queries, terms = len(batch.term_ends) - 1, len(batch.starts)
 
@@ -100,8 +99,7 @@ def choose_columns(batch: Batch, golds: Golds, num_passages: int) -> Columns:
 def units(
     batch: Batch, columns: Columns, repeats: Array, postings: Postings
 ) -> tuple[float, type[np.unsignedinteger[Any]]]:
-    """The unit in which whole-number scores fit a byte per column and sums do not overflow; and the type of the
-    sums."""
+    """The unit in which scores fit a byte per column and sums do not overflow; and the type of the sums."""
     bounds = batch.weights * postings.gain[batch.max_codes]
     reach = np.diff(np.r_[0, np.cumsum(bounds, dtype=np.float64)][batch.term_ends]).max(initial=0)
     in_column = (bounds / batch.times)[columns.of_term >= 0].max(initial=0)
@@ -112,8 +110,7 @@ def units(
 
 
 def _arrays(num_columns: int, sum_type: type[np.unsignedinteger[Any]]) -> tuple[Array, Array, Array]:
-    """This thread's columns, sums and found passages, for windows whose columns fit in the cache; reused by later
-    calls."""
+    """This thread's columns, sums and found passages, for windows that fit in the cache; reused by later calls."""
     window = min(max(1 << (CACHE_BYTES // max(num_columns, 1)).bit_length() - 1, SHORTEST_WINDOW), LONGEST_WINDOW)
     if not hasattr(_scratch, "columns") or len(_scratch.columns) < num_columns * window:
         _scratch.columns = np.empty(max(num_columns * window, CACHE_BYTES), np.uint8)

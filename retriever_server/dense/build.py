@@ -102,8 +102,7 @@ def _wait_for_all(world_size: int) -> None:
 
 
 def _start(building: Path, paths: Sequence[Path], manifest: Manifest, settings: Settings) -> int:
-    """Writes the texts and makes room for the vectors, unless an unfinished build did; returns the number of
-    passages."""
+    """Writes the texts and makes room for the vectors, unless a killed build did; returns the number of passages."""
     plan_path, wanted = building / "plan.json", {**asdict(manifest), "block": settings.block, "encoder": ""}
     if plan_path.is_file():
         plan = json.loads(plan_path.read_bytes())

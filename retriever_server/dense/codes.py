@@ -127,8 +127,7 @@ class Queries:
 
 
 def bounds(queries: Queries, codes: Codes, arithmetic: float) -> Array:
-    """The largest error of a block's coarse scores, float64 [Q]; ``arithmetic``: relative error of the coarse
-    product."""
+    """The largest error of a block's coarse scores, float64 [Q]; ``arithmetic``: of the coarse product, relative."""
     error, norm = float(codes.error.max()), float(codes.norm.max())
     offset, mean = float(np.abs(codes.offset).max()), float(np.linalg.norm(codes.mean.astype(np.float64)))
     coarse = queries.length * error + queries.error * (norm + error)

@@ -1,9 +1,8 @@
-"""Exact flat search with half-precision vectors on a device; scores that their error bound leaves open are computed
-exactly.
+"""Exact flat search with half-precision vectors on a device; what their error bound leaves open is scored exactly.
 
-d' = d - m (m the mean vector) is kept as float16 with r >= |d' - half(d')|, measured; the queries are rounded likewise
-(e). As in codes.py, |q'.d' - half product| <= |q'| r + e (|d'| + r). The product is summed in float32: gamma_D (|q'| +
-e) (|d'| + r) more.
+d' = d - m (m the mean vector) is kept as float16 with r >= |d' - half(d')|, measured; likewise q' with e. As in
+codes.py, |q'.d' - half product| <= |q'| r + e (|d'| + r). The product is summed in float32: gamma_D (|q'| + e) (|d'| +
+r) more.
 """
 
 from typing import Any

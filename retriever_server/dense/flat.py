@@ -1,5 +1,4 @@
-"""Exact flat search over vectors on the CPU: gold ranks by counting, and the best k, from coarse and few exact
-products.
+"""Exact flat search on the CPU: gold ranks by counting, and the best k, from coarse and few exact products.
 
 Every answer is that of ``kernels.dot`` over all passages, ties by row. Coarse products (int8, see codes.py; or float32)
 only decide what their error bound settles.
@@ -210,8 +209,7 @@ def best_first(scores: Array, rows: Array) -> tuple[Array, Array]:
 
 
 def limits(thresholds: Array, shifts: Array, bounds: Array) -> tuple[Array, Array]:
-    """(low, high) float32 [Q]: a coarse score above ``high`` beats the threshold for sure, one below ``low`` does
-    not."""
+    """(low, high) float32 [Q]: coarse scores above ``high`` beat the threshold, those below ``low`` do not."""
     exact = thresholds.astype(np.float64)
     bounds = bounds + (np.abs(exact) + np.abs(shifts)) * 2**-22  # scores are rounded to float32
     low, high = (exact - shifts - bounds).astype(np.float32), (exact - shifts + bounds).astype(np.float32)

@@ -161,8 +161,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_arrays(path: str | Path) -> Any:
-    """Reads a pickle of an array, or of a list of strings or numbers; or ``.npy``, or a text file of one docid per
-    line.
+    """Reads a pickle of an array, or of a list of strings or numbers; ``.npy``; or a text file of docids.
 
     Raises:
         ValueError: the file is missing, damaged, or holds anything else.
@@ -191,8 +190,7 @@ class Block:
 
 
 def find_blocks(embeddings: Path, docid_file: Path | None) -> list[Block]:
-    """The blocks of a folder by number, or one file with ``docid_file``; ValueError if one of the two files is
-    missing."""
+    """The blocks of a folder by number, or one file with ``docid_file``; ValueError if a file is missing."""
     if embeddings.is_file():
         if docid_file is None:
             raise ValueError(f"{embeddings} has no docids: give --corpus_docid_path")
@@ -213,8 +211,7 @@ def find_blocks(embeddings: Path, docid_file: Path | None) -> list[Block]:
 def convert(
     embeddings: Path, docid_file: Path | None, collection: Sequence[Path], output: Path, dtype: str, overwrite: bool
 ) -> None:
-    """Writes an index folder of imported vectors; ``collection`` has the texts in any order, found by docid, or is
-    empty.
+    """Writes an index folder of imported vectors; ``collection`` has the texts, in any order, or is empty.
 
     Raises:
         ValueError: a block is malformed, counts differ, a docid is given twice or has no text, or the output is taken.

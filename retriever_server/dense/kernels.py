@@ -1,8 +1,7 @@
 """The compiled loops of dense search: which passages could pass a threshold, and the inner product that decides.
 
 ``scaled[j] = products[q, j] x (query_scale x scale[j]) + offset[j]`` approximates a passage's score, shifted by a
-number of the query, within a bound that the caller gives; only passages that the bound leaves open are scored with
-``dot``.
+number of the query, within the caller's bound; only passages that it leaves open are scored with ``dot``.
 """
 
 from collections.abc import Callable

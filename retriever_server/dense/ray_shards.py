@@ -75,8 +75,7 @@ class RayScanner:
 def spread(folder: Path, manifest: Manifest, shards: int, device: str, address: str | None = None) -> Shards:
     """The index's rows over ``shards`` actors; with ``device`` cuda each takes a GPU, otherwise a CPU core.
 
-    ``address``: of a running cluster (as for ``ray start``); None: that of RAY_ADDRESS, else a small one on this
-    machine.
+    ``address``: of a running cluster; None: that of RAY_ADDRESS, else a small one on this machine.
 
     Raises:
         ValueError: Ray is not installed, the folder differs on a machine, or the cluster has too few devices.

@@ -1,5 +1,4 @@
-"""Which words of a passage match a query, by the analyzer: "running" matches "runs", and "cat" does not match
-"category"."""
+"""Which words of a passage match a query, by the analyzer: "running" matches "runs", "cat" not "category"."""
 
 from retriever_server.text import word_break
 from retriever_server.text.analyzer import analyze

@@ -1,5 +1,4 @@
-"""The page at ``/``: a conversation, its rewrite, the passages found. It searches through /search and /rank as any
-client does.
+"""The page at ``/``: a conversation, its rewrite, the passages found. It searches through /search and /rank.
 
 Rewriters run in processes of their own (``python -m convsearch.converse``), started at their first question, so the
 server loads no model. None of these addresses is in /openapi.json, which is the interface for scripts.

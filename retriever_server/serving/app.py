@@ -1,5 +1,4 @@
-"""The HTTP interface: /rank, /search, /similarity, /retrieve, /health and /metrics over one or more indexes
-(docs/serve.md)."""
+"""The HTTP interface (docs/serve.md): /rank, /search, /similarity, /retrieve, /health and /metrics."""
 
 import asyncio
 from collections import Counter
@@ -40,8 +39,7 @@ PLAIN = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description
 
 
 class BodyLimitMiddleware:
-    """ASGI middleware: reads the whole body, then answers 503 while the server drains, and 413 above ``limit``
-    bytes."""
+    """ASGI middleware: reads the whole body; answers 503 while the server drains, and 413 above ``limit`` bytes."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service, self.limit = app, service, service.limits.request_bytes
@@ -51,8 +49,7 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         body, size, more = bytearray(), 0, True
-        # It reads even a body that is too large to its end, without keeping it: a client that still sends would not see
-        # the answer.
+        # to the end even if the body is too large, without keeping it: a client that still sends would miss the answer
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -93,8 +90,7 @@ async def http_error(_: Request, error: Exception) -> JSONResponse:
 
 
 async def validation_error(request: Request, error: Exception) -> JSONResponse:
-    """A request that does not fit its model: status 422 and its first faults in a sentence instead of FastAPI's
-    list."""
+    """A request that does not fit its model: status 422 and its first faults in a sentence, not FastAPI's list."""
     assert isinstance(error, RequestValidationError)
     faults = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in error.errors()]
     if "json" not in request.headers.get("content-type", ""):
@@ -155,8 +151,7 @@ def create_app(
     cache: RankCache | None = None,
     similarity: Similarity | None = None,
 ) -> FastAPI:
-    """The application; ``app.state.service`` does the work. Searching runs in worker threads, so /health always
-    answers."""
+    """The application. ``app.state.service`` searches in worker threads, so /health always answers."""
     service = Service(indexes, qrels, limits or Limits(), settings or BatchSettings(), cache, similarity)
 
     @asynccontextmanager

@@ -102,8 +102,7 @@ class Batcher:
 
     @contextmanager
     def admit(self, items: int, client: str = "") -> Iterator[None]:
-        """Room for a request's items while the block runs. While refused clients are expected back, others get half of
-        it.
+        """Room for a request's items while the block runs; half of it while refused clients are expected back.
 
         Raises:
             Overloaded: there is no room.

@@ -48,8 +48,7 @@ class _Server(uvicorn.Server):
             print(self.ready, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal starts the draining, with the port still open to answer 503; a second one ends it at
-        once."""
+        """The first signal starts the draining, with the port open to answer 503; a second one ends it."""
         if self.end is not None:
             super().handle_exit(sig, frame)
             return
@@ -62,7 +61,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(app: Any, host: str, port: int, about: str) -> None:
-    """Runs the application until SIGTERM or SIGINT. It then answers accepted requests, within DRAIN_S; new ones get
+    """Runs the application until SIGTERM or SIGINT; it then answers accepted requests, within DRAIN_S, and others with
     503.
 
     Prints ``retriever_server: http://HOST:PORT ready, <about>`` when it accepts requests.

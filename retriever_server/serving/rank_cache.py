@@ -70,8 +70,8 @@ class RankCache:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION):
                 raise sqlite3.DatabaseError(f"it is of version {version}, this program writes {VERSION}")
-            columns = "number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, rank INTEGER NOT NULL, check_sum INTEGER NOT NULL"
-            connection.execute(f"CREATE TABLE IF NOT EXISTS ranks ({columns})")
+            columns = "key BLOB NOT NULL UNIQUE, rank INTEGER NOT NULL, check_sum INTEGER NOT NULL"
+            connection.execute(f"CREATE TABLE IF NOT EXISTS ranks (number INTEGER PRIMARY KEY, {columns})")
             connection.execute(f"PRAGMA user_version={VERSION}")
         except sqlite3.Error:
             connection.close()
@@ -79,8 +79,7 @@ class RankCache:
         return connection
 
     def _recover(self, error: sqlite3.Error, doing: str) -> None:
-        """After an error: renames a damaged file and starts a new one; leaves a file alone that is locked or out of
-        room."""
+        """After an error: replaces a damaged file; keeps one that is locked or out of room."""
         if isinstance(error, sqlite3.OperationalError):
             log.warning(f"the rank cache {self._path} is not used this time, it failed to {doing} ({error})")
             return

@@ -35,8 +35,7 @@ class Service:
         cache: RankCache | None = None,
         similarity: Similarity | None = None,
     ) -> None:
-        """``indexes``: name -> index, the first is the default. ``qrels``: query id -> gold docids; None if none were
-        loaded.
+        """``indexes``: name -> index, the first is the default. ``qrels``: query id -> gold docids, or None.
 
         Raises:
             ValueError: a request of the largest size would never fit into the queue.
@@ -201,8 +200,7 @@ class Service:
         return {"model": similarity.name, "gains": gains, "errors": errors | failed}
 
     async def retrieve(self, request: schemas.RetrieveRequest, client: str) -> Answer:
-        """Ranks by position (-1: not found). An unknown query id gets -1 and an entry in "errors"; the others are
-        answered."""
+        """Ranks by position (-1: not found). An unknown query id gets -1 and an entry in "errors"."""
         depth = request.topk or 100
         queries = [" ".join(query.split(" ")[: request.max_length]) for query in request.queries]
         pairs = enumerate(zip(queries, request.query_ids, strict=True))
