@@ -142,7 +142,7 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but torch sees no CUDA device here: use cpu or auto")
+        raise ValueError(f"device is {device!r}, but torch sees no CUDA device here: use cpu or auto")
     return device
 
 

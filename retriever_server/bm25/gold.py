@@ -82,6 +82,18 @@ class Places(NamedTuple):
     column_at: Array
 
 
+class Work(NamedTuple):
+    """All that a scan reads."""
+
+    num_passages: int
+    batch: Batch
+    golds: Golds
+    columns: Columns
+    plan: Plan
+    postings: Postings
+    unit: float  # of the whole numbers that scores are added up in
+
+
 @compiled
 def score_golds(which: Array, num_passages: int, batch: Batch, golds: Golds, postings: Postings) -> None:
     """Fills ``golds`` for the queries in ``which``."""
@@ -137,31 +149,17 @@ def arrange(which: Array, batch: Batch, golds: Golds, columns: Columns, plan: Pl
 
 @compiled
 def scan(
-    low: int,
-    high: int,
-    me: int,
-    depth: int,
-    num_passages: int,
-    batch: Batch,
-    golds: Golds,
-    columns: Columns,
-    plan: Plan,
-    postings: Postings,
-    unit: float,
-    written: Array,
-    sums: Array,
-    found: Array,
-    beaten: Array,
+    low: int, high: int, me: int, depth: int, work: Work, written: Array, sums: Array, found: Array, beaten: Array
 ) -> None:
     """Adds to ``beaten[me, q]`` how many of the passages ``low`` to ``high`` beat query q's gold.
 
     A query stops when all threads together have found ``depth`` of them.
 
     Args:
-        unit: of the whole numbers that scores are added up in.
         written: uint8[columns, window], sums: unsigned [window], found: int32[window]; this thread's scratch arrays.
         beaten: int64[threads, Q], all zero at the start.
     """
+    num_passages, batch, golds, columns, plan, postings, unit = work
     places = Places(batch.starts.copy(), batch.starts.copy(), columns.starts.copy(), columns.starts.copy())
     for t in range(len(batch.starts)):
         places.at[t] = seek(postings.docs, batch.starts[t], batch.ends[t], low, num_passages)
@@ -169,12 +167,12 @@ def scan(
         places.column_at[c] = seek(postings.docs, columns.starts[c], columns.ends[c], low, num_passages)
     for base in range(low, high, len(sums)):
         top = min(base + len(sums), high)
-        write_columns(base, top, num_passages, columns, postings, unit, places, written)
+        write_columns(base, top, work, places, written)
         for q in range(len(golds.gold)):
             if golds.gold[q] < 0 or np.sum(beaten[:, q]) >= depth:
                 continue
             if q + AHEAD < len(golds.gold):
-                prefetch_head(q + AHEAD, batch, plan, postings, places)
+                prefetch_head(q + AHEAD, work, places)
             a, c = batch.term_ends[q], plan.column_ends[q]
             sums[:] = 0
             for t in plan.scanned[a : a + plan.scanned_head[q]]:
@@ -189,33 +187,21 @@ def scan(
             if count:
                 count = add_tail_columns(q, count, without, plan, unit, written, sums, found)
             if count:
-                count = add_tail(
-                    q, count, needed, base, top, num_passages, batch, plan, postings, unit, places, sums, found
-                )
-                beaten[me, q] += num_beating(
-                    q, base, found[:count], batch, golds, columns, plan, postings, unit, written, places, sums
-                )
+                count = add_tail(q, count, needed, base, top, work, places, sums, found)
+                beaten[me, q] += num_beating(q, base, found[:count], work, written, places, sums)
 
 
 @compiled
-def write_columns(
-    base: int,
-    top: int,
-    num_passages: int,
-    columns: Columns,
-    postings: Postings,
-    unit: float,
-    places: Places,
-    written: Array,
-) -> None:
+def write_columns(base: int, top: int, work: Work, places: Places, written: Array) -> None:
     """Writes the terms' scores in the window from ``base`` on, in units rounded up; 0 if a passage lacks the term."""
+    columns, postings = work.columns, work.postings
     for c in range(len(columns.starts)):
         if c + AHEAD < len(columns.starts):
             for line in range(4):
                 prefetch(postings.docs, places.column_at[c + AHEAD] + 16 * line)
                 prefetch(postings.codes, places.column_at[c + AHEAD] + 32 * line)
-        first, scale, column = places.column_at[c], np.float32(columns.idf[c] / unit), written[c]
-        last = seek(postings.docs, first, columns.ends[c], top, num_passages)
+        first, scale, column = places.column_at[c], np.float32(columns.idf[c] / work.unit), written[c]
+        last = seek(postings.docs, first, columns.ends[c], top, work.num_passages)
         places.column_began[c], places.column_at[c] = first, last
         column[:] = 0
         its_docs, its_codes = postings.docs[first:last], postings.codes[first:last]
@@ -225,8 +211,9 @@ def write_columns(
 
 
 @compiled
-def prefetch_head(q: int, batch: Batch, plan: Plan, postings: Postings, places: Places) -> None:
+def prefetch_head(q: int, work: Work, places: Places) -> None:
     """Prefetches the next postings of query q's head."""
+    batch, plan, postings = work.batch, work.plan, work.postings
     a = batch.term_ends[q]
     for t in plan.scanned[a : a + plan.scanned_head[q]]:
         prefetch(postings.docs, places.at[t])
@@ -304,21 +291,10 @@ def add_tail_columns(
 
 @compiled
 def add_tail(
-    q: int,
-    count: int,
-    needed: float,
-    base: int,
-    top: int,
-    num_passages: int,
-    batch: Batch,
-    plan: Plan,
-    postings: Postings,
-    unit: float,
-    places: Places,
-    sums: Array,
-    found: Array,
+    q: int, count: int, needed: float, base: int, top: int, work: Work, places: Places, sums: Array, found: Array
 ) -> int:
     """Adds the scanned tail to the passages in ``found``; keeps and counts those that can reach ``needed``."""
+    batch, plan, postings, unit = work.batch, work.plan, work.postings, work.unit
     a, n = batch.term_ends[q], plan.num_scanned[q]
     for j in range(plan.scanned_head[q], n + 1):
         kept, missing = 0, needed - plan.scanned_rest[a + q + j] / unit
@@ -331,8 +307,8 @@ def add_tail(
             break
         t = plan.scanned[a + j]
         scale = np.float32(batch.weights[t] / unit)
-        first = seek(postings.docs, places.at[t], batch.ends[t], base, num_passages)
-        last = seek(postings.docs, first, batch.ends[t], top, num_passages)
+        first = seek(postings.docs, places.at[t], batch.ends[t], base, work.num_passages)
+        last = seek(postings.docs, first, batch.ends[t], top, work.num_passages)
         places.began[t], places.at[t] = first, last
         if last - first < LOOK_UP * count:
             add_list(base, top, first, last, scale, postings, sums)
@@ -345,22 +321,10 @@ def add_tail(
 
 
 @compiled
-def num_beating(
-    q: int,
-    base: int,
-    found: Array,
-    batch: Batch,
-    golds: Golds,
-    columns: Columns,
-    plan: Plan,
-    postings: Postings,
-    unit: float,
-    written: Array,
-    places: Places,
-    sums: Array,
-) -> int:
+def num_beating(q: int, base: int, found: Array, work: Work, written: Array, places: Places, sums: Array) -> int:
     """How many of the passages ``found``, whose sums are complete, beat query q's gold."""
-    count, enough = 0, (golds.threshold[q] + golds.error[q]) / unit
+    golds, plan = work.golds, work.plan
+    count, enough = 0, (golds.threshold[q] + golds.error[q]) / work.unit
     for i in found:
         rounded = plan.num_scanned[q]  # the most scores in the sum that were rounded up
         for c in plan.columns[plan.column_ends[q] : plan.column_ends[q + 1]]:
@@ -368,7 +332,7 @@ def num_beating(
         if base + i == golds.gold[q]:
             continue
         if sums[i] - rounded <= enough:
-            score = score_in_window(q, base, i, batch, columns, postings, written, places)
+            score = score_in_window(q, base, i, work, written, places)
             if score < golds.threshold[q] or (score == golds.threshold[q] and base + i > golds.gold[q]):
                 continue
         count += 1
@@ -376,11 +340,10 @@ def num_beating(
 
 
 @compiled
-def score_in_window(
-    q: int, base: int, i: int, batch: Batch, columns: Columns, postings: Postings, written: Array, places: Places
-) -> np.float32:
+def score_in_window(q: int, base: int, i: int, work: Work, written: Array, places: Places) -> np.float32:
     """``exact_score`` of passage ``base + i``, by looking only at the postings of this window."""
-    docs, codes, tf, inverse_norm, _ = postings
+    docs, codes, tf, inverse_norm, _ = work.postings
+    batch, columns = work.batch, work.columns
     total, doc = 0.0, base + i
     for t in range(batch.term_ends[q], batch.term_ends[q + 1]):
         c = columns.of_term[t]

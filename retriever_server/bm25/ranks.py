@@ -64,12 +64,13 @@ def ranks(
         columns_head=np.empty(queries, np.int64),
     )
     share_queries(lambda share: gold.arrange(share, batch, golds, columns, plan, postings))
+    work = gold.Work(num_passages, batch, golds, columns, plan, postings, unit)
     beaten = np.zeros((threads, queries), np.int64)
 
     def scan(me: int) -> None:
         low, high = (num_passages * part // threads for part in (me, me + 1))
         scratch = _arrays(len(columns.starts), sum_type)
-        gold.scan(low, high, me, depth, num_passages, batch, golds, columns, plan, postings, unit, *scratch, beaten)
+        gold.scan(low, high, me, depth, work, *scratch, beaten)
 
     list(pool.map(scan, range(threads)))
     total = beaten.sum(axis=0)

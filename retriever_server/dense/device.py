@@ -126,7 +126,7 @@ def split(vectors: Array, codes: Codes, n_gpu: int) -> Scanner:
         ValueError: torch sees fewer devices.
     """
     if not 1 <= n_gpu <= torch.cuda.device_count():
-        raise ValueError(f"n_gpu {n_gpu} was asked for, torch sees {torch.cuda.device_count()} CUDA devices here")
+        raise ValueError(f"n_gpu is {n_gpu}, torch sees {torch.cuda.device_count()} CUDA devices here")
     step = -(-len(vectors) // n_gpu)
     starts = range(0, len(vectors), step)
     shards = [(s, Device(vectors[s : s + step], codes.rows(s, s + step), f"cuda:{i}")) for i, s in enumerate(starts)]

@@ -89,7 +89,7 @@ class SimilarityResponse(BaseModel):
 class Hit(BaseModel):
     docid: str
     score: float
-    contents: str | None = Field(None, description="only where the request asks for contents")
+    contents: str | None = Field(None, description="only if the request has contents: true")
 
 
 class SearchResponse(BaseModel):

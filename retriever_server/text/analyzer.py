@@ -17,8 +17,8 @@ from retriever_server.text.porter import stem
 NAME = "lucene-english-2"  # goes into each index's manifest: change it whenever a text's terms change
 
 # org.apache.lucene.analysis.en.EnglishAnalyzer.ENGLISH_STOP_WORDS_SET
-_STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the their then there these they
-this to was will with"""
+_STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the their then there these
+they this to was will with"""
 STOP_WORDS = frozenset(_STOP_WORDS.split())
 MAX_CHUNKS = 1 << 18  # in one dictionary: about 90 MB with their words
 MAX_CHUNK_CHARS = 40  # longer ones are rarely repeated
