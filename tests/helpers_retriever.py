@@ -23,7 +23,8 @@ def build_bm25(collections: Any, output: Path, *parameters: float, **options: An
 
 
 class Lengths:
-    """A searcher whose ranks are the queries' lengths and whose hits are all its docids; it can be made to wait or to fail."""
+    """A searcher whose ranks are the queries' lengths and whose hits are all its docids; it can be made to wait or to
+    fail."""
 
     def __init__(self, name: str = "lengths", docids: str = "ab") -> None:
         self.name, self.index_id, self.num_passages = name, f"{name}-1", len(docids)

@@ -38,7 +38,8 @@ for line in sys.stdin:
     if q["question"] == "crash": sys.exit(3)
     if q["question"] == "refuse": print(json.dumps({"refused": "no, thank you"}), flush=True); continue
     rewrite = None if q["question"] == "broken" else f"{q['question']} William Shakespeare"
-    print(json.dumps({"rewrite": rewrite, "thinking": f"<b>{len(q['context'])} turns</b> {q['style']} {q['seed']} {os.getpid()}", "output": "o",
+    thinking = f"<b>{len(q['context'])} turns</b> {q['style']} {q['seed']} {os.getpid()}"
+    print(json.dumps({"rewrite": rewrite, "thinking": thinking, "output": "o",
                       "error": None if rewrite else "no_tag", "seconds": 0.25}), flush=True)
 """
 
@@ -197,10 +198,8 @@ def test_rewriters_on_the_command_line(tmp_path: Path) -> None:
 
 def test_a_line_of_the_rewriter_process() -> None:
     def generate(conversation: Any, style: str, seed: int) -> Any:
-        return (
-            f"<think>{style} {seed}</think>\n<rewrite>{conversation.history[0].answer}: {conversation.question}</rewrite>",
-            "stop",
-        )
+        rewrite = f"{conversation.history[0].answer}: {conversation.question}"
+        return f"<think>{style} {seed}</think>\n<rewrite>{rewrite}</rewrite>", "stop"
 
     line = json.dumps({"context": ["who?", "he"], "question": "and she?"})
     found = answer(line, generate, "compact")
@@ -262,7 +261,8 @@ def converse(*arguments: str, key: str = "") -> list[dict[str, Any]]:
 
 
 def test_an_endpoint_of_openais_kind() -> None:
-    """Its first model unless one is named; the key from the environment, which no answer shows; a fault is a sentence."""
+    """Its first model unless one is named; the key from the environment, which no answer shows; a fault is a
+    sentence."""
     with openai() as url:
         OpenAI.asked.clear()
         (found,) = converse("--endpoint", url, "--prompt_style", "compact", key="secret-1")

@@ -236,8 +236,8 @@ def test_health_answers_while_every_search_thread_is_busy() -> None:
 
 
 def test_the_reference_servers_flags_are_accepted() -> None:
-    sparse = "--index_path embedding/bm25 --trec_path data/topiocqa/train.trec --retriever_name bm25 --port 1 --bm25_k1 0.9 --bm25_b 0.4"
-    args = build_parser().parse_args(sparse.split())
+    sparse = "--index_path embedding/bm25 --trec_path data/topiocqa/train.trec --retriever_name bm25 --port 1"
+    args = build_parser().parse_args([*sparse.split(), "--bm25_k1", "0.9", "--bm25_b", "0.4"])
     assert (args.index_path, args.port, args.bm25_k1, args.bm25_b, args.host) == (
         ["embedding/bm25"],
         1,
@@ -245,9 +245,9 @@ def test_the_reference_servers_flags_are_accepted() -> None:
         0.4,
         "127.0.0.1",
     )
-    dense = "--index_path a.pkl --trec_path b --corpus_docid_path c.pkl --retriever_name ance --model_name_or_path d --faiss_gpu --n_gpu 4"
-    more = [*dense.split(), "--port", "2", "--max_length", "512", "--retrieval_batch_size", "64"]
-    assert build_parser().parse_args(more).n_gpu == 4
+    dense = "--index_path a.pkl --trec_path b --corpus_docid_path c.pkl --retriever_name ance --model_name_or_path d"
+    more = "--faiss_gpu --n_gpu 4 --port 2 --max_length 512 --retrieval_batch_size 64"
+    assert build_parser().parse_args([*dense.split(), *more.split()]).n_gpu == 4
 
 
 def test_opening_indexes(folder: Path) -> None:

@@ -1,4 +1,5 @@
-"""The BM25 index: hand-worked scores, parity with a float64 brute force, exact ranks, and folders that are not whole."""
+"""The BM25 index: hand-worked scores, parity with a float64 brute force, exact ranks, and folders that are not
+whole."""
 
 import gzip
 import json
@@ -63,10 +64,13 @@ def test_words_keep_stop_words_and_inner_apostrophes() -> None:
 
 
 def test_scores_by_hand(folder: Path) -> None:
-    # terms: d1 cat dog; d2 cat cat bird; d3 -; d4 dog cat. N = 3 (Lucene leaves out passages without a term), mean length 7/3, k1 0.9, b 0.4
+    # terms: d1 cat dog; d2 cat cat bird; d3 -; d4 dog cat. N = 3 (Lucene leaves out passages without a term), mean
+    # length 7/3, k1 0.9, b 0.4
     # idf(cat) = ln(1 + 0.5/3.5) = 0.1335314, idf(bird) = ln(1 + 2.5/1.5) = 0.9808293
-    # norm(2 terms) = 0.9 (0.6 + 0.4 x 2 / 2.3333333) = 0.8485714, norm(3 terms) = 0.9 (0.6 + 0.4 x 3 / 2.3333333) = 1.0028571
-    # cat in d1: 0.1335314 / 1.8485714 = 0.0722349; in d2: 0.1335314 x 2 / 3.0028571 = 0.0889362; bird in d2: 0.9808293 / 2.0028571
+    # norm(2 terms) = 0.9 (0.6 + 0.4 x 2 / 2.3333333) = 0.8485714, norm(3 terms) = 0.9 (0.6 + 0.4 x 3 / 2.3333333) =
+    # 1.0028571
+    # cat in d1: 0.1335314 / 1.8485714 = 0.0722349; in d2: 0.1335314 x 2 / 3.0028571 = 0.0889362; bird in d2: 0.9808293
+    # / 2.0028571
     index = open_searcher(folder)
     assert index.num_passages == 4
     (hits,) = index.search(["cat?"], 10)
@@ -110,7 +114,8 @@ def test_wrong_arguments(folder: Path) -> None:
 
 
 def brute_force(texts: list[str], query: str, k1: float, b: float) -> list[float]:
-    """BM25 in float64, straight from the formula: idf = ln(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b len / mean))."""
+    """BM25 in float64, straight from the formula: idf = ln(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b
+    len / mean))."""
     passages = [analyze(text) for text in texts]
     num = max(1, sum(map(bool, passages)))  # Lucene counts the passages that have a term
     mean = sum(map(len, passages)) / num
@@ -198,7 +203,8 @@ def lucene_scores(passages: list[list[str]], query: list[str], k1: float, b: flo
 def test_ranks_and_searches_are_those_of_brute_force(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, window: int, seed: int
 ) -> None:
-    """Many ties, repeated terms, long and short passages, windows far smaller than the collection: equal to the last bit."""
+    """Many ties, repeated terms, long and short passages, windows far smaller than the collection: equal to the last
+    bit."""
     draw = np.random.default_rng(seed)
     vocabulary = [f"w{number}" for number in range(draw.integers(2, 40))]
     skew = draw.dirichlet(np.full(len(vocabulary), 0.3))
@@ -244,7 +250,8 @@ def test_processes_build_the_same_index(tmp_path: Path, monkeypatch: pytest.Monk
     ("length", "stands_for"), [(0, 0), (39, 39), (40, 40), (41, 40), (43, 42), (100, 96), (1000, 984), (10**6, 983064)]
 )
 def test_length_bytes_by_hand(length: int, stands_for: int) -> None:
-    # Lucene's SmallFloat: 24 exact values, then 24 + (8 + b) << s: 24 + 16 = 40, 24 + 18 = 42, 24 + 72 = 96, 24 + 960 = 984, 24 + (15 << 16) = 983064
+    # Lucene's SmallFloat: 24 exact values, then 24 + (8 + b) << s: 24 + 16 = 40, 24 + 18 = 42, 24 + 72 = 96, 24 + 960 =
+    # 984, 24 + (15 << 16) = 983064
     assert LENGTHS[length_bytes(np.array([length]))[0]] == stands_for
 
 
@@ -448,7 +455,8 @@ def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
 
 
 def test_columns_tails_and_windows_change_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Common terms as columns and rare ones posting by posting, over many windows, against a search that scores everything."""
+    """Common terms as columns and rare ones posting by posting, over many windows, against a search that scores
+    everything."""
     draw = random.Random(1)
     common, rare = [f"c{i}" for i in range(12)], [f"r{i}" for i in range(300)]
     texts = [

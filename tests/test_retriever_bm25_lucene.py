@@ -42,7 +42,8 @@ def compare(
 
 @pytest.mark.skipif(not MTRAG.is_dir(), reason="MTRAG is not in ../shared/data")
 def test_mtrag(tmp_path: Path) -> None:
-    """777 conversations x last turn, rewrite and whole history, with all golds of each; and each of them with one gold drawn at random."""
+    """777 conversations x last turn, rewrite and whole history, with all golds of each; and each of them with one gold
+    drawn at random."""
     with gzip.open(MTRAG / "corpus.jsonl.gz", "rt") as file:
         passages = [(row["_id"], f"{row['title']} {row['text']}") for row in map(json.loads, file)]
     golds: dict[str, list[str]] = {}
@@ -61,7 +62,8 @@ def test_mtrag(tmp_path: Path) -> None:
 
 
 def test_summaries(tmp_path: Path) -> None:
-    """One word, four hundred words, words again and again, sentences of a passage, nothing at all; one to five golds."""
+    """One word, four hundred words, words again and again, sentences of a passage, nothing at all; one to five
+    golds."""
     passages = [(article.docid, article.contents) for article in read_articles(find_summaries()).values()]
     draw = random.Random(2)
     words = [word for _, text in draw.sample(passages, 400) for word in text.split()]

@@ -1,4 +1,5 @@
-"""Dense search and gold ranks: by hand, against brute force with ties, in every coarse form, through folders, shards, imports and kills."""
+"""Dense search and gold ranks: by hand, against brute force with ties, in every coarse form, through folders, shards,
+imports and kills."""
 
 import importlib.util
 import json
@@ -142,7 +143,7 @@ def test_ranks_are_those_of_faiss() -> None:
     assert count_beating(Flat(vectors), queries, golds, 100).tolist() == list(range(40))
 
 
-# ---- folders -------------------------------------------------------------------------------------------------------------------------------------
+# ---- folders
 
 
 def import_folder(root: Path, vectors: np.ndarray, docids: Sequence[str], name: str, dtype: str = "float32") -> Path:
@@ -219,7 +220,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         DenseIndex(folder, lambda texts: np.zeros((1, 4), np.float32))
 
 
-# ---- builds --------------------------------------------------------------------------------------------------------------------------------------
+# ---- builds
 
 
 def build_command(root: Path, *more: str) -> list[str]:

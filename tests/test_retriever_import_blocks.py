@@ -1,4 +1,5 @@
-"""The reference's pickled vectors: read where they are arrays alone, refused and not run where they are anything else."""
+"""The reference's pickled vectors: read where they are arrays alone, refused and not run where they are anything
+else."""
 
 import json
 import os
