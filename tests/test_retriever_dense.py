@@ -250,9 +250,6 @@ def test_ray_shards_agree_and_survive_a_kill(tmp_path: Path) -> None:
         assert "1 passed" in done.stdout
         return
     import ray
-    from retriever_server.dense.ray_parts import spread
-
-    from retriever_server.dense.build import Manifest
 
     rng = np.random.default_rng(3)
     vectors, queries = rng.integers(-1, 2, (60, 6)).astype(np.float32), rng.integers(-2, 3, (25, 6)).astype(np.float32)
