@@ -98,7 +98,7 @@ def on_cpu(args: argparse.Namespace) -> str:
     scanner = Flat(vectors)
     ours, gold_lists = f"ours ({scanner.coarse})", golds[:, None].tolist()
     peer, searches = faiss_searches(vectors, queries, args.threads)
-    calls = {ours: lambda: count_beating(vectors, queries, gold_lists, DEPTH, scanner), **searches}
+    calls = {ours: lambda: count_beating(scanner, queries, gold_lists, DEPTH), **searches}
     best, answers = alternate(calls, args.repeats)
     report(best, args.queries)
     if not searches:
@@ -119,7 +119,7 @@ def on_device(args: argparse.Namespace) -> str:
     matrix, asked = torch.from_numpy(vectors).to(args.device), torch.from_numpy(queries).to(args.device)
     half, half_asked = matrix.half(), asked.half()
     calls: dict[str, Callable[[], Any]] = {
-        "ours (half)": lambda: count_beating(vectors, queries, golds[:, None].tolist(), DEPTH, scanner),
+        "ours (half)": lambda: count_beating(scanner, queries, golds[:, None].tolist(), DEPTH),
         "torch float32": lambda: torch.topk(asked @ matrix.T, min(DEPTH, args.passages)).indices,
         "half product": lambda: torch.mm(half_asked, half.T),
         "read of the halves": lambda: half.view(torch.int32).amax(),

@@ -21,6 +21,7 @@ from benchmarks import add_source, script_parser, timed
 from benchmarks.collection import passages, sentences
 from convsearch.cli import Unavailable, run
 from data_preprocess.releases import package_file
+from retriever_server.encoder import Encoder
 from retriever_server.similarity import Item, Similarity, unit
 
 
@@ -79,7 +80,7 @@ def one_by_one(similarity: Any, items: list[Item]) -> list[float]:
 
 def compare(args: argparse.Namespace) -> str:
     items = make_items(args)
-    similarity = Similarity.load(args.model or minilm(), args.device)
+    similarity = Similarity.of(Encoder.load(args.model or minilm(), args.device))
     similarity.gains(items[:8])
     one_by_one(similarity, items[:2])
     batched_s, warm_s, singly_s, singly = 0.0, 0.0, 0.0, []

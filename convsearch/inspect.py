@@ -17,9 +17,8 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convsearch.inspect", description="Serves a page on one training run, or two to compare."
     )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder of convsearch.grpo, or of scripts/quickstart.sh; two at most"
-    )
+    folders = "run folder of convsearch.grpo, or of scripts/quickstart.sh; at most two"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=folders)
     parser.add_argument("--port", type=int, default=8090, help="port on 127.0.0.1 (8090; 0 takes a free one)")
     return parser
 
