@@ -18,9 +18,9 @@ from pydantic import Field
 
 from convsearch import pages
 from convsearch.prompts import STYLES
-from retriever_server.playground.highlight import marked
 from retriever_server.serving.schemas import Strict
 from retriever_server.serving.service import Service
+from retriever_server.text.highlight import marked
 
 HERE = Path(__file__).parent
 FILES = {
