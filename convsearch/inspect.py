@@ -13,7 +13,7 @@ from convsearch.cli import run as run_main
 HOST = "127.0.0.1"
 
 
-def arguments() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convsearch.inspect", description="Serves a page on one training run, or two to compare."
     )
@@ -24,7 +24,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    args = build_parser().parse_args()
     if len(args.runs) > 2:
         raise ValueError(f"{len(args.runs)} runs were named; the page compares two at most")
     import uvicorn

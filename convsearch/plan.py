@@ -105,21 +105,10 @@ def check(command: Sequence[str]) -> SftConfig | GrpoConfig | None:
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
-            if hasattr(source, "parse_args"):  # it checks more than its parser does
-                source.parse_args(arguments)
-            elif parser := _parser_of(source):
-                parser.parse_args(arguments)
+            parse = getattr(source, "parse_args", None) or source.build_parser().parse_args  # the first checks more
+            parse(arguments)
     except SystemExit:
         raise ValueError(f"{module}: {errors.getvalue().strip().splitlines()[-1]}") from None
-    return None
-
-
-def _parser_of(source: object) -> argparse.ArgumentParser | None:
-    for name in ("build_parser", "parser", "arguments"):
-        if callable(make := getattr(source, name, None)):
-            parser = make()
-            assert isinstance(parser, argparse.ArgumentParser)
-            return parser
     return None
 
 
@@ -230,7 +219,7 @@ def index_figures(arguments: Sequence[str], passages: int) -> Iterator[str]:
         vectors, codes = 4.0 * passages * DENSE_NUMBERS / GIB, 1.0 * passages * DENSE_NUMBERS / GIB
         yield f"{passages:,} passages; disk: {vectors:.1f} GiB of vectors in float32, {codes:.1f} of codes"
     else:
-        yield f"{passages:,} passages; disk: 6 bytes per posting, and the texts (docs/serve.md)"
+        yield f"{passages:,} passages; disk: 6 bytes per posting, and the texts (docs/retrievers.md)"
 
 
 def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, name: str = "") -> None:

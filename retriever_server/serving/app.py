@@ -1,4 +1,4 @@
-"""The HTTP interface (docs/serve.md): /rank, /search, /similarity, /retrieve, /health and /metrics."""
+"""The HTTP interface (docs/retrievers.md): /rank, /search, /similarity, /retrieve, /health and /metrics."""
 
 import asyncio
 from collections import Counter
