@@ -21,6 +21,8 @@ from retriever_server.dense.codes import Codes
 from retriever_server.dense.device import Device
 from retriever_server.dense.flat import Flat, Scanner, Shards, bytes_multiply_exactly, count_beating
 from retriever_server.dense.index import DenseIndex
+from retriever_server.dense.manifest import Manifest
+from retriever_server.dense.ray_shards import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 COARSE = ["int8", "float32", "half"]
