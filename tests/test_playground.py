@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from helpers_pages import FAINT, ROOT, SCRIPT, Reader, browser_page
 from helpers_retriever import build_bm25, running, until
 
-from convsearch.converse import answer
+from convsearch.generation.answers import answer
 from convsearch.pages import TYPES
 from retriever_server.bm25.index import Bm25Index
 from retriever_server.playground.routes import FILES, playground, rewriter_commands
