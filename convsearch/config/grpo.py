@@ -246,11 +246,6 @@ class RetrieverConfig(Section):
             raise ValueError(f"retriever.url={url} is not a retriever: give {choices}")
         return url
 
-    def embedded_index(self) -> str | None:
-        """The index folder of ``embedded:<index>``; None for a server. Raises ValueError like ``resolved_url``."""
-        url = self.resolved_url()
-        return url.removeprefix(EMBEDDED) if url.startswith(EMBEDDED) else None
-
 
 class GrpoTrainerConfig(TrainerSection):
     project_name: Text = key("convsearch-grpo", "project in wandb")
