@@ -8,18 +8,17 @@ import argparse
 import socket
 from pathlib import Path
 
+from convsearch.cli import command_parser
 from convsearch.cli import run as run_main
 
 HOST = "127.0.0.1"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m convsearch.inspect", description="Serves a page on one training run, or two to compare."
-    )
+    parser = command_parser("convsearch.inspect", "Serves a page on one training run, or two to compare.")
     folders = "run folder of convsearch.grpo, or of scripts/quickstart.sh; at most two"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=folders)
-    parser.add_argument("--port", type=int, default=8090, help="port on 127.0.0.1 (8090; 0 takes a free one)")
+    parser.add_argument("--port", type=int, default=8090, help="port on 127.0.0.1; 0 takes a free one")
     return parser
 
 

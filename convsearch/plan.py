@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.config import GrpoConfig, SftConfig, config_dir, load_grpo_config, load_sft_config
 from convsearch.model.shapes import Shape, shape_of
 
@@ -264,8 +264,7 @@ def text_of(stages: Sequence[Stage], name: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m convsearch.plan", description=__doc__, formatter_class=form)
+    parser = command_parser("convsearch.plan", __doc__)
     add = parser.add_argument
     add("--name", default="", help="experiment; the sizes of TopiOCQA and QReCC are known")
     add("--gpus", type=int, default=8, help="GPUs per node")

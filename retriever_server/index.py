@@ -6,21 +6,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from convsearch.cli import run
+from convsearch.cli import HelpFormatter, command_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m retriever_server.index", description="Builds an index folder from a collection."
-    )
+    top = command_parser("retriever_server.index", "Builds an index folder from a collection.")
     kinds = top.add_subparsers(dest="kind", required=True)
-    form = argparse.ArgumentDefaultsHelpFormatter
     for kind, about, add_flags in (
         ("bm25", "BM25 over English terms, scored as in Lucene", _add_bm25),
         ("dense", "vectors of an encoder; resumes after a kill, runs under torchrun", _add_dense),
         ("import-blocks", "the reference's pickled vectors, read without running their code", _add_import_blocks),
     ):
-        parser = kinds.add_parser(kind, help=about, formatter_class=form)
+        parser = kinds.add_parser(kind, help=about, formatter_class=HelpFormatter)
         output = "the index folder; kept if it already holds this index"
         parser.add_argument("--output", type=Path, required=True, help=output)
         parser.add_argument("--overwrite", action="store_true", help="replace an index folder that differs")

@@ -19,7 +19,7 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import line_blocks, write_jsonl
 from retriever_server.base import Hits, Index
 from retriever_server.storage import collection_paths
@@ -273,9 +273,7 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m retriever_server.lucene", description="Lucene indexes: from a collection, to a collection."
-    )
+    top = command_parser("retriever_server.lucene", "Lucene indexes: from a collection, to a collection.")
     kinds = top.add_subparsers(dest="kind", required=True)
     add = kinds.add_parser("import", help="write the stored passages of an index as a collection").add_argument
     add("--index", type=Path, required=True, help="an Anserini index with raw or contents stored")

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.prompts import STYLES
 
 # flag -> argument of DenseIndex.load
@@ -25,19 +25,15 @@ DENSE_OPTIONS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m retriever_server", description="Serves exact gold ranks and searches over HTTP."
-    )
+    top = command_parser("retriever_server", "Serves exact gold ranks and searches over HTTP.")
     add = top.add_argument
     folders = "index folder; repeat for several, the first is the default"
     add("--index_path", action="append", required=True, metavar="[NAME=]DIR", help=folders)
     qrels = 'qrels ("qid 0 docid 1") for requests by query id; may be repeated'
     add("--trec_path", action="append", type=Path, metavar="FILE", help=qrels)
     add("--retriever_name", metavar="NAME", help="refuse a first index of another kind, for example bm25 or ance")
-    add(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 opens it to the network)"
-    )
-    add("--port", type=int, default=8000, help="port to listen on (default: 8000; 0 takes a free one and prints it)")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
+    add("--port", type=int, default=8000, help="port to listen on; 0 takes a free one and prints it")
     parent = "stop when the process that started this one dies"
     add("--exit-with-parent", nargs="?", type=int, const=0, metavar="PID", help=parent)
     _add_page_flags(top)
@@ -46,10 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bm25_k1", type=float, help="refuse an index with another k1")
     add("--bm25_b", type=float, help="refuse an index with another b")
     add = top.add_argument_group("limits of one request").add_argument
-    add("--max_request_mib", type=int, default=64, help="size (default: 64)")
-    add("--max_items", type=int, default=10_000, help="queries (default: 10000)")
-    add("--max_query_chars", type=int, default=1_000_000, help="characters per query (default: 1000000)")
-    results = "queries x k, a tenth of it with contents (default: 500000)"
+    add("--max_request_mib", type=int, default=64, help="size")
+    add("--max_items", type=int, default=10_000, help="queries")
+    add("--max_query_chars", type=int, default=1_000_000, help="characters per query")
+    results = "queries x k, a tenth of it with contents"
     add("--max_results", type=int, default=500_000, help=results)
     _add_encoder_flags(top)
     return top
@@ -61,25 +57,25 @@ def _add_page_flags(top: argparse.ArgumentParser) -> None:
         "model folder, or http://HOST/v1[#MODEL] of an OpenAI-compatible server (key: OPENAI_API_KEY); may be repeated"
     )
     add("--rewriter", action="append", default=[], metavar="NAME=MODEL", help=model)
-    add("--prompt_style", choices=STYLES, default="paper", help="the page's first prompt style (default: paper)")
+    add("--prompt_style", choices=STYLES, default="paper", help="the page's first prompt style")
 
 
 def _add_queue_flags(top: argparse.ArgumentParser) -> None:
     about = "requests are merged into batches, fairly; beyond the bounds the answer is 503 with Retry-After"
     add = top.add_argument_group("queue", about).add_argument
-    add("--threads", type=int, default=2, help="searcher calls at a time, each on several cores (default: 2)")
-    add("--max_batch", type=int, default=512, help="items per searcher call (default: 512)")
-    add("--max_wait_ms", type=float, default=2, help="how long an item waits for others to share its call (default: 2)")
-    add("--max_queue", type=int, default=20_000, help="items in the server without an answer (default: 20000)")
-    add("--max_queue_s", type=float, default=30, help="the seconds they may take, at the measured speed (default: 30)")
+    add("--threads", type=int, default=2, help="searcher calls at a time, each on several cores")
+    add("--max_batch", type=int, default=512, help="items per searcher call")
+    add("--max_wait_ms", type=float, default=2, help="how long an item waits for others to share its call")
+    add("--max_queue", type=int, default=20_000, help="items in the server without an answer")
+    add("--max_queue_s", type=float, default=30, help="the seconds they may take, at the measured speed")
     add = top.add_argument_group("cache and log").add_argument
     cache = "keep ranks on disk and answer repeated items from there (default: no cache)"
     add("--rank_cache", metavar="DIR", help=cache)
-    add("--rank_cache_mib", type=int, default=256, help="its size; the oldest ranks are dropped (default: 256)")
-    form = "one JSON object per line, or text (default: json)"
+    add("--rank_cache_mib", type=int, default=256, help="its size; the oldest ranks are dropped")
+    form = "one JSON object per line, or text"
     add("--log_format", choices=["json", "text"], default="json", help=form)
     levels = ["debug", "info", "warning", "error"]
-    add("--log_level", choices=levels, default="warning", help="info logs each request (default: warning)")
+    add("--log_level", choices=levels, default="warning", help="info logs each request")
 
 
 def _add_encoder_flags(top: argparse.ArgumentParser) -> None:
@@ -98,8 +94,8 @@ def _add_encoder_flags(top: argparse.ArgumentParser) -> None:
     add = top.add_argument_group("similarity", about).add_argument
     model = "encoder: an ANCE or sentence-transformers folder, or a hub name"
     add("--similarity_model", metavar="MODEL", help=model)
-    add("--similarity_device", default="auto", metavar="DEVICE", help="its device (default: auto)")
-    length = "tokens of a text; longer ones are cut (default: 512)"
+    add("--similarity_device", default="auto", metavar="DEVICE", help="its device")
+    length = "tokens of a text; longer ones are cut"
     add("--similarity_max_length", type=int, default=512, help=length)
 
 
