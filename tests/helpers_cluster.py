@@ -1,6 +1,7 @@
 """Ray and vLLM for the tests: packages from a folder of their own, in processes of their own.
 
-``python tests/helpers_cluster.py --kills 10`` kills a process at random in each of ten runs, and compares them with an unbroken one.
+``python tests/helpers_cluster.py --kills 10`` kills a random process in each of ten runs, and compares them with an
+unbroken run.
 """
 
 import argparse
@@ -54,7 +55,8 @@ def environment() -> dict[str, str]:
 
 
 def start(arguments: Sequence[object]) -> "subprocess.Popen[str]":
-    """``python -m convsearch.grpo arguments``; all it prints goes to a file, for workers that outlive it would hold a pipe open."""
+    """``python -m convsearch.grpo arguments``; all it prints goes to a file, for workers that outlive it would hold a
+    pipe open."""
     descriptor, name = tempfile.mkstemp(prefix="cluster-", suffix=".log")
     command = [sys.executable, "-m", "convsearch.grpo", *map(str, arguments)]
     process = subprocess.Popen(
@@ -92,7 +94,8 @@ def vllm_model(folder: Path, kind: str = "llama", spread: float = 0.15) -> Path:
 
 
 def vllm_report(folder: str) -> dict[str, Any]:
-    """What VllmSampler does with a model, against our policy on the same weights: before an update of them, with stale ones, and after."""
+    """What VllmSampler does with a model, against our policy on the same weights: before an update of them, with stale
+    ones, and after."""
     import torch
 
     from convsearch.model.batch import Branch, Tree, collate

@@ -1,4 +1,5 @@
-"""Runs TRL's trainer or verl's reward managers with our rewards, in a process of its own: ``python helpers_interop.py trl|verl JSON``.
+"""Runs TRL's trainer or verl's reward managers with our rewards, in a process of its own: ``python helpers_interop.py
+trl|verl JSON``.
 
 The libraries live in a folder that only its path names; its answer is JSON on the last line.
 """

@@ -36,7 +36,8 @@ def rollout(qid: str, text: str, rank: int | None, reward: float, error: Any = N
 
 
 def write_run(folder: Path, steps: int = 3) -> Path:
-    """A run folder of scripts/quickstart.sh: two runs of four questions, ``steps`` steps of two groups of two samples."""
+    """A run folder of scripts/quickstart.sh: two runs of four questions, ``steps`` steps of two groups of two
+    samples."""
     folder.mkdir(parents=True, exist_ok=True)
     records = [
         {"qid": qid, "turn_id": int(qid[-1]), "question": question, "context": context, "gold_docids": [gold]}
@@ -156,7 +157,8 @@ def browser_page(width: int = 1280, scheme: str = "light") -> Iterator[Any]:
 # Text nodes whose contrast with what lies behind them is under 4.5 (3 where the text is large), by WCAG 2.2.
 FAINT = """() => {
   const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length > 3 ? m : [...m, 1]; };
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  const linear = v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4
+  const light = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
     .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
   const behind = e => {
     for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c[3] === 1) return c; }
@@ -166,7 +168,8 @@ FAINT = """() => {
   let seen = 0;
   while (walker.nextNode()) {
     const node = walker.currentNode, element = node.parentElement;
-    if (!node.data.trim() || ["STYLE", "SCRIPT", "TITLE", "DESC", "title", "desc"].includes(element.tagName) || !element.getClientRects().length) continue;
+    const silent = ["STYLE", "SCRIPT", "TITLE", "DESC", "title", "desc"].includes(element.tagName)
+    if (!node.data.trim() || silent || !element.getClientRects().length) continue;
     const style = getComputedStyle(element), ink = element.namespaceURI.endsWith("svg") ? style.fill : style.color;
     const a = light(parse(ink)), b = light(behind(element)), ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
     seen += 1;

@@ -1,7 +1,9 @@
-"""A world small enough for a test: a tokenizer, tiny random models, eighteen passages with a real server, and the commands over them.
+"""A world small enough for a test: a tokenizer, tiny random models, eighteen passages with a real server, and the
+commands over them.
 
-Every question asks for an aspect ("its food?") of the town that the turn before it names. The gold passage is the one that has both words, so
-a rewrite earns most by bringing the town back, less by the town or the aspect alone, nothing by another word.
+Every question asks for an aspect ("its food?") of the town that the turn before it names. The gold passage is the one
+that has both words, so a rewrite earns most by bringing the town back, less by the town or the aspect alone, nothing by
+another word.
 """
 
 import io
@@ -59,7 +61,8 @@ def training_texts() -> list[str]:
 def build_model(
     folder: Path, kind: str = "llama", spread: float = 0.15, positions: int = 1024, head_size: int = 16
 ) -> None:
-    """Saves a random model of two layers beside the tokenizer that is already in ``folder``; a wide ``spread`` gives uneven distributions.
+    """Saves a random model of two layers beside the tokenizer that is already in ``folder``; a wide ``spread`` gives
+    uneven distributions.
 
     vLLM's CPU attention takes no ``head_size`` below 32.
     """
@@ -177,7 +180,8 @@ def build_index(folder: Path) -> Path:
 
 
 def grpo_overrides(model: Path, train: Path, run_dir: Path, url: str, **changed: Any) -> list[str]:
-    """The smallest command line that trains; ``changed`` names keys by their last part or, with dots as two underscores, in full."""
+    """The smallest command line that trains; ``changed`` names keys by their last part or, with dots as two
+    underscores, in full."""
     values: dict[str, Any] = {
         "cluster": "cpu",
         "data.train_files": train,
@@ -245,7 +249,8 @@ def start(module: str, arguments: Sequence[object], **options: Any) -> "subproce
 
 
 def listen_to_ctrl_c() -> None:
-    """A shell starts its background jobs with SIGINT ignored, and their children inherit that; a person's terminal does not."""
+    """A shell starts its background jobs with SIGINT ignored, and their children inherit that; a person's terminal does
+    not."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -281,7 +286,8 @@ def one_sentence(status: int, output: str) -> str:
 
 
 def teach_form(source: Path, folder: Path, steps: int = 60) -> None:
-    """Fine-tunes the random model until most samples keep the form, with a town and an aspect that have nothing to do with the question.
+    """Fine-tunes the random model until most samples keep the form, with a town and an aspect that have nothing to do
+    with the question.
 
     One row in eight has the prompt of inference, of which fewer samples keep the form in the end.
     """

@@ -1,10 +1,11 @@
 """Shows that two commits give the same results: the small quickstart of both, side by side, compared file by file.
 
-    .venv/bin/python tests/same_results.py COMMIT [OTHER]       clones both (OTHER: HEAD by default), runs, compares; about 15 minutes
-    .venv/bin/python tests/same_results.py --folders A B        compares two finished runs of scripts/quickstart.sh
+    .venv/bin/python tests/same_results.py COMMIT [OTHER]    clones both (OTHER: HEAD), runs, compares; about 15 minutes
+    .venv/bin/python tests/same_results.py --folders A B     compares two finished runs of scripts/quickstart.sh
 
-Compared: distillation (samples with ranks, yield, SFT rows), metrics of each step but its times, all rollouts, rewrites, runs, the table
-and the trained weights. It ends with status 1 if anything differs. For a change that must not change results.
+Compared: distillation (samples with ranks, yield, SFT rows), metrics of each step but its times, all rollouts,
+rewrites, runs, the table and the trained weights. It ends with status 1 if anything differs. For a change that must not
+change results.
 """
 
 import argparse

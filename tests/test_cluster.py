@@ -1,6 +1,7 @@
 """The multi-process trainer without Ray (tests/test_cluster_ray.py starts the processes).
 
-1. A micro-batch that is split over processes loses nothing: log-probs, gradients and reports add up to those of the whole.
+1. A micro-batch that is split over processes loses nothing: log-probs, gradients and reports add up to those of the
+   whole.
 2. Samples of unexpected weights end the run.
 3. Finished samples are scored while others are generated.
 4. One step ahead, samples are exactly one step old; any other request waits.

@@ -1,8 +1,11 @@
 """The multi-process trainer: Ray actors, FSDP2 over gloo, samplers in processes of their own.
 
-1. Given the same rollouts, two ranks have the losses of one, and four the gradients, with ragged batches and with ranks that have no row.
-2. With vLLM samplers: log-probs agree before and after each update, the first step's invariants hold, and one process goes on where two ranks stopped.
-3. A process that is killed is a clear error or a restart from the last checkpoint, and the losses are those of an unbroken run.
+1. Given the same rollouts, two ranks have the losses of one, and four the gradients, with ragged batches and with ranks
+   that have no row.
+2. With vLLM samplers: log-probs agree before and after each update, the first step's invariants hold, and one process
+   goes on where two ranks stopped.
+3. A process that is killed is a clear error or a restart from the last checkpoint, and the losses are those of an
+   unbroken run.
 4. One step ahead, samples are one step old, and truncated importance sampling sees it.
 5. On GPUs (marked): weights go over by vLLM's transfer, the sampler sleeps and wakes, and the log-probs agree.
 """
@@ -90,7 +93,8 @@ def test_a_run_with_vllm(toy_parquet: Path, toy_server: str, tmp_path: Path) -> 
 
 
 def test_a_killed_process(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
-    """One run, broken off by one kill and disturbed by another (tests/helpers_cluster.py does it at random, to every kind of process)."""
+    """One run, broken off by one kill and disturbed by another (tests/helpers_cluster.py does it at random, to every
+    kind of process)."""
     changed: dict[str, Any] = {
         "cluster": "cpu2",
         "actor_rollout_ref__rollout__name": "hf",

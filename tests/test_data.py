@@ -40,7 +40,7 @@ def parquet(path: Path, *rows: dict[str, Any]) -> str:
     return str(path)
 
 
-# --- GRPO rows ----------------------------------------------------------------------------------------------------------------------------
+# --- GRPO rows
 
 
 def test_rows_of_several_files_in_order(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_parquet_rows_have_the_columns_that_are_asked_for(tmp_path: Path) -> Non
     assert list(read_parquet(path, ["n"])) == [{"n": n} for n in range(5)]
 
 
-# --- conversations ------------------------------------------------------------------------------------------------------------------------
+# --- conversations
 
 
-# --- lengths ------------------------------------------------------------------------------------------------------------------------------
+# --- lengths
 
 
 def examples_of(*lengths: int) -> list[Example]:
@@ -164,7 +164,7 @@ def test_truncation(limit: int, left: tuple[int, ...], right: tuple[int, ...]) -
         assert row.prompt_ids == expected
 
 
-# --- order --------------------------------------------------------------------------------------------------------------------------------
+# --- order
 
 
 def test_order_without_shuffling() -> None:

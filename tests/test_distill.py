@@ -1,7 +1,8 @@
 """What self-distillation promises.
 
 1. k samples a conversation, each with the rank that the server gives it; the same whatever the batches and breaks.
-2. Kept is what parses and has its gold passage within the rank limit; the best first, no output twice, at most --max_kept.
+2. Kept is what parses and has its gold passage within the rank limit; the best first, no output twice, at most
+   --max_kept.
 3. The SFT parquet has the zero-shot prompt and trains; the yield adds up by reason and by turn.
 """
 

@@ -1,7 +1,9 @@
 """What GRPO promises.
 
-1. At the first step the policy is the reference and the sampler: KL 0, ratio 1, no clipping, equal log-probs; advantages of a group sum to 0.
-2. Losses and weights are those of the formulas written out with plain transformers, for both normalisations and several updates a step.
+1. At the first step the policy is the reference and the sampler: KL 0, ratio 1, no clipping, equal log-probs;
+   advantages of a group sum to 0.
+2. Losses and weights are those of the formulas written out with plain transformers, for both normalisations and several
+   updates a step.
 3. Ranks are the server's, rewards are the ranks'; every step is on disk and can be played back to the same losses.
 4. A run that is broken off and started again draws the same samples and has the same losses.
 5. Reward rises where there is something to learn.
@@ -276,7 +278,8 @@ def test_a_broken_run_draws_and_learns_the_same(
 
 
 def test_equal_rewards_teach_nothing(tiny_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
-    """A random model never keeps the form: all rewards are the penalty, all advantages 0, and without KL and entropy nothing moves."""
+    """A random model never keeps the form: all rewards are the penalty, all advantages 0, and without KL and entropy
+    nothing moves."""
     options = {
         "actor_rollout_ref__actor__entropy_coeff": 0,
         "actor_rollout_ref__actor__optim__weight_decay": 0,
@@ -305,7 +308,8 @@ def test_equal_rewards_teach_nothing(tiny_llama: Path, toy_parquet: Path, toy_se
 def test_groups_without_advantage_can_be_left_out(
     form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
 ) -> None:
-    """Without KL and entropy they have no gradient, so that leaving them out changes nothing; with them only the work is less."""
+    """Without KL and entropy they have no gradient, so that leaving them out changes nothing; with them only the work
+    is less."""
     options = {
         "use_kl_loss": False,
         "entropy_coeff": 0,
@@ -369,7 +373,8 @@ def test_equal_groups_are_drawn_again(form_llama: Path, toy_parquet: Path, toy_s
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_reward_rises(seed: int, form_llama: Path, toy_server: str, tmp_path: Path) -> None:
-    """All gold passages are about one town of six: 24 steps find that out (measured: reward 0.5 -> 1.3 and more on each of three seeds)."""
+    """All gold passages are about one town of six: 24 steps find that out (measured: reward 0.5 -> 1.3 and more on each
+    of three seeds)."""
     rows = helpers.grpo_rows([("rome", aspect) for aspect in helpers.ASPECTS for _ in range(6)])
     parquet = helpers.write_parquet(tmp_path / "rome.parquet", rows)
     options = {

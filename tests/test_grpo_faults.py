@@ -1,9 +1,10 @@
-"""Real trainer processes that are killed, starved of their server, and run out of disk: nothing is lost, and what goes on is the same run.
+"""Real trainer processes that are killed, starved of their server, and run out of disk: nothing is lost, and what goes
+on is the same run.
 
-1. After kill -9 (at any moment, in the middle of an update, in the middle of a checkpoint), SIGTERM or Ctrl-C the same command ends with the
-   metrics, rollouts and weights of a run that nothing disturbed. SIGTERM saves first.
-2. A server that is killed and comes back is waited for. One that stays dead, and a full disk, end in one sentence with status 2; with the
-   server or the room back, the run goes on likewise.
+1. After kill -9 (at any moment, in the middle of an update, in the middle of a checkpoint), SIGTERM or Ctrl-C the same
+   command ends with the metrics, rollouts and weights of a run that nothing disturbed. SIGTERM saves first.
+2. A server that is killed and comes back is waited for. One that stays dead, and a full disk, end in one sentence with
+   status 2; with the server or the room back, the run goes on likewise.
 3. A damaged checkpoint is named, with the remedy.
 """
 
@@ -78,7 +79,8 @@ class Job:
         )
 
     def updating(self, since_s: float = 0) -> bool:
-        """Whether the step that comes next in the metrics has its samples on disk, written after ``since_s`` (time.time)."""
+        """Whether the step that comes next in the metrics has its samples on disk, written after ``since_s``
+        (time.time)."""
         samples = rollouts.path_of(self.run_dir, self.steps_logged())
         return samples.is_file() and samples.stat().st_mtime > since_s
 
@@ -259,7 +261,8 @@ def test_a_server_that_dies_ends_in_a_sentence_and_loses_nothing(
 def test_kill_dash_nine_of_the_server_and_a_restart_go_unnoticed(
     form_llama: Path, toy_parquet: Path, toy_index: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    """The trainer waits for the server that comes back under its address, asks again, and no reward is lost or invented."""
+    """The trainer waits for the server that comes back under its address, asks again, and no reward is lost or
+    invented."""
     port = 0
     job: Job | None = None
     process: subprocess.Popen[str] | None = None

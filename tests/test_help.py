@@ -1,4 +1,5 @@
-"""Every command line answers ``--help`` in about a second, because it imports what is heavy after the arguments are parsed."""
+"""Every command line answers ``--help`` in about a second, because it imports what is heavy after the arguments are
+parsed."""
 
 import resource
 import subprocess

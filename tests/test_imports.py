@@ -1,11 +1,11 @@
 """The architecture, as the imports show it. Each rule is also shown to name a planted violation.
 
-1. Packages meet at files and HTTP: convsearch imports no other package; data_preprocess and retriever_server import the shared modules of
-   convsearch at most; eval also imports the HTTP client and the searchers, not the server.
+1. Packages meet at files and HTTP: convsearch imports no other package; data_preprocess and retriever_server import the
+   shared modules of convsearch at most; eval also imports the HTTP client and the searchers, not the server.
 2. Inside convsearch and retriever_server a folder imports only folders below it.
 3. No package has a circle of imports.
-4. Imports are at the top of a file. Exceptions: the ``main`` of a command imports its library after parsing, so that ``--help`` is fast;
-   an optional package is imported where it is used.
+4. Imports are at the top of a file. Exceptions: the ``main`` of a command imports its library after parsing, so that
+   ``--help`` is fast; an optional package is imported where it is used.
 5. The shared modules load nothing heavy.
 """
 
@@ -24,7 +24,8 @@ SHARED = tuple(f"convsearch.{name}" for name in ("types", "prompts", "files", "c
 SERVER_SIDE = ("retriever_server.server", "retriever_server.serving", "retriever_server.playground")
 HEAVY = ("torch", "transformers", "pandas", "scipy", "numba", "fastapi", "uvicorn", "pyarrow", "httpx", "matplotlib")
 
-# Top to bottom. A line is a level: its folders and modules do not import each other, with the exception of the last level.
+# Top to bottom. A line is a level: its folders and modules do not import each other, with the exception of the last
+# level.
 LEVELS = {
     "convsearch": (
         "grpo sft distill infer export plan plots inspect converse interop",
@@ -302,6 +303,7 @@ def test_an_import_that_keeps_the_rules_is_allowed(tmp_path: Path, name: str, co
 
 def test_the_shared_modules_load_nothing_heavy() -> None:
     shared = [name for name in SHARED if (ROOT / f"{name.replace('.', '/')}.py").is_file()]
-    code = f"import sys, {', '.join(shared)}, convsearch.parsing\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    code = f"import sys, {', '.join(shared)}, convsearch.parsing\n"
+    code += "print(*{name.partition('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert set(HEAVY) & set(done.stdout.split()) == set()

@@ -1,6 +1,7 @@
 """What inference promises.
 
-1. Every input line comes out once, in order, with its own fields; what does not parse falls back to the raw question and is counted.
+1. Every input line comes out once, in order, with its own fields; what does not parse falls back to the raw question
+   and is counted.
 2. A line depends on seed and query alone: not on batches, --limit, or how often the command was broken off.
 3. Finished lines are kept as they are; a half-written one is made again; a file of other data is left alone.
 """
@@ -182,7 +183,8 @@ def test_mistakes_are_one_sentence(form_llama: Path, conversations: Path, tmp_pa
 
 @pytest.mark.slow
 def test_kill_dash_nine_loses_nothing(form_llama: Path, tmp_path: Path) -> None:
-    """Killed three times as soon as some more lines are there; the file ends as that of an undisturbed run, byte for byte."""
+    """Killed three times as soon as some more lines are there; the file ends as that of an undisturbed run, byte for
+    byte."""
     rows = [row | {"qid": f"{row['qid']}_{copy}"} for copy in range(150) for row in ROWS]
     source = helpers.write_jsonl(tmp_path / "many.json", rows)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"

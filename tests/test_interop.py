@@ -1,7 +1,8 @@
 """Our rewards in other people's trainers, against the real libraries and a real retrieval server.
 
 1. TRL's GRPOTrainer trains a tiny model for a step with ``RetrievalReward``, on rows of our own parquet file.
-2. verl's loader and its reward managers take ``compute_score`` and ``compute_scores`` from the file, and pay what we pay.
+2. verl's loader and its reward managers take ``compute_score`` and ``compute_scores`` from the file, and pay what we
+   pay.
 3. Both pay what ``convsearch.grpo`` would; what is missing is one sentence.
 """
 

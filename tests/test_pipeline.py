@@ -1,7 +1,7 @@
 """The runner on the demo, with the real model: all stages, on the path of the paper's experiments, but with one CPU.
 
-As for the paper, two processes share distill, SFT and inference, and a server that the runner starts gives the ranks. The run
-is ended by SIGTERM during GRPO, resumes, and when it is started once more, it reuses what is done.
+As for the paper, two processes share distill, SFT and inference, and a server that the runner starts gives the ranks.
+The run is ended by SIGTERM during GRPO, resumes, and when it is started once more, it reuses what is done.
 """
 
 import json
@@ -26,7 +26,8 @@ def start(out: Path) -> "subprocess.Popen[str]":
     variables = {"QUICK": "1", "OUT": str(out), "GPUS": "2", "PORT": port, "PYTHON": sys.executable}
     command = ["bash", "scripts/run.sh", "demo_smollm2", "--device", "cpu", "retriever=bm25"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | variables | {"OMP_NUM_THREADS": "1"}, **pipe)  # type: ignore[call-overload,no-any-return]
+    env = os.environ | variables | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipe)  # type: ignore[call-overload,no-any-return]
 
 
 def finish(process: "subprocess.Popen[str]", status: int = 0) -> str:

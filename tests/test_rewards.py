@@ -85,7 +85,8 @@ def test_ndcg_at_3(rank: int | None, expected: float) -> None:
     assert ndcg_at_3(rank) == near(expected, abs=1e-12)
 
 
-# First quarter: 1 - (r - 1)/99 down to rank 100, else -0.2. Afterwards: the same down to rank 10, then 0 down to rank 100, else -0.2.
+# First quarter: 1 - (r - 1)/99 down to rank 100, else -0.2. Afterwards: the same down to rank 10, then 0 down to rank
+# 100, else -0.2.
 @pytest.mark.parametrize(
     ("rank", "early", "late"),
     [

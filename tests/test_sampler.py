@@ -68,7 +68,8 @@ def qwen2(tiny_qwen2: Path) -> World:
 @torch.no_grad()
 def plain_logprobs(model: Any, prompt: Sequence[int], tokens: Sequence[int], temperature: float) -> list[float]:
     logits_TV = model(torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1].float()
-    return (logits_TV / temperature).log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()  # type: ignore[no-any-return]
+    logprobs_TV = (logits_TV / temperature).log_softmax(-1)
+    return logprobs_TV.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

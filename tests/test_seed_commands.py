@@ -1,4 +1,5 @@
-"""The original project's inference and evaluation commands parse here word for word, apart from the module names (those of SFT and GRPO: test_config.py)."""
+"""The original project's inference and evaluation commands parse here word for word, apart from the module names (those
+of SFT and GRPO: test_config.py)."""
 
 import shlex
 

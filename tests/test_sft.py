@@ -1,6 +1,7 @@
 """What fine-tuning promises.
 
-1. The loss is transformers' own with prompt labels of -100: a mean over the answer tokens of the whole batch, end of sequence included.
+1. The loss is transformers' own with prompt labels of -100: a mean over the answer tokens of the whole batch, end of
+   sequence included.
 2. Ranks and micro-batches do not change it.
 3. A run that is broken off and started again has the losses of an unbroken one.
 4. What it exports is a Hugging Face folder with the trained weights.

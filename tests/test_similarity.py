@@ -1,10 +1,12 @@
-"""The similarity reward: a hand-worked example, the loop it stands for, its memory, the endpoint, the client, the mix."""
+"""The similarity reward: a hand-worked example, the loop it stands for, its memory, the endpoint, the client, the
+mix."""
 
 import importlib.util
 import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import helpers_encoders
 import helpers_rqr_oracles
@@ -135,7 +137,8 @@ def test_scores_through_a_server_are_those_of_the_formula(tmp_path: Path, form: 
         "".join(json.dumps({"id": f"d{i}", "contents": text}) + "\n" for i, text in ((1, "output"), (2, "nearer")))
     )
     index = build_bm25(tmp_path / "c.jsonl", tmp_path / "index")
-    cfg = RewardConfig(name="rank_incentive", rank_weight=0.5, similarity_weight=1.0, format_penalty=-1.0, form=form)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"rank_weight": 0.5, "similarity_weight": 1.0, "format_penalty": -1.0, "form": form}
+    cfg = RewardConfig(name="rank_incentive", **options)
     outputs = ["output", "output", " \n"]
     if form == "answer":
         outputs = [f"<think>nearer</think> <answer>\n{text}</answer>" for text in outputs]
