@@ -17,18 +17,22 @@ class PromptOptions:
     style: PromptStyle = "paper"
     max_history_turns: int | None = None
 
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "PromptOptions":
-        return cls(arguments.prompt_style, arguments.max_history_turns)
-
     def as_dict(self) -> dict[str, Any]:
         return {"prompt_style": self.style, "max_history_turns": self.max_history_turns}
 
 
-def data_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser of ``python -m data_preprocess.<name>`` with --output and --skip-bad."""
+DEFAULT_PROMPT = PromptOptions()
+
+
+def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of ``python -m data_preprocess.<name>``."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"python -m data_preprocess.{name}", None, description, formatter_class=form)
+    return argparse.ArgumentParser(f"python -m data_preprocess.{name}", None, description, formatter_class=form)
+
+
+def data_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with --output and --skip-bad."""
+    parser = command_parser(name, description)
     output = "folder to write to; what is up to date in it is reused"
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=output)
     skip = "leave out and list at most N malformed records (default: 0)"
@@ -36,11 +40,14 @@ def data_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+def conversations_parser(name: str, title: str) -> argparse.ArgumentParser:
+    """A parser with --output, --skip-bad and the flags of ``PromptOptions``."""
+    parser = data_parser(name, f"{title} -> conversations, collection, qrels, parquet.")
     style = "wording of the prompt in the parquet files (default: paper)"
     parser.add_argument("--prompt-style", choices=STYLES, default="paper", help=style)
     turns = "keep only the newest N turns of the history in the prompt (default: all)"
     parser.add_argument("--max-history-turns", type=count, metavar="N", help=turns)
+    return parser
 
 
 def add_split_options(parser: argparse.ArgumentParser, validation_conversations: int | None = None) -> None:

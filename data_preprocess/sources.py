@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-MAX_CELL_CHARS = (
-    1 << 20
-)  # a longer cell of a .tsv file means an unclosed quote, which would take in the rest of the file
+MAX_CELL_CHARS = 1 << 20  # a longer cell of a .tsv file means an unclosed quote, which takes in the rest of the file
 _TICK_RECORDS = 256
 _PARQUET_ROWS = 1024  # per block
 
@@ -304,6 +302,19 @@ def zip_members(path: Path) -> list[str]:
             return [info.filename for info in archive.infolist() if not info.is_dir()]
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: the archive is damaged ({error}); fetch it again") from error
+
+
+def locate(
+    place: Path | None, given: Mapping[str, Path | None], names: Mapping[str, Sequence[str]]
+) -> dict[str, Source]:
+    """The ``given`` files; the others by their public names in the folder (and its zip files) or zip file ``place``.
+
+    Args:
+        names: what a file is -> the endings of its path, as ``pick`` takes them. A file that is not found is left out.
+    """
+    sources = find_sources(place) if place else []
+    found = {key: Source(path) if (path := given.get(key)) else pick(sources, *names[key]) for key in names}
+    return {key: source for key, source in found.items() if source is not None}
 
 
 def pick(sources: list[Source], *endings: str) -> Source | None:

@@ -56,9 +56,9 @@ def rows(questions: list[Question], held_out: frozenset[str]) -> list[Row]:
 
 def convert(arguments: argparse.Namespace) -> None:
     """Writes everything below ``--output``; ``arguments`` are the flags of data_preprocess.stackexchange."""
-    folder = OutputFolder(arguments.output, arguments.skip_bad)
-    inputs, num_held_out = find_inputs(arguments.input), arguments.validation_questions
     prompt = PromptOptions("rqr_think" if arguments.think else "rqr")
+    folder = OutputFolder(arguments.output, arguments.skip_bad, prompt)
+    inputs, num_held_out = find_inputs(arguments.input), arguments.validation_questions
     splits = ["train", "validation"] if num_held_out else ["train"]
     with_model = arguments.answers == "model"
     endpoint = Endpoint(arguments.endpoint, arguments.model, arguments.max_tokens) if with_model else None

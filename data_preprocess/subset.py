@@ -11,14 +11,11 @@ from pathlib import Path
 
 from convsearch import cli
 from convsearch.files import atomic_write, read_jsonl
+from data_preprocess.options import command_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_preprocess.subset",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("subset", __doc__)
     add = parser.add_argument
     add("--input", type=Path, required=True, metavar="JSON", help="conversations, one turn per line")
     add("--qrels", type=Path, required=True, metavar="TREC", help="qrels of the conversations: qid 0 docid grade")
