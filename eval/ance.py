@@ -9,14 +9,13 @@ import argparse
 from pathlib import Path
 
 from convsearch.cli import run
-from eval.queries import QUERY_TYPES, Search
+from eval import command_parser
+from eval.queries import QUERY_TYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The reference's flags, and ``--server``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.ance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("ance", __doc__)
     add = parser.add_argument
     add("--server", help="http://host:port of a running retriever_server with a dense index")
     add("--test_file_path", nargs="+", required=True, help="rewrites or conversations, one JSON object per line")
@@ -39,13 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_index(args: argparse.Namespace) -> Search:
-    """A search function over the index folder.
+def index_folder(folder: str | None) -> str:
+    """The folder, if there is an index in it.
 
     Raises:
-        ValueError: there is no such folder, it is no dense index, or the encoder does not belong to it.
+        ValueError: none was given, or it is no index folder; says how to make one.
     """
-    folder = args.passage_embeddings_dir_path
     if folder is None:
         raise ValueError("dense search needs --passage_embeddings_dir_path (an index folder), or --server URL")
     if not (Path(folder) / "manifest.json").is_file():
@@ -54,18 +52,7 @@ def open_index(args: argparse.Namespace) -> Search:
             "or from the reference's pickles with "
             f"`python -m retriever_server.index import-blocks --embeddings {folder} --output DIR`"
         )
-    from retriever_server.dense.index import DenseIndex
-
-    on_gpu = args.n_gpu > 0 and str(args.use_gpu).lower() not in ("false", "0", "no", "")
-    index = DenseIndex.load(
-        folder,
-        args.pretrained_encoder_path,
-        device="auto" if on_gpu else "cpu",
-        n_gpu=args.n_gpu,
-        max_length=args.max_concat_length,
-        batch_size=args.per_gpu_test_batch_size,
-    )
-    return index.search
+    return folder
 
 
 def main() -> None:
@@ -74,7 +61,15 @@ def main() -> None:
 
     files = args.test_file_path, args.output_trec_file, Path(args.qrel_output_dir)
     job = Job(*files, args.test_type, args.top_k, args.trec_gold_qrel_file_path, args.rel_threshold, tag="ance")
-    search_and_score(through_server(args.server) if args.server is not None else open_index(args), job)
+    if args.server is not None:
+        return search_and_score(through_server(args.server), job)
+    folder = index_folder(args.passage_embeddings_dir_path)
+    from retriever_server.dense.index import DenseIndex
+
+    on_gpu = args.n_gpu > 0 and str(args.use_gpu).lower() not in ("false", "0", "no", "")
+    sizes = {"max_length": args.max_concat_length, "batch_size": args.per_gpu_test_batch_size, "n_gpu": args.n_gpu}
+    index = DenseIndex.load(folder, args.pretrained_encoder_path, device="auto" if on_gpu else "cpu", **sizes)
+    return search_and_score(index.search, job)
 
 
 if __name__ == "__main__":

@@ -8,24 +8,19 @@ paths contain {task} (earth_science) or {name} (earth-science).
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from convsearch.cli import run
-from convsearch.files import write_jsonl
+from eval import command_parser
 from eval.bright_table import TASKS, table
-from eval.queries import Search
 
 MEASURES = "nDCG@10 R@10 R@100 MRR"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.bright", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bright", __doc__)
     add = parser.add_argument
-    tasks = [*TASKS, "all"]
-    add("--task", nargs="+", required=True, choices=tasks, metavar="TASK", help="one task, several, or all 12")
+    add("--task", nargs="+", required=True, choices=[*TASKS, "all"], metavar="TASK", help="one, several, or all 12")
     documents = "parquet, JSON lines or JSON list of {id, contents or content}; or TheoremQA's own JSON"
     add("--documents", required=True, help=documents)
     add("--topics", required=True, help="parquet or JSON lines of {id, query, excluded_ids}, gzipped or not")
@@ -51,32 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_search(args: argparse.Namespace, documents: Mapping[str, str], folder: Path) -> Search:
-    """A search function over the documents; its index is written below ``folder``."""
-    if args.encoder is None and args.bm25 == "query-weighted":
-        from eval.query_weighted import QueryWeightedBm25
-
-        return QueryWeightedBm25(documents.items(), args.k1, args.b).search
-    collection = folder / "collection.jsonl"
-    write_jsonl(collection, ({"id": docid, "contents": text} for docid, text in documents.items()))
-    if args.encoder is None:
-        from retriever_server.bm25.build import build
-        from retriever_server.bm25.index import Bm25Index
-
-        build([collection], folder / "bm25", args.k1, args.b, overwrite=True, progress=sys.stderr.isatty())
-        return Bm25Index.load(folder / "bm25").search
-    from retriever_server.dense import build as dense_build
-    from retriever_server.dense.index import DenseIndex
-
-    place, settings = (
-        folder / f"dense-{Path(args.encoder).name}",
-        dense_build.Settings(max_length=args.max_length, overwrite=True),
-    )
-    dense_build.build([collection], place, args.encoder, settings)
-    index = DenseIndex.load(place, args.encoder, max_length=args.max_length)
-    return lambda queries, k: index.search([args.query_prefix + query for query in queries], k)
-
-
 def main() -> None:
     args = build_parser().parse_args()
     tasks = list(TASKS) if "all" in args.task else list(dict.fromkeys(args.task))
@@ -89,7 +58,7 @@ def main() -> None:
 
     outcomes = {}
     for task in tasks:
-        outcomes[task] = evaluate_task(args, task, open_search)
+        outcomes[task] = evaluate_task(args, task)
         print(f"{task}: {outcomes[task].notes}", file=sys.stderr)
     if args.json:
         by_task = {task: dict(outcome.means) for task, outcome in outcomes.items()}

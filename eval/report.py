@@ -10,12 +10,11 @@ from pathlib import Path
 
 from convsearch.cli import run
 from convsearch.files import atomic_write
+from eval import command_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.report", description="Writes one self-contained HTML page about a run."
-    )
+    parser = command_parser("report", "Writes one self-contained HTML page about a run.")
     add = parser.add_argument
     add("run", help="run folder, as scripts/quickstart.sh or convsearch.grpo writes it")
     add("--output", help="HTML file to write (default: report.html in the run folder)")
