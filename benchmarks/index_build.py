@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import add_source, add_threads, script_parser, timed
+from benchmarks import add_source, add_threads, add_work, script_parser, timed
 from benchmarks.collection import kept_collection
 from convsearch.cli import run
 from convsearch.files import line_blocks
@@ -35,8 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="builds of each")
     add_threads(parser, "our processes, Lucene's threads, and files")
     add_source(parser)
-    work = "folder of the collection, which is kept, and of the indexes"
-    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help=work)
+    add_work(parser)
     return parser
 
 
