@@ -10,12 +10,6 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-def script_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of ``python -m benchmarks.<name>``."""
-    form = argparse.ArgumentDefaultsHelpFormatter
-    return argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description, formatter_class=form)
-
-
 def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", type=Path, help="collection.jsonl with sentences for the texts (else: the demo's)")
 

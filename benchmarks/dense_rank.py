@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import add_threads, alternate, script_parser
-from convsearch.cli import run
+from benchmarks import add_threads, alternate
+from convsearch.cli import command_parser, run
 from retriever_server.dense.codes import Codes
 from retriever_server.dense.device import Device
 from retriever_server.dense.flat import Flat, count_beating
@@ -79,7 +79,7 @@ def on_cpu(args: argparse.Namespace) -> str:
     scanner = Flat(vectors)
     ours, gold_lists = f"ours ({scanner.coarse})", golds[:, None].tolist()
     peer, searches = faiss_searches(vectors, queries, args.threads)
-    calls = {ours: lambda: count_beating(vectors, queries, gold_lists, DEPTH, scanner), **searches}
+    calls = {ours: lambda: count_beating(scanner, queries, gold_lists, DEPTH), **searches}
     seconds, answers = alternate(calls, args.repeats)
     best = report(seconds, args.queries)
     if not searches:
@@ -98,7 +98,7 @@ def on_device(args: argparse.Namespace) -> str:
     matrix, asked = torch.from_numpy(vectors).to(args.device), torch.from_numpy(queries).to(args.device)
     half, half_asked = matrix.half(), asked.half()
     calls: dict[str, Callable[[], Any]] = {
-        "ours (half)": lambda: count_beating(vectors, queries, golds[:, None].tolist(), DEPTH, scanner),
+        "ours (half)": lambda: count_beating(scanner, queries, golds[:, None].tolist(), DEPTH),
         "torch float32": lambda: torch.topk(asked @ matrix.T, min(DEPTH, args.passages)).indices,
         "half product": lambda: torch.mm(half_asked, half.T),
         "read of the halves": lambda: half.view(torch.int32).amax(),
@@ -122,7 +122,7 @@ def report(seconds: dict[str, list[float]], queries: int) -> dict[str, float]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("dense_rank", "Dense gold ranks against a flat search of depth 100.")
+    parser = command_parser("benchmarks.dense_rank", "Dense gold ranks against a flat search of depth 100.")
     add = parser.add_argument
     add("--passages", type=int, default=50_000)
     add("--queries", type=int, default=64)

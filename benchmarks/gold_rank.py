@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import add_source, add_threads, add_work, alternate, script_parser, timed
+from benchmarks import add_source, add_threads, add_work, alternate, timed
 from benchmarks.collection import kept_collection
-from convsearch.cli import Unavailable, run
+from convsearch.cli import Unavailable, command_parser, run
 from convsearch.files import read_jsonl
 from retriever_server.bm25.build import build
 from retriever_server.bm25.index import Bm25Index
@@ -31,7 +31,7 @@ Contestant = Callable[[Sequence[str]], object]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("gold_rank", __doc__)
+    parser = command_parser("benchmarks.gold_rank", __doc__)
     add = parser.add_argument
     add("--passages", type=int, default=100_000, help="collection size")
     add("--queries", type=int, default=200, help="queries per round")

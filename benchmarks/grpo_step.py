@@ -19,9 +19,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import add_work, script_parser
+from benchmarks import add_work
 from benchmarks.grpo_step_work import PHASES, Work
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import read_jsonl
 from convsearch.prompts import render
 from convsearch.types import Conversation, Turn
@@ -33,7 +33,7 @@ CONTESTANTS = ("ours", "unshared", "trl")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("grpo_step", __doc__)
+    parser = command_parser("benchmarks.grpo_step", __doc__)
     add, folder = parser.add_argument, ROOT / "data" / "models" / "smollm2-135m"
     add("--size", choices=["tiny", "smollm2"], default="smollm2", help="tiny: a random model, 24 tokens per sample")
     add("--model", type=Path, default=folder, help="folder of SmolLM2; made if it is missing")

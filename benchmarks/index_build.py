@@ -16,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import add_source, add_threads, add_work, script_parser, timed
+from benchmarks import add_source, add_threads, add_work, timed
 from benchmarks.collection import kept_collection
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import line_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ LUCENE = "import sys; from retriever_server.lucene import build; build(sys.argv[
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("index_build", __doc__)
+    parser = command_parser("benchmarks.index_build", __doc__)
     parser.add_argument("--passages", type=int, default=100_000, help="collection size")
     parser.add_argument("--rounds", type=int, default=3, help="builds of each")
     add_threads(parser, "our processes, Lucene's threads, and files")

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytrec_eval
 
-from benchmarks import alternate, script_parser
+from benchmarks import alternate
+from convsearch.cli import command_parser
 from convsearch.cli import run as run_main
 from eval.measures import evaluate_files
 
@@ -66,7 +67,7 @@ def reference_loop(run: Path, qrels: Path, rel_threshold: int = 1) -> dict[str, 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("metrics", "Our metrics against the reference's loop.")
+    parser = command_parser("benchmarks.metrics", "Our metrics against the reference's loop.")
     parser.add_argument("--queries", type=int, default=16_451, help="queries of the run, by default as many as QReCC's")
     parser.add_argument("--depth", type=int, default=100, help="passages per query")
     parser.add_argument("--repeats", type=int, default=5, help="how often each runs; the best counts")

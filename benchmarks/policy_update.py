@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from benchmarks import alternate, script_parser
+from benchmarks import alternate
 from convsearch.algorithms.loss import grpo_loss
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.config import load_grpo_config
 from convsearch.model.attention import NAME
 from convsearch.model.batch import Branch, MicroBatch, Tree, pack, unshared
@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("policy_update", __doc__)
+    parser = command_parser("benchmarks.policy_update", __doc__)
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="qwen2.5-3b", help="whose shape the random model has")
     add("--device", default="auto", help="auto: cuda if there is one")

@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks import script_parser
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 
 HEADERS = {"content-type": "application/json"}
 SEEDS = ("who wrote the book", "history of the city", "what is the population", "first album of the band",
@@ -192,7 +191,7 @@ def report(args: argparse.Namespace, tallies: list[Tally], took_s: float, memory
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("server_load", "Many clients at one server.")
+    parser = command_parser("benchmarks.server_load", "Many clients at one server.")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="a running server")
     where.add_argument("--index", metavar="DIR", help="start a server of this index folder")

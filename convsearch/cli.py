@@ -1,5 +1,6 @@
-"""What every command of the project does with errors: a mistake of the user is one sentence, a bug is a traceback."""
+"""What all commands share: the form of --help, and errors: a mistake of the user is one sentence, a bug a traceback."""
 
+import argparse
 import errno
 import sys
 from collections.abc import Callable
@@ -20,6 +21,18 @@ class Ended(RuntimeError):
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description, and shows defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of ``python -m MODULE``."""
+    return argparse.ArgumentParser(f"python -m {module}", description=description, formatter_class=HelpFormatter)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -11,19 +11,19 @@ import json
 import os
 import sys
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.prompts import STYLES
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m convsearch.converse", description="JSON lines in, rewrites out.")
+    parser = command_parser("convsearch.converse", "JSON lines in, rewrites out.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model_name_or_path", help="model folder or hub name")
     endpoint = "http://HOST/v1 of an OpenAI-compatible server; default: its first model"
     source.add_argument("--endpoint", metavar="URL[#MODEL]", help=endpoint)
-    parser.add_argument("--prompt_style", default="paper", choices=STYLES, help="for lines without a 'style' (paper)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (0.7)")
-    parser.add_argument("--max_tokens", type=int, default=512, help="limit of an output, in tokens (512)")
+    parser.add_argument("--prompt_style", default="paper", choices=STYLES, help="for lines without a 'style'")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy")
+    parser.add_argument("--max_tokens", type=int, default=512, help="limit of an output, in tokens")
     return parser
 
 

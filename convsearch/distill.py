@@ -7,14 +7,12 @@
 
 import argparse
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.generation.options import add_sampling_flags
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m convsearch.distill", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser("convsearch.distill", __doc__)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="the base model: folder or hub name")
     add("--input_path", required=True, help="training conversations, one JSON object per line")

@@ -8,12 +8,11 @@ than the memory can be exported.
 import argparse
 from pathlib import Path
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser("python -m convsearch.export", description=__doc__, formatter_class=formatter)
+    parser = command_parser("convsearch.export", __doc__)
     parser.add_argument("checkpoint", type=Path, help="run folder, global_step_N, or Hugging Face folder")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be absent or empty")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="type of the weights; None: as saved")

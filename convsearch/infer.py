@@ -11,14 +11,12 @@ writes reasoned queries of single questions (BRIGHT's topics, or conversations),
 import argparse
 import sys
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.generation.options import MODEL_NAMES, RQR_SAMPLING, add_sampling_flags
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m convsearch.infer", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = command_parser("convsearch.infer", __doc__)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="model folder or hub name")
     names = "ConvSearch-R1: zero-shot prompt; Get_SFT: with the worked example"

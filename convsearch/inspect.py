@@ -8,24 +8,22 @@ import argparse
 import socket
 from pathlib import Path
 
+from convsearch.cli import command_parser
 from convsearch.cli import run as run_main
 
 HOST = "127.0.0.1"
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m convsearch.inspect", description="Serves a page on one training run, or two to compare."
-    )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder of convsearch.grpo, or of scripts/quickstart.sh; two at most"
-    )
-    parser.add_argument("--port", type=int, default=8090, help="port on 127.0.0.1 (8090; 0 takes a free one)")
+def build_parser() -> argparse.ArgumentParser:
+    parser = command_parser("convsearch.inspect", "Serves a page on one training run, or two to compare.")
+    folders = "run folder of convsearch.grpo, or of scripts/quickstart.sh; at most two"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=folders)
+    parser.add_argument("--port", type=int, default=8090, help="port on 127.0.0.1; 0 takes a free one")
     return parser
 
 
 def main() -> None:
-    args = arguments().parse_args()
+    args = build_parser().parse_args()
     if len(args.runs) > 2:
         raise ValueError(f"{len(args.runs)} runs were named; the page compares two at most")
     import uvicorn

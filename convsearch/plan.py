@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.config import GrpoConfig, SftConfig, config_dir, load_grpo_config, load_sft_config
 from convsearch.model.shapes import Shape, shape_of
 
@@ -105,21 +105,10 @@ def check(command: Sequence[str]) -> SftConfig | GrpoConfig | None:
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
-            if hasattr(source, "parse_args"):  # it checks more than its parser does
-                source.parse_args(arguments)
-            elif parser := _parser_of(source):
-                parser.parse_args(arguments)
+            parse = getattr(source, "parse_args", None) or source.build_parser().parse_args  # the first checks more
+            parse(arguments)
     except SystemExit:
         raise ValueError(f"{module}: {errors.getvalue().strip().splitlines()[-1]}") from None
-    return None
-
-
-def _parser_of(source: object) -> argparse.ArgumentParser | None:
-    for name in ("build_parser", "parser", "arguments"):
-        if callable(make := getattr(source, name, None)):
-            parser = make()
-            assert isinstance(parser, argparse.ArgumentParser)
-            return parser
     return None
 
 
@@ -230,7 +219,7 @@ def index_figures(arguments: Sequence[str], passages: int) -> Iterator[str]:
         vectors, codes = 4.0 * passages * DENSE_NUMBERS / GIB, 1.0 * passages * DENSE_NUMBERS / GIB
         yield f"{passages:,} passages; disk: {vectors:.1f} GiB of vectors in float32, {codes:.1f} of codes"
     else:
-        yield f"{passages:,} passages; disk: 6 bytes per posting, and the texts (docs/serve.md)"
+        yield f"{passages:,} passages; disk: 6 bytes per posting, and the texts (docs/retrievers.md)"
 
 
 def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, name: str = "") -> None:
@@ -275,8 +264,7 @@ def text_of(stages: Sequence[Stage], name: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m convsearch.plan", description=__doc__, formatter_class=form)
+    parser = command_parser("convsearch.plan", __doc__)
     add = parser.add_argument
     add("--name", default="", help="experiment; the sizes of TopiOCQA and QReCC are known")
     add("--gpus", type=int, default=8, help="GPUs per node")

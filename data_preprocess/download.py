@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from convsearch import cli
 from convsearch.files import atomic_write
-from data_preprocess.options import command_parser
 from data_preprocess.releases import RELEASES, Release
 
 TIMEOUT_S = 60.0
@@ -197,7 +196,7 @@ def list_releases() -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("download", "Fetches the public data sets.")
+    parser = cli.command_parser("data_preprocess.download", "Fetches the public data sets.")
     parser.add_argument("dataset", nargs="?", choices=sorted(RELEASES), help="what to fetch")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to fetch into")
     parser.add_argument("--list", action="store_true", help="print the table of files and stop")

@@ -14,8 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     add, place = parser.add_argument, "queries.jsonl, corpus.jsonl, qrels.trec; or IBM's repository"
     add("--input", type=Path, required=True, metavar="DIR", help=place)
     for split, fraction in FRACTIONS.items():
-        share = f"share of conversations for {split} (default: {fraction})"
-        add(f"--{split}-fraction", type=float, default=fraction, metavar="F", help=share)
+        add(f"--{split}-fraction", type=float, default=fraction, metavar="F", help="share of the conversations")
     add_split_options(parser)
     return parser
 

@@ -11,17 +11,16 @@ from pathlib import Path
 
 from convsearch import cli
 from convsearch.files import atomic_write, read_jsonl
-from data_preprocess.options import command_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("subset", __doc__)
+    parser = cli.command_parser("data_preprocess.subset", __doc__)
     add = parser.add_argument
     add("--input", type=Path, required=True, metavar="JSON", help="conversations, one turn per line")
     add("--qrels", type=Path, required=True, metavar="TREC", help="qrels of the conversations: qid 0 docid grade")
     add("--limit", type=int, metavar="N", help="how many questions (default: all)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for <name>.json and <name>.trec")
-    add("--name", default="test", help="name of the two files (default: test)")
+    add("--name", default="test", help="name of the two files")
     return parser
 
 

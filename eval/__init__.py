@@ -8,12 +8,4 @@ A module imports only modules of the lines below its own:
     files: runs > columns
 """
 
-import argparse
-
 DEFAULT_MEASURES = "MRR NDCG@3 R@5 R@10 R@20 R@100"  # of eval.metrics, eval.bm25 and eval.ance
-
-
-def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of ``python -m eval.<name>``."""
-    form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(f"python -m eval.{name}", None, description, formatter_class=form)

@@ -8,29 +8,28 @@ The flags are those of the reference's get_metrics_using_ance.py. The passages' 
 import argparse
 from pathlib import Path
 
-from convsearch.cli import run
-from eval import command_parser
+from convsearch.cli import command_parser, run
 from eval.queries import QUERY_TYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The reference's flags, and ``--server``."""
-    parser = command_parser("ance", __doc__)
+    parser = command_parser("eval.ance", __doc__)
     add = parser.add_argument
     add("--server", help="http://host:port of a running retriever_server with a dense index")
     add("--test_file_path", nargs="+", required=True, help="rewrites or conversations, one JSON object per line")
-    add("--test_type", default="rewrite", choices=[*QUERY_TYPES], help="which text is the query (default rewrite)")
+    add("--test_type", default="rewrite", choices=[*QUERY_TYPES], help="which text is the query")
     add("--trec_gold_qrel_file_path", required=True, help="TREC qrels")
-    add("--qrel_output_dir", default=".", help="folder for the runs (default: here)")
+    add("--qrel_output_dir", default=".", help="folder for the runs")
     add("--output_trec_file", nargs="+", required=True, help="file name of the run of each test file")
-    add("--top_k", type=int, default=100, help="passages per query (default 100)")
-    add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG (default 1)")
+    add("--top_k", type=int, default=100, help="passages per query")
+    add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG")
     add("--pretrained_encoder_path", help="query encoder (default: the passages' own; not used with --server)")
     add("--passage_embeddings_dir_path", help="index folder of the passages' vectors; not used with --server")
-    add("--n_gpu", type=int, default=1, help="CUDA devices that share the vectors, if any; 0: the CPU (default 1)")
-    add("--use_gpu", default="True", help="False: the CPU (default True: a CUDA device if there is one)")
-    add("--per_gpu_test_batch_size", type=int, default=32, help="queries per forward pass (default 32)")
-    add("--max_concat_length", type=int, default=512, help="tokens of a query (default 512)")
+    add("--n_gpu", type=int, default=1, help="CUDA devices that share the vectors, if any; 0: the CPU")
+    add("--use_gpu", default="True", help="True: a CUDA device if there is one; False: the CPU")
+    add("--per_gpu_test_batch_size", type=int, default=32, help="queries per forward pass")
+    add("--max_concat_length", type=int, default=512, help="tokens of a query")
     ignored = parser.add_argument_group("accepted for the reference's command lines, without effect")
     for name, value in (("seed", 42), ("max_query_length", 64), ("max_doc_length", 384), ("max_response_length", 64)):
         ignored.add_argument(f"--{name}", type=int, default=value)

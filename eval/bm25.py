@@ -7,27 +7,26 @@ fell back to the raw question. The flags are those of the reference's get_metric
 import argparse
 from pathlib import Path
 
-from convsearch.cli import run
-from eval import command_parser
+from convsearch.cli import command_parser, run
 from eval.queries import QUERY_TYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("bm25", __doc__)
+    parser = command_parser("eval.bm25", __doc__)
     add = parser.add_argument
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--index_dir_path", help="index folder of retriever_server.index bm25")
     where.add_argument("--server", help="http://host:port of a running retriever_server, instead of --index_dir_path")
     add("--query_file", "--test_file_path", nargs="+", required=True, help="JSON lines of rewrites or conversations")
-    add("--query_type", "--test_type", default="rewrite", choices=[*QUERY_TYPES], help="the query (default rewrite)")
+    add("--query_type", "--test_type", default="rewrite", choices=[*QUERY_TYPES], help="the query")
     add("--gold_qrel_file_path", "--trec_gold_qrel_file_path", help="TREC qrels, or else --not_perform_evaluation")
     add("--not_perform_evaluation", action="store_true", help="write the run alone")
-    add("--top_n", "--top_k", type=int, default=100, help="passages per query (default 100)")
+    add("--top_n", "--top_k", type=int, default=100, help="passages per query")
     add("--bm25_k1", type=float, help="checked against the index, which is built for one k1")
     add("--bm25_b", type=float, help="checked against the index, which is built for one b")
-    add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG (default 1)")
+    add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG")
     add("--max_seq_length", type=int, help="first words of a query that count (the reference: 512; default: all)")
-    add("--retrieval_output_path", "--qrel_output_dir", default=".", help="folder for the runs (default: here)")
+    add("--retrieval_output_path", "--qrel_output_dir", default=".", help="folder for the runs")
     add("--output_file_name", "--output_trec_file", nargs="+", required=True, help="name of each query file's run")
     add("--split_num_chunk", type=int, default=1, help="accepted for the reference's command lines, without effect")
     return parser

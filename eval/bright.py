@@ -10,15 +10,14 @@ import json
 import sys
 from pathlib import Path
 
-from convsearch.cli import run
-from eval import command_parser
+from convsearch.cli import command_parser, run
 from eval.bright_table import TASKS, table
 
 MEASURES = "nDCG@10 R@10 R@100 MRR"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("bright", __doc__)
+    parser = command_parser("eval.bright", __doc__)
     add = parser.add_argument
     add("--task", nargs="+", required=True, choices=[*TASKS, "all"], metavar="TASK", help="one, several, or all 12")
     documents = "parquet, JSON lines or JSON list of {id, contents or content}; or TheoremQA's own JSON"
@@ -29,16 +28,16 @@ def build_parser() -> argparse.ArgumentParser:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--replace", action="store_true", help="search for the reasoned query alone (default)")
     how.add_argument("--join", action="store_true", help="search for the original query followed by the reasoned one")
-    weights = "Lucene's, or BM25 weights on the query's terms too, as in the published figures (default lucene)"
+    weights = "Lucene's, or BM25 weights on the query's terms too, as in the published figures"
     add("--bm25", default="lucene", choices=("lucene", "query-weighted"), help=weights)
-    add("--k1", type=float, default=0.9, help="BM25's term saturation (default 0.9)")
-    add("--b", type=float, default=0.4, help="BM25's length normalisation (default 0.4)")
+    add("--k1", type=float, default=0.9, help="BM25's term saturation")
+    add("--b", type=float, default=0.4, help="BM25's length normalisation")
     add("--encoder", help="a dense encoder instead of BM25: an ANCE or sentence-transformers folder, or a hub name")
     add("--query_prefix", default="", help="put before each query, for a dense encoder that needs an instruction")
-    add("--max_length", type=int, default=512, help="tokens of a query or document for the encoder (default 512)")
+    add("--max_length", type=int, default=512, help="tokens of a query or document for the encoder")
     add("--excluded", help="excluded ids, instead of the topics': JSON {qid: [ids]}, or records of {id, excluded_ids}")
-    add("--top_k", type=int, default=1000, help="documents per query, without the excluded ones (default 1000)")
-    add("--measures", default=MEASURES, help=f"measures of eval.metrics (default {MEASURES!r})")
+    add("--top_k", type=int, default=1000, help="documents per query, without the excluded ones")
+    add("--measures", default=MEASURES, help="measures of eval.metrics")
     add("--work", help="folder that keeps the indexes for the next run (default: none is kept)")
     add("--output_trec_file", help="also write the run; with several tasks the path contains {task}")
     form = "print one object {measure: fraction}; for several tasks the means, and each task's under 'tasks'"

@@ -10,27 +10,26 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convsearch.cli import run
-from eval import command_parser
+from convsearch.cli import command_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("compare", "Compares runs with the first of them, query by query.")
+    parser = command_parser("eval.compare", "Compares runs with the first of them, query by query.")
     add = parser.add_argument
     add("qrels", help="qrels, as eval.metrics reads them")
     add("runs", nargs="+", help="two runs or more; the first is the baseline")
     add("--names", nargs="+", help="a name for each run (default: the file names)")
-    add("--measures", nargs="+", default=["MRR NDCG@3 R@10 R@100"], help="as in eval.metrics (MRR NDCG@3 R@10 R@100)")
-    add("--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG (1)")
+    add("--measures", nargs="+", default=["MRR NDCG@3 R@10 R@100"], help="as in eval.metrics")
+    add("--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG")
     seeds = "one system's runs with different seeds: a row with their mean; adds mean, sd and best of n over the seeds"
     add("--seeds", nargs="+", action="append", default=[], metavar=("NAME", "RUN"), help=seeds)
     add("--conversations", metavar="FILE", help="adds means by their turn_id, topic switch and history length")
     add("--rewrites", metavar="FILE", help="JSON lines with qid and rewrite: adds means by rewrite length")
     add("--by", nargs="+", default=[], metavar="FIELD", help="adds means by these fields of the conversations")
     add("--per-query", metavar="FILE", help="also write the values, tab-separated: queries x (runs and measures)")
-    add("--draws", type=int, default=10_000, help="bootstrap samples, and sign flips of the permutation test (10,000)")
-    add("--confidence", type=float, default=0.95, help="of the intervals (0.95)")
-    add("--seed", type=int, default=1, help="seed of both (1)")
+    add("--draws", type=int, default=10_000, help="bootstrap samples, and sign flips of the permutation test")
+    add("--confidence", type=float, default=0.95, help="of the intervals")
+    add("--seed", type=int, default=1, help="seed of both")
     form = parser.add_mutually_exclusive_group().add_argument
     form("--json", action="store_true", help="print everything as one JSON object, fractions at full precision")
     form("--csv", action="store_true", help="print one line per run and measure")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from convsearch import files
+from convsearch.pages import STYLE
 
 
 class Html(str):
@@ -71,7 +71,7 @@ def section(title: str, about: Node, *content: Node) -> Html:
 
 def stylesheet() -> str:
     """The look of all pages, then that of reports."""
-    paths = Path(files.__file__).with_name("pages.css"), Path(__file__).with_name("report.css")
+    paths = STYLE, Path(__file__).with_name("report.css")
     return "".join(path.read_text(encoding="utf-8") for path in paths)
 
 

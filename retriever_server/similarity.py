@@ -1,22 +1,23 @@
-"""How much nearer a text stands to its positives than the question it was made of: mean over positives d of cos(output, d) - cos(question, d).
+"""How much nearer a text is to its positives than its question: mean over positives d of cos(output, d) - cos(question,
+d).
 
-The reward of RQR (arXiv 2506.11603, section 3) is ten times this. Whole batches are encoded at once; questions and positives, which come again with
-every sample and epoch, are encoded once and kept.
+The reward of RQR (arXiv 2506.11603, section 3) is ten times this. Whole batches are encoded at once. Questions and
+positives, which come again with every sample and epoch, are encoded once and kept.
 """
 
 import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from retriever_server.storage import Array
 
-KEPT = 50_000  # vectors: 150 MB of 768 numbers
-MAX_LENGTH = 512  # tokens, or the encoder's own limit where that is lower
-BATCH, CPU_BATCH = 64, 8  # texts at once: on a CPU what fits its caches goes a sixth faster
+KEPT = 50_000  # vectors: 150 MB at 768 numbers each
+MAX_LENGTH = 512  # tokens, or the encoder's own limit if that is lower
+BATCH, CPU_BATCH = 64, 8  # texts per forward pass; on a CPU a batch that fits its caches is a sixth faster
 Encode = Callable[[Sequence[str]], Array]  # texts -> float32 [n, dim]
 
 
@@ -28,28 +29,32 @@ class Item(NamedTuple):
     positives: tuple[str, ...]
 
 
+class TextEncoder(Protocol):
+    """What encoder.Encoder offers. This module does not import it, because it loads torch."""
+
+    name: str
+    device: str
+
+    def encode(self, texts: Sequence[str], max_length: int, batch_size: int) -> Array: ...
+
+
 class Similarity:
-    """An encoder with its memory; thread-safe. ``Similarity.load("BAAI/bge-base-en-v1.5").gains([item])`` is one number in -2..2."""
+    """An encoder with its memory; thread-safe. ``Similarity.of(Encoder.load(model)).gains([item])`` is in -2..2."""
 
     def __init__(self, encode: Encode, name: str, kept: int = KEPT) -> None:
-        """``kept``: vectors of questions and positives that stay in memory; the longest unused make room."""
+        """``kept``: how many vectors of questions and positives stay in memory; the least recently used are dropped."""
         self.name, self._encode, self._limit = name, encode, kept
         self._kept: OrderedDict[bytes, Array] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
-    def load(
-        cls, name_or_path: str, device: str = "auto", max_length: int = MAX_LENGTH, batch_size: int | None = None
-    ) -> "Similarity":
-        """Opens an encoder (see Encoder.load for the forms, and for what is raised); ``batch_size``: texts at once, by the device where left out."""
-        from retriever_server.encoder import Encoder
-
-        encoder = Encoder.load(name_or_path, device)
+    def of(cls, encoder: TextEncoder, max_length: int = MAX_LENGTH, batch_size: int | None = None) -> "Similarity":
+        """``batch_size``: texts per forward pass, chosen by the device if None."""
         size = batch_size or (CPU_BATCH if encoder.device == "cpu" else BATCH)
-        return cls(lambda texts: encoder.encode(texts, max_length, size), name_or_path)
+        return cls(lambda texts: encoder.encode(texts, max_length, size), encoder.name)
 
     def gains(self, items: Sequence[Item]) -> list[float]:
-        """One gain an item.
+        """One gain per item.
 
         Raises:
             ValueError: an item has no positive.
@@ -59,17 +64,12 @@ class Similarity:
                 raise ValueError(f"an item needs a list of at least one positive, got {item.positives!r}")
         anchors = {text for item in items for text in (item.question, *item.positives)}
         vectors = self._known(anchors)
-        missing = list(
-            dict.fromkeys(
-                text for item in items for text in (item.output, item.question, *item.positives) if text not in vectors
-            )
-        )
+        texts = dict.fromkeys(text for item in items for text in (item.output, item.question, *item.positives))
+        missing = [text for text in texts if text not in vectors]
         vectors |= zip(missing, unit(self._encode(missing)), strict=True)
         self._keep({text: vectors[text] for text in anchors})
-        centres = {
-            item.positives: np.mean([vectors[text] for text in item.positives], axis=0, dtype=np.float64)
-            for item in items
-        }
+        positives = {item.positives: [vectors[text] for text in item.positives] for item in items}
+        centres = {texts: np.mean(found, axis=0, dtype=np.float64) for texts, found in positives.items()}
         return [float((vectors[item.output] - vectors[item.question]) @ centres[item.positives]) for item in items]
 
     def _known(self, texts: set[str]) -> dict[str, Array]:

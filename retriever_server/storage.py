@@ -1,4 +1,4 @@
-"""Arrays and strings on disk: .npy files that grow by appending, tables of strings, and loading that says what is wrong."""
+"""Index folders on disk: arrays that grow by appending, tables of strings, manifests, and checked loading."""
 
 import hashlib
 import io
@@ -6,21 +6,56 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from convsearch.files import atomic_write
 
 Array = npt.NDArray[Any]
+M = TypeVar("M")
+AGAIN = "build the index again with --overwrite"
+
+
+def collection_paths(collections: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One collection file or several as paths.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    paths = [Path(path) for path in ([collections] if isinstance(collections, str | Path) else collections)]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f'there is no collection file {path}: give JSON lines of {{"id", "contents"}}')
+    return paths
+
+
+def bar(progress: bool, **options: Any) -> Any:
+    """A tqdm progress bar, shown if ``progress``."""
+    return tqdm(disable=not progress, leave=False, mininterval=0.5, **options)
+
+
+def hash_files(paths: Sequence[Path], progress: bool) -> str:
+    """sha256 of the files' sha256 digests, one after the other."""
+    digests, size = hashlib.sha256(), sum(path.stat().st_size for path in paths)
+    with bar(progress, desc="hash collection", unit="B", unit_scale=True, total=size) as shown:
+        for path in paths:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+                    shown.update(len(block))
+            digests.update(digest.digest())
+    return digests.hexdigest()
 
 
 class NpyAppender:
-    """Writes a one-dimensional .npy file whose length is not known at the start: the header is set when it is closed."""
+    """Writes a one-dimensional .npy file whose length is not known at the start; ``close`` writes the header."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self._file = open(path, "wb")  # noqa: SIM115 (closed by close())
@@ -49,7 +84,7 @@ class NpyAppender:
 
 
 class StringTableWriter:
-    """Writes ``<name>.npy`` (UTF-8 bytes, one string after the other) and ``<name>_offsets.npy`` (int64, one more than strings)."""
+    """Writes ``<name>.npy`` (UTF-8, all strings joined) and ``<name>_offsets.npy`` (int64, one more than strings)."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._bytes = NpyAppender(folder / f"{name}.npy", "uint8")
@@ -61,7 +96,7 @@ class StringTableWriter:
         self._offsets.append(self._offsets[-1] + len(value))
 
     def extend(self, joined: bytes, lengths: Array) -> None:
-        """Many strings at once: their bytes one after the other, and each one's length."""
+        """Many strings at once: their joined bytes, and the length of each."""
         self._bytes.append(joined)
         self._offsets.frombytes((self._offsets[-1] + np.cumsum(lengths, dtype=np.int64)).tobytes())
 
@@ -71,7 +106,7 @@ class StringTableWriter:
 
 
 class StringTable:
-    """Strings in index order, read from memory-mapped bytes; nothing is loaded until it is asked for."""
+    """Strings in index order, read from memory-mapped bytes only when they are needed."""
 
     def __init__(self, blob: Array, offsets: Array) -> None:
         self._blob, self._offsets = blob, offsets
@@ -87,14 +122,14 @@ class StringTable:
 
 
 class Dictionary:
-    """Finds a string's index by its hash: 12 bytes a string on disk and two or three page reads, however many there are."""
+    """Finds a string's index by its hash: 12 bytes per string on disk, two or three page reads per look-up."""
 
     def __init__(self, strings: StringTable, hashes: Array, order: Array) -> None:
-        """``hashes``: the strings' uint64 hashes, ascending. ``order``: the index of the string behind each of them."""
+        """``hashes``: the strings' uint64 hashes, ascending. ``order``: the index of the string of each hash."""
         self._strings, self._hashes, self._order = strings, hashes, order
 
     def find(self, value: str) -> int | None:
-        """The index of a string, None where it is absent."""
+        """The index of a string, None if it is absent."""
         key = value.encode("utf-8", "surrogatepass")
         wanted = string_hash(key)
         at = int(np.searchsorted(self._hashes, np.uint64(wanted)))
@@ -112,7 +147,7 @@ def string_hash(value: bytes) -> int:
 
 
 def write_dictionary(folder: Path, name: str, hashes: Array, strings: StringTable) -> tuple[int, int] | None:
-    """Writes ``<name>_hashes.npy`` and ``<name>_order.npy``; returns the indices of two equal strings where there are such."""
+    """Writes ``<name>_hashes.npy`` and ``<name>_order.npy``; returns the indices of two equal strings, or None."""
     order = np.argsort(hashes, kind="stable").astype(np.int32)
     ascending = hashes[order]
     for at in np.flatnonzero(ascending[1:] == ascending[:-1]):
@@ -126,9 +161,9 @@ def write_dictionary(folder: Path, name: str, hashes: Array, strings: StringTabl
 
 @contextmanager
 def whole_folder(folder: Path, replace: bool) -> Iterator[Path]:
-    """A temporary folder beside ``folder`` that takes its name when the block ends well and is removed when it does not.
+    """A temporary folder beside ``folder``: it gets that name when the block ends well, else it is removed.
 
-    Temporary folders of builds that were killed are removed first.
+    Removes the temporary folders of killed builds first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f"{folder.name}.tmp-*"):
@@ -139,18 +174,22 @@ def whole_folder(folder: Path, replace: bool) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if replace and folder.exists():
-            aside = folder.with_name(f"{folder.name}.tmp-old-{os.getpid()}")
-            os.replace(folder, aside)
-            os.replace(temporary, folder)
-            shutil.rmtree(aside)
-        else:
-            os.replace(temporary, folder)
+        publish(temporary, folder, replace)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, folder: Path, replace: bool) -> None:
+    """Writes a finished folder to the disk for good and gives it its name; ``replace`` removes what had that name."""
+    for path in temporary.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    old = folder.with_name(f"{folder.name}.tmp-old-{os.getpid()}")
+    if replace and folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def _is_running(pid: int) -> bool:
@@ -174,9 +213,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"there is no index folder {folder}: {remedy}")
     path = folder / "manifest.json"
     if not path.is_file():
-        raise ValueError(
-            f"{folder} has no manifest.json, so it is no index folder or its building was cut short: {remedy}"
-        )
+        raise ValueError(f"{folder} has no manifest.json, so it is not a finished index folder: {remedy}")
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
@@ -184,6 +221,45 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError(f"{path} is damaged (not a JSON object): {remedy} --overwrite")
     return manifest
+
+
+def load_manifest(kind: type[M], folder: Path, **expected: object) -> M:
+    """manifest.json as the dataclass ``kind``; ``expected``: the fields of which this program reads a single value.
+
+    Raises:
+        ValueError: absent, damaged, or written by another kind or version of program.
+    """
+    found, path = read_manifest(folder), folder / "manifest.json"
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise ValueError(f"{path} has {key} {found.get(key)!r}, this program reads {value!r}: {AGAIN}")
+    for key, of_type in kind.__annotations__.items():
+        if type(found.get(key)) is not of_type:
+            raise ValueError(f"{path}: field {key!r} must be {of_type.__name__}, got {found.get(key)!r}: {AGAIN}")
+    return kind(**{key: found[key] for key in kind.__annotations__})
+
+
+def already_built(folder: Path, differences: Callable[[], Sequence[str]], overwrite: bool) -> bool:
+    """True if ``folder`` can be used as it is, False if it may be written.
+
+    ``differences`` returns what differs from the index to build, and raises ValueError if the folder is damaged.
+
+    Raises:
+        ValueError: the folder is something else, or is damaged or differs and ``overwrite`` is off.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} exists and is not an index folder, so it is kept: choose another --output")
+    try:
+        found = ", ".join(differences())
+    except ValueError:
+        if overwrite:
+            return False
+        raise
+    if found and not overwrite:
+        raise ValueError(f"{folder} holds an index with {found}: choose another --output or add --overwrite")
+    return not found
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -202,15 +278,13 @@ def load_array(path: Path, dtype: str, length: int | None) -> Array:
         # a plain view: slices of numpy's memmap class are ten times slower to make
         found = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: the index is incomplete, build it again with --overwrite") from error
+        raise ValueError(f"{path} is missing, so the index is incomplete: {AGAIN}") from error
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}): build the index again with --overwrite") from error
+        raise ValueError(f"{path} is cut short or damaged ({error}): {AGAIN}") from error
     if found.dtype != np.dtype(dtype) or found.ndim != 1 or (length is not None and len(found) != length):
         expected = f"{dtype}[{'any' if length is None else length}]"
         shape = ",".join(map(str, found.shape))
-        raise ValueError(
-            f"{path} holds {found.dtype}[{shape}] where the manifest counts {expected}: build the index again with --overwrite"
-        )
+        raise ValueError(f"{path} holds {found.dtype}[{shape}], the manifest counts {expected}: {AGAIN}")
     return found
 
 

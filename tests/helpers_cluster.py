@@ -25,7 +25,7 @@ import helpers_trainers as helpers  # noqa: E402
 
 FOLDER = ROOT / ".venv" / "vllm"  # where scripts/test.sh puts them
 KINDS = {
-    "rank": "ray::PolicyRank",
+    "rank": "ray::PolicyProcess",
     "sampler": "ray::SamplerWorker",
     "server": "-m retriever_server",
     "raylet": "/raylet/raylet ",

@@ -18,7 +18,8 @@ WORDS = [
 
 
 def build_tokenizer(folder: Path) -> int:
-    """A word tokenizer with RoBERTa's special tokens and numbers (<s> 0, <pad> 1, </s> 2); returns the size of its vocabulary."""
+    """A word tokenizer with RoBERTa's special tokens and numbers (<s> 0, <pad> 1, </s> 2); returns the size of its
+    vocabulary."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +47,8 @@ def build_tokenizer(folder: Path) -> int:
 
 
 def build_ance(folder: Path, wrapper: str = "", form: str = "model.safetensors") -> None:
-    """A random RoBERTa of two layers with ANCE's head, saved as castorini/ance-msmarco-passage is: roberta.*, embeddingHead.*, norm.*."""
+    """A random RoBERTa of two layers with ANCE's head, saved as castorini/ance-msmarco-passage is: roberta.*,
+    embeddingHead.*, norm.*."""
     import torch
     from safetensors.torch import save_file
     from transformers import RobertaConfig, RobertaModel

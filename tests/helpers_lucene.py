@@ -48,8 +48,10 @@ def lucene_terms(texts: Iterable[str], size: int = 2000) -> Iterator[list[str]]:
 
 _SUFFIXES = re.findall(
     r"\w+",
-    "s ies sses ss eed ed ing at bl iz y ational tional enci anci izer bli abli alli entli eli ousli ization ation ator alism iveness fulness ousness aliti "
-    "iviti biliti logi icate ative alize iciti ical ful ness al ance ence er ic able ible ant ement ment ent sion tion ion ou ism ate iti ous ive ize e ll le",
+    "s ies sses ss eed ed ing at bl iz y ational tional enci anci izer bli abli alli entli eli ousli ization ation "
+    "ator alism iveness fulness ousness aliti "
+    "iviti biliti logi icate ative alize iciti ical ful ness al ance ence er ic able ible ant ement ment ent sion "
+    "tion ion ou ism ate iti ous ive ize e ll le",
 )
 _EMOJI = re.findall(
     r"\S+",
@@ -58,7 +60,8 @@ _EMOJI = re.findall(
 
 
 def _alphabets() -> list[list[str]]:
-    """Sets of characters that texts are drawn from: each class of the word breaker, and what is apt to go wrong together."""
+    """Sets of characters that texts are drawn from: each class of the word breaker, and what is apt to go wrong
+    together."""
     rows = [line.split() for line in word_break.DATA.read_text().splitlines() if line.startswith("class ")]
     by_class: dict[str, list[str]] = {}
     for _, first, last, letter in rows:
@@ -88,8 +91,8 @@ def _alphabets() -> list[list[str]]:
 
 
 def fuzzed(count: int, seed: int) -> Iterator[str]:
-    """Texts of all planes: characters at random, mixtures within and between the word breaker's classes, emoji sequences, words
-    with Porter's suffixes, words beyond 255 units, surrogates alone and at the end."""
+    """Texts of all planes: characters at random, mixtures within and between the word breaker's classes, emoji
+    sequences, words with Porter's suffixes, words beyond 255 units, surrogates alone and at the end."""
     random = Random(seed)
     alphabets = _alphabets()
     for _ in range(count):
@@ -157,8 +160,10 @@ def word_break_lines() -> Iterator[str]:
     """The lines of word_break.txt."""
     version = lucene.java("org.apache.lucene.util.Version").LATEST.toString()
     runtime = lucene.java("java.lang.System").getProperty("java.version")
-    yield f"# Written by `python tests/helpers_lucene.py` from Lucene {version} and Java {runtime}: facts of the Unicode character database."
-    yield "# class FIRST LAST LETTER: the letters are those of word_break.py; characters that are not listed stand in no word."
+    source = f"Lucene {version} and Java {runtime}"
+    yield f"# Written by `python tests/helpers_lucene.py` from {source}: facts of the Unicode character database."
+    letters = "the letters are those of word_break.py; characters that are not listed stand in no word."
+    yield f"# class FIRST LAST LETTER: {letters}"
     first = 0
     for number, run in itertools.groupby(character_classes(automaton())):
         last = first + len(list(run)) - 1

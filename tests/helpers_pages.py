@@ -36,7 +36,7 @@ def rollout(qid: str, text: str, rank: int | None, reward: float, error: Any = N
 
 
 def write_run(folder: Path, steps: int = 3) -> Path:
-    """A run folder as scripts/quickstart.sh leaves it: two runs of four questions, ``steps`` steps of two groups of two samples."""
+    """A run folder of scripts/quickstart.sh: two runs of four questions, ``steps`` steps of two groups of two samples."""
     folder.mkdir(parents=True, exist_ok=True)
     records = [
         {"qid": qid, "turn_id": int(qid[-1]), "question": question, "context": context, "gold_docids": [gold]}

@@ -4,17 +4,27 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from retriever_server.server import listen
+from convsearch.pages import listen
+from retriever_server.bm25.build import build
+from retriever_server.bm25.index import Bm25Index
+
+
+def build_bm25(collections: Any, output: Path, *parameters: float, **options: Any) -> Bm25Index:
+    """Builds the folder unless it exists, and opens it; ``parameters``: k1, b."""
+    build(collections, output, *parameters, **{"progress": False, **options})
+    return Bm25Index.load(output)
 
 
 class Lengths:
-    """A searcher whose ranks are the queries' lengths and whose hits are all its docids; it can be made to wait or to fail."""
+    """A searcher whose ranks are the queries' lengths and whose hits are all its docids; it can be made to wait or to
+    fail."""
 
     def __init__(self, name: str = "lengths", docids: str = "ab") -> None:
         self.name, self.index_id, self.num_passages = name, f"{name}-1", len(docids)

@@ -168,11 +168,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def build_index(folder: Path) -> Path:
-    from retriever_server.bm25.index import Bm25Index
+    from retriever_server.bm25.build import build
 
     passages = [{"id": docid, "contents": f"{town} {aspect} of {town}"} for (town, aspect), docid in GOLDS.items()]
     write_jsonl(folder / "collection.jsonl", passages)
-    Bm25Index.build(folder / "collection.jsonl", folder / "index", progress=False)
+    build(folder / "collection.jsonl", folder / "index", progress=False)
     return folder / "index"
 
 

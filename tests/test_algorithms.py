@@ -15,7 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convsearch.algorithms import clipped_loss, group_advantages, kl_penalty, token_weights
+from convsearch.algorithms.advantages import group_advantages
+from convsearch.algorithms.averages import token_weights
+from convsearch.algorithms.clip import clipped_loss
+from convsearch.algorithms.kl import kl_penalty
 
 near = pytest.approx
 rewards = st.sampled_from([-0.1, 0.0, 0.3, 1.0, 17 / 9, 2.0])

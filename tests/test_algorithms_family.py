@@ -15,8 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convsearch.algorithms import gspo_loss, importance_weights, token_weights
+from convsearch.algorithms.averages import token_weights
 from convsearch.algorithms.dynamic_sampling import draw_until_spread
+from convsearch.algorithms.gspo import gspo_loss
+from convsearch.algorithms.importance import importance_weights
 from convsearch.algorithms.loss import grpo_loss
 from convsearch.config import load_grpo_config
 from convsearch.model.batch import Branch, Tree, collate, unshared

@@ -23,6 +23,7 @@ from convsearch.model.batch import (
     collate_rows,
     greedy_bins,
     pack,
+    related,
     unshared,
 )
 
@@ -76,8 +77,14 @@ def test_the_worked_example() -> None:
     assert batch.num_tokens == 5
 
 
+def mask_of(micro: MicroBatch) -> torch.Tensor:
+    """[B, 1, T, T] bool, True where a query position (third axis) may see a key position (last axis)."""
+    causal_TT = torch.ones(micro.branch_BT.shape[1], micro.branch_BT.shape[1], dtype=torch.bool).tril()
+    return (causal_TT & related(micro.branch_BT[:, :, None], micro.branch_BT[:, None, :]))[:, None]
+
+
 def test_the_worked_example_s_attention_mask() -> None:
-    mask = collate([WORKED]).attention_mask()
+    mask = mask_of(collate([WORKED]))
     assert mask.shape == (1, 1, 5, 5)
     assert mask.dtype == torch.bool
     assert mask[0, 0].int().tolist() == [
@@ -96,7 +103,7 @@ def test_a_shorter_row_is_padded_on_the_right() -> None:
     assert batch.row_R.tolist() == [0, 0, 0, 1]
     assert batch.source_R.tolist() == [1, 2, 1, 0]
     assert batch.target_ids_R.tolist() == [1, 2, 3, 4]
-    mask = batch.attention_mask()[1, 0]
+    mask = mask_of(batch)[1, 0]
     assert not mask[:2, 2:].any()  # no token sees padding
     assert mask.any(dim=1).all()  # and no row of scores is empty, whose softmax would not be a number
 
@@ -105,7 +112,7 @@ def test_a_shorter_row_is_padded_on_the_right() -> None:
 @given(trees)
 def test_a_token_sees_the_same_context_as_in_its_own_row(forest: list[Tree]) -> None:
     batch = collate(forest)
-    mask = batch.attention_mask()[:, 0]
+    mask = mask_of(batch)[:, 0]
     expected = [
         (row, [*tree.prompt_ids, *branch.token_ids[:done]], branch.token_ids[done])
         for row, tree in enumerate(forest)
@@ -195,8 +202,8 @@ def test_two_trees_in_a_row_worked_by_hand() -> None:
 def test_trees_of_one_row_do_not_see_each_other(given_trees: list[Tree]) -> None:
     """The row's mask is that of each tree by itself, with nothing between them."""
     row = collate_rows([given_trees])
-    expected = torch.block_diag(*(collate([tree]).attention_mask()[0, 0].int() for tree in given_trees))
-    assert torch.equal(row.attention_mask()[0, 0].int(), expected)
+    expected = torch.block_diag(*(mask_of(collate([tree]))[0, 0].int() for tree in given_trees))
+    assert torch.equal(mask_of(row)[0, 0].int(), expected)
     assert row.segments == [
         (0, end - len(tree), end) for tree, end in zip(given_trees, accumulate(map(len, given_trees)), strict=True)
     ]

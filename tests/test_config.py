@@ -238,7 +238,7 @@ def test_one_experiment_file_serves_both_stages():
     assert sft.data.train_files == ("data/mtrag/sft/train_smollm2-135m.parquet",)
     assert grpo.data.train_files == ("data/mtrag/train.parquet",)
     assert grpo.actor_rollout_ref.model.path == f"{sft.trainer.default_local_dir}/model"
-    assert grpo.retriever.embedded_index() == "data/indexes/bm25_mtrag"
+    assert grpo.retriever.url == "embedded:data/indexes/bm25_mtrag"
     assert grpo.actor_rollout_ref.rollout.name == "hf"
 
 
@@ -272,7 +272,6 @@ def test_retriever_url_falls_back_to_the_environment(monkeypatch):
     retriever = load_grpo_config([*CPU, "retriever.url=''"]).retriever
     monkeypatch.setenv("RETRIEVER_URL", "http://127.0.0.1:9")
     assert retriever.resolved_url() == "http://127.0.0.1:9"
-    assert retriever.embedded_index() is None
     monkeypatch.delenv("RETRIEVER_URL")
     with pytest.raises(ValueError, match="RETRIEVER_URL is not set"):
         retriever.resolved_url()

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers_retriever import build_bm25
 
 from convsearch.files import read_jsonl
 from retriever_server.bm25.index import Bm25Index
@@ -30,8 +31,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bm25Index]:
         cwd=ROOT,
         capture_output=True,
     )
-    Bm25Index.build([folder / "data" / "collection.jsonl"], folder / "index", 0.9, 0.4)
-    return folder / "data", Bm25Index.load(folder / "index")
+    return folder / "data", build_bm25(folder / "data" / "collection.jsonl", folder / "index")
 
 
 def mrr(index: Bm25Index, queries: list[str], golds: list[list[str]]) -> float:

@@ -193,7 +193,7 @@ def test_a_broken_run_goes_on(
     printed = distilled(
         form_llama, conversations, broken, f"embedded:{toy_index}", "--batch_size", 12
     )  # another server, other batches
-    assert "5 of 18 conversations are there already and are kept" in printed
+    assert "5 of 18 lines are there already and are kept" in printed
     assert (broken / "samples.jsonl").read_bytes() == b"".join(lines)
     for name in ("sft.parquet", "yield.json"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()

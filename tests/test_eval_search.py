@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_retriever import build_bm25
 
 from convsearch.retriever.embedded import open_retriever
 from eval import ance, bm25
-from retriever_server.bm25.index import Bm25Index
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSAGES = {
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "rewrites.jsonl").write_text("".join(json.dumps(record) + "\n" for record in QUESTIONS))
     (folder / "dev.trec").write_text("q1 0 d1 1\nq2 0 d2 1\nq3 0 d3 1\nq4 0 d1 1\n")
-    Bm25Index.build(folder / "collection.jsonl", folder / "index", progress=False)
+    build_bm25(folder / "collection.jsonl", folder / "index")
     return folder
 
 

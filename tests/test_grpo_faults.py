@@ -23,11 +23,9 @@ from typing import Any
 import helpers_trainers as helpers
 import pytest
 
-from convsearch import grpo
-from convsearch.generation import infer
+from convsearch import grpo, infer, sft
 from convsearch.runs import checkpoint, rollouts
 from convsearch.runs.tracking import read_metrics
-from convsearch.trainers import sft
 
 pytestmark = pytest.mark.slow
 

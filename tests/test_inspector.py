@@ -239,13 +239,13 @@ def test_the_page_is_served_with_a_strict_policy_to_this_machine_alone(client: A
     page = Reader(answer.text)
     assert "main" in dict(page.elements)
     links = [attributes[key] for _, attributes in page.elements for key in ("href", "src") if key in attributes]
-    assert all(link and (link.startswith(("#", "data:")) or link in FILES) for link in links)
+    assert all(link and (link.startswith(("#", "data:")) or f"/{link}" in FILES) for link in links)
     assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on") or key == "style"]
     assert "script-src 'self'" in answer.headers["content-security-policy"]
     assert "unsafe" not in answer.headers["content-security-policy"]
-    assert all(client.get(f"/{name}").status_code == 200 for name in FILES)
+    assert all(client.get(address).status_code == 200 for address in FILES)
     assert client.get("/api/runs", headers={"host": "evil.example"}).status_code == 400
-    scripts = [(path.read_text(), path.name) for path, kind in FILES.values() if kind == "text/javascript"]
+    scripts = [(path.read_text(), path.name) for path in FILES.values() if path.suffix == ".js"]
     assert [
         name
         for text, name in scripts
@@ -264,38 +264,23 @@ def test_command_line_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
 
 
 def big_run(folder: Path, steps: int, rows: int) -> Path:
-    """So many rollouts of a size as real ones have; one word in a step, and one alone in all of them."""
+    """Rollouts of a realistic size; one word is in each step once, and one word is in a single rollout."""
     (folder / "rollouts").mkdir(parents=True)
-    words = np.array(
-        [
-            "who",
-            "what",
-            "when",
-            "where",
-            "tower",
-            "bridge",
-            "castle",
-            "river",
-            "king",
-            "queen",
-            "music",
-            "city",
-            "history",
-            "science",
-        ]
-    )
+    vocabulary = "who what when where tower bridge castle river king queen music city history science"
+    words = np.array(vocabulary.split())
     rng = np.random.default_rng(0)
     picks = words[rng.integers(len(words), size=(rows, 40))]
     texts = [f"<think>{' '.join(row[:25])}</think>\n<rewrite>{' '.join(row[25:])}</rewrite>" for row in picks]
     ids = pa.array([list(range(120))] * rows, pa.list_(pa.int32()))
     for step in range(steps):
         texts[7] = f"<think>rare{step:04d}</think>\n<rewrite>{'unicorn' if step == 0 else 'horse'} {step}</rewrite>"
+        steps_ = pa.array(np.full(rows, step, np.int32))
         columns = {
-            "step": pa.array(np.full(rows, step, np.int32)), "qid": [f"train_{step}_{row // 8}" for row in range(rows)], "prompt_ids": ids,
-            "token_ids": ids, "logprobs": ids.cast(pa.list_(pa.float32())), "text": texts, "finish_reason": ["stop"] * rows,
-            "weights_version": pa.array(np.full(rows, step, np.int32)), "rewrite": [text[8:80] for text in texts], "error": [None] * rows,
-            "rank": pa.array(rng.integers(1, 101, rows).astype(np.int32)), "reward": rng.random(rows), "advantage": rng.random(rows),
-            "gain": pa.nulls(rows, pa.float64()),
+            "step": steps_, "qid": [f"train_{step}_{row // 8}" for row in range(rows)], "prompt_ids": ids,
+            "token_ids": ids, "logprobs": ids.cast(pa.list_(pa.float32())), "text": texts,
+            "finish_reason": ["stop"] * rows, "weights_version": steps_, "rewrite": [text[8:80] for text in texts],
+            "error": [None] * rows, "rank": pa.array(rng.integers(1, 101, rows).astype(np.int32)),
+            "reward": rng.random(rows), "advantage": rng.random(rows), "gain": pa.nulls(rows, pa.float64()),
         }  # fmt: skip
         pq.write_table(
             pa.table(columns, schema=SCHEMA), folder / "rollouts" / f"{step:06d}.parquet", compression="zstd"
@@ -314,7 +299,8 @@ def most_memory_mib(pid: int) -> float:
 
 @pytest.mark.slow
 def test_a_million_rollouts(tmp_path: Path) -> None:
-    """500 steps of 2,000: every question is answered by pages, and the server never holds the text of all (0.3 GB) at once."""
+    """500 steps of 2,000: every question is answered by pages, and the server never holds the text of all (0.3 GB) at
+    once."""
     folder = big_run(tmp_path / "big", 500, 2000)
     with serving(folder) as (client, pid):
         assert client.get("/api/state").json()["rollouts"] == 1_000_000

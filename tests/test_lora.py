@@ -22,7 +22,7 @@ from convsearch.config import load_grpo_config
 from convsearch.model import lora
 from convsearch.model.batch import Branch, Tree, pack
 from convsearch.model.loading import load_model
-from convsearch.policy.policy import LocalPolicy
+from convsearch.policy.policy import BaseReference, LocalPolicy
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'convsearch[lora]'")
 __all__ = ["one_rank"]  # a fixture
@@ -59,7 +59,7 @@ def test_the_reference_is_the_base_model(folder: Path) -> None:
     assert torch.equal(adapted(folder).logprobs(micro), base)
     policy = taught(folder)
     assert float((policy.logprobs(micro) - base).abs().max()) > 1e-3
-    assert torch.equal(lora.Reference(policy).logprobs(micro), base)
+    assert torch.equal(BaseReference(policy).logprobs(micro), base)
     assert not torch.equal(policy.logprobs(micro), base)
 
 
@@ -132,7 +132,7 @@ def test_sharded_adapters_learn_the_same(folder: Path, monkeypatch: pytest.Monke
         fsdp = LocalPolicy(model, torch.device("cpu"), temperature=TEMPERATURE)
     fsdp.forward_backward(micro, toy_loss)
     fsdp.optim_step(1e-2)
-    assert torch.equal(lora.Reference(fsdp).logprobs(micro), lora.Reference(plain).logprobs(micro))
+    assert torch.equal(BaseReference(fsdp).logprobs(micro), BaseReference(plain).logprobs(micro))
     torch.testing.assert_close(fsdp.logprobs(micro), plain.logprobs(micro), atol=1e-5, rtol=0)
     assert set(fsdp.weights()) == set(plain.weights())
 

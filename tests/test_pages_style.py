@@ -1,4 +1,5 @@
-"""The colours of the pages: each named once, and every pair that is used has WCAG AA's contrast (4.5 for text, 3 for lines and areas)."""
+"""The colours of the pages: each named once, and every pair that is used has WCAG AA's contrast (4.5 for text, 3 for
+lines and areas)."""
 
 import re
 from pathlib import Path

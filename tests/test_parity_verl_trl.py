@@ -12,7 +12,10 @@ import pytest
 import torch
 from helpers_oracles import CASES, HORIZON, WEIGHT_CAP
 
-from convsearch.algorithms import clipped_loss, group_advantages, kl_penalty, token_weights
+from convsearch.algorithms.advantages import group_advantages
+from convsearch.algorithms.averages import token_weights
+from convsearch.algorithms.clip import clipped_loss
+from convsearch.algorithms.kl import kl_penalty
 from convsearch.algorithms.loss import grpo_loss
 from convsearch.config import GrpoConfig, load_grpo_config
 from convsearch.model.batch import Branch, Tree, collate

@@ -13,12 +13,14 @@ from typing import Any, ClassVar
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from helpers_pages import FAINT, ROOT, SCRIPT, Reader, browser_page
-from helpers_retriever import running, until
+from helpers_retriever import build_bm25, running, until
 
-from convsearch.converse import answer
+from convsearch.generation.answers import answer
+from convsearch.pages import TYPES
 from retriever_server.bm25.index import Bm25Index
-from retriever_server.playground.routes import FILES, rewriter_commands
+from retriever_server.playground.routes import FILES, playground, rewriter_commands
 from retriever_server.serving.app import create_app
 from retriever_server.serving.schemas import Limits
 
@@ -36,7 +38,8 @@ for line in sys.stdin:
     if q["question"] == "crash": sys.exit(3)
     if q["question"] == "refuse": print(json.dumps({"refused": "no, thank you"}), flush=True); continue
     rewrite = None if q["question"] == "broken" else f"{q['question']} William Shakespeare"
-    print(json.dumps({"rewrite": rewrite, "thinking": f"<b>{len(q['context'])} turns</b> {q['style']} {q['seed']} {os.getpid()}", "output": "o",
+    thinking = f"<b>{len(q['context'])} turns</b> {q['style']} {q['seed']} {os.getpid()}"
+    print(json.dumps({"rewrite": rewrite, "thinking": thinking, "output": "o",
                       "error": None if rewrite else "no_tag", "seconds": 0.25}), flush=True)
 """
 
@@ -47,18 +50,18 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Bm25Index:
     (root / "c.jsonl").write_text(
         "\n".join(json.dumps({"id": docid, "contents": text}) for docid, text in PASSAGES.items())
     )
-    Bm25Index.build(root / "c.jsonl", root / "index", progress=False)
-    return Bm25Index.load(root / "index")
+    return build_bm25(root / "c.jsonl", root / "index")
+
+
+def app_of(indexes: dict[str, Any], rewriters: dict[str, list[str]]) -> FastAPI:
+    app = create_app(indexes, limits=Limits(query_chars=1_000))
+    app.include_router(playground(app.state.service, rewriters))
+    return app
 
 
 @pytest.fixture(scope="module")
 def server(index: Bm25Index) -> Iterator[httpx.Client]:
-    app = create_app(
-        {"plays": index, "again": index},
-        limits=Limits(query_chars=1_000),
-        rewriters={"fake": [sys.executable, "-c", FAKE]},
-    )
-    with running(app) as client:
+    with running(app_of({"plays": index, "again": index}, {"fake": [sys.executable, "-c", FAKE]})) as client:
         yield client
 
 
@@ -75,9 +78,9 @@ def test_the_page_is_served_with_a_strict_policy(server: httpx.Client) -> None:
     assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on") or key == "style"]
     assert "script-src 'self'" in answer.headers["content-security-policy"]
     assert "unsafe" not in answer.headers["content-security-policy"]
-    for path, (_, kind) in FILES.items():
-        assert server.get(path).headers["content-type"] == f"{kind}; charset=utf-8"
-    script = FILES["/playground/page.js"][0].read_text()
+    for path, file in FILES.items():
+        assert server.get(path).headers["content-type"] == f"{TYPES[file.suffix]}; charset=utf-8"
+    script = "".join(path.read_text() for path in FILES.values() if path.suffix == ".js")
     assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script) == []
 
 
@@ -93,7 +96,7 @@ def test_every_field_has_a_label(server: httpx.Client) -> None:
 def test_what_there_is_to_choose(server: httpx.Client) -> None:
     about = server.get("/playground/about").json()
     assert [index["name"] for index in about["indexes"]] == ["plays", "again"]
-    assert (about["rewriters"], about["style"]) == (["fake"], "paper")
+    assert (about["rewriters"], about["style"], about["styles"]) == (["fake"], "paper", ["paper", "compact"])
 
 
 def test_the_wire_is_as_it_was(server: httpx.Client) -> None:
@@ -167,7 +170,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(
 
 
 def test_the_processes_end_with_the_server(index: Bm25Index) -> None:
-    with running(create_app({"plays": index}, rewriters={"fake": [sys.executable, "-c", FAKE]})) as client:
+    with running(app_of({"plays": index}, {"fake": [sys.executable, "-c", FAKE]})) as client:
         pid = ask(client, "x").json()["thinking"].split()[-1]
         assert Path(f"/proc/{pid}").exists()
     until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2])
@@ -195,10 +198,8 @@ def test_rewriters_on_the_command_line(tmp_path: Path) -> None:
 
 def test_a_line_of_the_rewriter_process() -> None:
     def generate(conversation: Any, style: str, seed: int) -> Any:
-        return (
-            f"<think>{style} {seed}</think>\n<rewrite>{conversation.history[0].answer}: {conversation.question}</rewrite>",
-            "stop",
-        )
+        rewrite = f"{conversation.history[0].answer}: {conversation.question}"
+        return f"<think>{style} {seed}</think>\n<rewrite>{rewrite}</rewrite>", "stop"
 
     line = json.dumps({"context": ["who?", "he"], "question": "and she?"})
     found = answer(line, generate, "compact")
@@ -260,7 +261,8 @@ def converse(*arguments: str, key: str = "") -> list[dict[str, Any]]:
 
 
 def test_an_endpoint_of_openais_kind() -> None:
-    """Its first model unless one is named; the key from the environment, which no answer shows; a fault is a sentence."""
+    """Its first model unless one is named; the key from the environment, which no answer shows; a fault is a
+    sentence."""
     with openai() as url:
         OpenAI.asked.clear()
         (found,) = converse("--endpoint", url, "--prompt_style", "compact", key="secret-1")
@@ -277,9 +279,7 @@ def test_an_endpoint_of_openais_kind() -> None:
 
 @pytest.mark.slow
 def test_a_model_of_ours_in_its_own_process(index: Bm25Index, form_llama: Path) -> None:
-    with running(
-        create_app({"plays": index}, rewriters=rewriter_commands([f"tiny={form_llama}"], "compact"))
-    ) as client:
+    with running(app_of({"plays": index}, rewriter_commands([f"tiny={form_llama}"], "compact"))) as client:
         client.timeout = httpx.Timeout(120)
         body = {"rewriter": "tiny", "question": "what is it?", "context": [], "style": "compact"}
         found = client.post("/playground/rewrite", json=body).json()

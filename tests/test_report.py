@@ -14,7 +14,7 @@ from eval import report_charts, report_data, report_sections
 from eval.report import main
 from eval.report_html import tag
 from eval.report_page import report
-from retriever_server.playground.highlight import marked
+from retriever_server.text.highlight import marked
 
 
 @pytest.fixture(scope="module")

@@ -4,37 +4,24 @@ import json
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from fastapi import FastAPI
+from helpers_retriever import build_bm25, running
 
+from convsearch.pages import listen
 from retriever_server.bm25.index import Bm25Index
-from retriever_server.server import listen, open_indexes, parser, read_qrels, warn_of_missing
+from retriever_server.searcher import open_indexes
+from retriever_server.server import build_parser
 from retriever_server.serving.app import create_app
 from retriever_server.serving.batching import BatchSettings
+from retriever_server.serving.qrels import read_qrels, warn_of_missing
 from retriever_server.serving.schemas import Limits
 
 PASSAGES = {"p1": "red apple pie", "p2": "green apple", "p3": "blue sky", "p4": "sky diving from a blue plane"}
 QRELS = {"q1": ["p1"], "q2": ["p3", "p4"], "lost": ["p1", "gone"]}
-
-
-@contextmanager
-def running(app: FastAPI) -> Iterator[httpx.Client]:
-    bound = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{bound.getsockname()[1]}", timeout=10, trust_env=False) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("app")
     lines = [json.dumps({"id": docid, "contents": text}) for docid, text in PASSAGES.items()]
     (root / "c.jsonl").write_text("\n".join(lines))
-    Bm25Index.build(root / "c.jsonl", root / "main", progress=False)
-    Bm25Index.build(root / "c.jsonl", root / "flat", b=0.0, progress=False)
+    build_bm25(root / "c.jsonl", root / "main")
+    build_bm25(root / "c.jsonl", root / "flat", b=0.0)
     return root
 
 
@@ -249,8 +236,8 @@ def test_health_answers_while_every_search_thread_is_busy() -> None:
 
 
 def test_the_reference_servers_flags_are_accepted() -> None:
-    sparse = "--index_path embedding/bm25 --trec_path data/topiocqa/train.trec --retriever_name bm25 --port 1 --bm25_k1 0.9 --bm25_b 0.4"
-    args = parser().parse_args(sparse.split())
+    sparse = "--index_path embedding/bm25 --trec_path data/topiocqa/train.trec --retriever_name bm25 --port 1"
+    args = build_parser().parse_args([*sparse.split(), "--bm25_k1", "0.9", "--bm25_b", "0.4"])
     assert (args.index_path, args.port, args.bm25_k1, args.bm25_b, args.host) == (
         ["embedding/bm25"],
         1,
@@ -258,13 +245,9 @@ def test_the_reference_servers_flags_are_accepted() -> None:
         0.4,
         "127.0.0.1",
     )
-    dense = "--index_path a.pkl --trec_path b --corpus_docid_path c.pkl --retriever_name ance --model_name_or_path d --faiss_gpu --n_gpu 4"
-    assert (
-        parser()
-        .parse_args([*dense.split(), "--port", "2", "--max_length", "512", "--retrieval_batch_size", "64"])
-        .n_gpu
-        == 4
-    )
+    dense = "--index_path a.pkl --trec_path b --corpus_docid_path c.pkl --retriever_name ance --model_name_or_path d"
+    more = "--faiss_gpu --n_gpu 4 --port 2 --max_length 512 --retrieval_batch_size 64"
+    assert build_parser().parse_args([*dense.split(), *more.split()]).n_gpu == 4
 
 
 def test_opening_indexes(folder: Path) -> None:
@@ -305,7 +288,7 @@ def test_qrels(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -
     qrels = read_qrels([tmp_path / "a.trec", tmp_path / "b.trec"])
     assert qrels == {"q1": ["p1", "p2"], "q2": ["zz"], "q3": ["p4"]}
     warn_of_missing(qrels, Bm25Index.load(folder / "main"))
-    assert "1 gold docids of --trec_path, such as 'zz', are not in the index" in caplog.text
+    assert "1 gold docids of --trec_path, for example 'zz', are not in the index" in caplog.text
     (tmp_path / "b.trec").write_text("q3 0 p4 1\nq3 p4 1")
     with pytest.raises(ValueError, match=r"b\.trec:2: expected 'qid 0 docid relevance', got 'q3 p4 1'"):
         read_qrels([tmp_path / "b.trec"])

@@ -9,12 +9,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server.serving.batching import Batcher, BatchSettings, Key, NoMeter, Overloaded
+from retriever_server.serving.batching import Batcher, BatchSettings, Key, Overloaded
 
 KEY = Key("rank", "x", 100)
 
 
-class Recorder(NoMeter):
+class Silent:
+    """An observer that ignores all."""
+
+    def batch(self, key: Key, items: int, search_s: float) -> None: ...
+
+    def waited(self, seconds: float) -> None: ...
+
+    def cancelled(self, items: int) -> None: ...
+
+
+class Recorder(Silent):
     """A searcher that doubles numbers, and remembers its calls; those of a closed gate wait until it is opened."""
 
     def __init__(self) -> None:
@@ -48,7 +58,7 @@ async def held(batcher: Batcher, searcher: Recorder) -> "asyncio.Task[list[Any]]
 
 def test_requests_of_one_kind_share_a_call() -> None:
     async def main() -> None:
-        batcher = Batcher(BatchSettings(threads=1, max_wait_s=0.05))
+        batcher = Batcher(BatchSettings(threads=1, max_wait_s=0.05), Silent())
         other = Key("rank", "x", 10)
         results = await asyncio.gather(
             batcher.run("a", KEY, searcher, [1, 2]),
@@ -65,7 +75,7 @@ def test_requests_of_one_kind_share_a_call() -> None:
 
 def test_a_long_request_is_cut_and_put_together_again() -> None:
     async def main() -> None:
-        batcher = Batcher(BatchSettings(threads=1, max_batch=4))
+        batcher = Batcher(BatchSettings(threads=1, max_batch=4), Silent())
         assert await batcher.run("a", KEY, searcher, range(10)) == [2 * item for item in range(10)]
 
     searcher = Recorder()
@@ -117,7 +127,7 @@ def test_an_item_that_is_refused_fails_alone() -> None:
         return list(items)
 
     async def main() -> list[Any]:
-        return await Batcher(BatchSettings()).run("a", KEY, picky, range(8))
+        return await Batcher(BatchSettings(), Silent()).run("a", KEY, picky, range(8))
 
     results = asyncio.run(main())
     assert [str(result) for result in results] == ["0", "1", "2", "not 3", "4", "5", "not 6", "7"]
@@ -131,7 +141,7 @@ def test_a_request_that_breaks_the_searcher_fails_alone() -> None:
         return list(items)
 
     async def main() -> list[Any]:
-        batcher = Batcher(BatchSettings(max_wait_s=0.05))
+        batcher = Batcher(BatchSettings(max_wait_s=0.05), Silent())
         runs = [
             batcher.run(client, KEY, brittle, items) for client, items in (("a", [1, 2]), ("b", [3, 4]), ("c", [5]))
         ]
@@ -163,7 +173,7 @@ def test_a_cancelled_request_leaves_the_queue() -> None:
 
 
 def test_past_the_bound_requests_are_refused_at_once() -> None:
-    batcher = Batcher(BatchSettings(max_queue=10))
+    batcher = Batcher(BatchSettings(max_queue=10), Silent())
     with batcher.admit(10):
         with (
             pytest.raises(
@@ -179,7 +189,7 @@ def test_past_the_bound_requests_are_refused_at_once() -> None:
 
 
 def test_those_who_were_refused_find_room_when_they_come_back() -> None:
-    batcher = Batcher(BatchSettings(max_queue=10))
+    batcher = Batcher(BatchSettings(max_queue=10), Silent())
     with batcher.admit(8, "greedy"), pytest.raises(Overloaded), batcher.admit(4, "polite"):
         pass
     with batcher.admit(4, "greedy"):
@@ -193,7 +203,7 @@ def test_those_who_were_refused_find_room_when_they_come_back() -> None:
 
 
 def test_the_bound_in_seconds_follows_the_speed_that_was_seen() -> None:
-    batcher = Batcher(BatchSettings(threads=2, max_queue=1000, max_queue_s=30))
+    batcher = Batcher(BatchSettings(threads=2, max_queue=1000, max_queue_s=30), Silent())
     batcher._spent_s, batcher._done = 10.0, 5.0  # 2 s an item, two at a time: an item a second
     with batcher.admit(100):  # an empty server takes what it is given
         with pytest.raises(Overloaded) as refused, batcher.admit(1):
@@ -240,7 +250,7 @@ def test_every_item_is_answered_once_and_right(
         ]
 
     async def main() -> None:
-        batcher = Batcher(BatchSettings(threads=threads, max_batch=max_batch, max_wait_s=0.0005))
+        batcher = Batcher(BatchSettings(threads=threads, max_batch=max_batch, max_wait_s=0.0005), Silent())
         await asyncio.gather(*(one(batcher, number, *job) for number, job in enumerate(jobs)))
         assert (batcher.waiting, batcher._line) == (0, {})
         batcher.close()

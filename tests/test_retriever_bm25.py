@@ -1,21 +1,20 @@
-"""The BM25 index: hand-worked scores, parity with a float64 brute force, exact ranks, and folders that are not whole."""
+"""The BM25 index: hand-worked scores, parity with a float64 brute force, exact ranks, and folders that are not
+whole."""
 
 import gzip
 import json
 import math
 import random
-import shutil
-import sys
 import threading
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
+from helpers_retriever import build_bm25
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server import index as index_command
 from retriever_server.bm25 import build as bm25_build
 from retriever_server.bm25 import ranks as bm25_ranks
 from retriever_server.bm25.formula import LENGTHS, length_bytes
@@ -34,7 +33,7 @@ def write(path: Path, passages: dict[str, str]) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("bm25")
-    Bm25Index.build(write(root / "collection.jsonl", PASSAGES), root / "index", progress=False)
+    build_bm25(write(root / "collection.jsonl", PASSAGES), root / "index")
     return root / "index"
 
 
@@ -62,10 +61,13 @@ def test_words_keep_stop_words_and_inner_apostrophes() -> None:
 
 
 def test_scores_by_hand(folder: Path) -> None:
-    # terms: d1 cat dog; d2 cat cat bird; d3 -; d4 dog cat. N = 3 (Lucene leaves out passages without a term), mean length 7/3, k1 0.9, b 0.4
+    # terms: d1 cat dog; d2 cat cat bird; d3 -; d4 dog cat. N = 3 (Lucene leaves out passages without a term), mean
+    # length 7/3, k1 0.9, b 0.4
     # idf(cat) = ln(1 + 0.5/3.5) = 0.1335314, idf(bird) = ln(1 + 2.5/1.5) = 0.9808293
-    # norm(2 terms) = 0.9 (0.6 + 0.4 x 2 / 2.3333333) = 0.8485714, norm(3 terms) = 0.9 (0.6 + 0.4 x 3 / 2.3333333) = 1.0028571
-    # cat in d1: 0.1335314 / 1.8485714 = 0.0722349; in d2: 0.1335314 x 2 / 3.0028571 = 0.0889362; bird in d2: 0.9808293 / 2.0028571
+    # norm(2 terms) = 0.9 (0.6 + 0.4 x 2 / 2.3333333) = 0.8485714, norm(3 terms) = 0.9 (0.6 + 0.4 x 3 / 2.3333333) =
+    # 1.0028571
+    # cat in d1: 0.1335314 / 1.8485714 = 0.0722349; in d2: 0.1335314 x 2 / 3.0028571 = 0.0889362; bird in d2: 0.9808293
+    # / 2.0028571
     index = open_searcher(folder)
     assert index.num_passages == 4
     (hits,) = index.search(["cat?"], 10)
@@ -109,7 +111,8 @@ def test_wrong_arguments(folder: Path) -> None:
 
 
 def brute_force(texts: list[str], query: str, k1: float, b: float) -> list[float]:
-    """BM25 in float64, straight from the formula: idf = ln(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b len / mean))."""
+    """BM25 in float64, straight from the formula: idf = ln(1 + (N - df + 0.5) / (df + 0.5)), tf / (tf + k1 (1 - b + b
+    len / mean))."""
     passages = [analyze(text) for text in texts]
     num = max(1, sum(map(bool, passages)))  # Lucene counts the passages that have a term
     mean = sum(map(len, passages)) / num
@@ -147,7 +150,7 @@ def test_parity_with_brute_force(
 ) -> None:
     root = tmp_path_factory.mktemp("parity")
     docids = [f"p{number}" for number in range(len(texts))]
-    index = Bm25Index.build(
+    index = build_bm25(
         write(root / "c.jsonl", dict(zip(docids, texts, strict=True))), root / "index", k1, b, progress=False
     )
     for query, hits in zip(queries, index.search(queries, len(texts) + 3), strict=True):
@@ -197,7 +200,8 @@ def lucene_scores(passages: list[list[str]], query: list[str], k1: float, b: flo
 def test_ranks_and_searches_are_those_of_brute_force(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, window: int, seed: int
 ) -> None:
-    """Many ties, repeated terms, long and short passages, windows far smaller than the collection: equal to the last bit."""
+    """Many ties, repeated terms, long and short passages, windows far smaller than the collection: equal to the last
+    bit."""
     draw = np.random.default_rng(seed)
     vocabulary = [f"w{number}" for number in range(draw.integers(2, 40))]
     skew = draw.dirichlet(np.full(len(vocabulary), 0.3))
@@ -207,7 +211,7 @@ def test_ranks_and_searches_are_those_of_brute_force(
     passages[0] = passages[0] or ["w0"]
     root = tmp_path_factory.mktemp("brute")
     collection = write(root / "c.jsonl", {f"p{number}": " ".join(passage) for number, passage in enumerate(passages)})
-    index = Bm25Index.build(collection, root / "index", progress=False)
+    index = build_bm25(collection, root / "index")
     index.window = window
     queries = [list(draw.choice(vocabulary, size)) for size in (1, 2, 7, 40, 300)]
     golds = [data.draw(st.lists(st.integers(0, len(passages) - 1), min_size=1, max_size=3)) for _ in queries]
@@ -231,8 +235,8 @@ def test_processes_build_the_same_index(tmp_path: Path, monkeypatch: pytest.Monk
     texts = {f"d{number}": " ".join(draw.choice(words_, 30)) for number in range(2000)}
     collection = write(tmp_path / "c.jsonl", texts)
     monkeypatch.setattr(bm25_build, "CHUNK_BYTES", 1 << 16)  # several chunks
-    Bm25Index.build(collection, tmp_path / "one", progress=False, processes=1)
-    Bm25Index.build(collection, tmp_path / "two", progress=False, processes=2)
+    build_bm25(collection, tmp_path / "one", processes=1)
+    build_bm25(collection, tmp_path / "two", processes=2)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert [path.name for path in sorted((tmp_path / "two").iterdir())] == files
     for name in files:
@@ -243,13 +247,14 @@ def test_processes_build_the_same_index(tmp_path: Path, monkeypatch: pytest.Monk
     ("length", "stands_for"), [(0, 0), (39, 39), (40, 40), (41, 40), (43, 42), (100, 96), (1000, 984), (10**6, 983064)]
 )
 def test_length_bytes_by_hand(length: int, stands_for: int) -> None:
-    # Lucene's SmallFloat: 24 exact values, then 24 + (8 + b) << s: 24 + 16 = 40, 24 + 18 = 42, 24 + 72 = 96, 24 + 960 = 984, 24 + (15 << 16) = 983064
+    # Lucene's SmallFloat: 24 exact values, then 24 + (8 + b) << s: 24 + 16 = 40, 24 + 18 = 42, 24 + 72 = 96, 24 + 960 =
+    # 984, 24 + (15 << 16) = 983064
     assert LENGTHS[length_bytes(np.array([length]))[0]] == stands_for
 
 
 def test_equal_passages_rank_by_index_order(tmp_path: Path) -> None:
     texts = {f"d{number}": "same words here" for number in range(50)}
-    index = Bm25Index.build(write(tmp_path / "c.jsonl", texts), tmp_path / "index", progress=False)
+    index = build_bm25(write(tmp_path / "c.jsonl", texts), tmp_path / "index")
     assert index.gold_ranks(["words"] * 50, [[docid] for docid in texts], 40) == [*range(1, 41), *[None] * 10]
     assert [docid for docid, _ in index.search(["words"], 7)[0]] == list(texts)[:7]
 
@@ -275,7 +280,7 @@ def test_several_gzipped_files_and_odd_texts(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", {"1": "alpha", "é ü": "beta\nwith\u2028lines \ud83d"})
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write('\n{"id": "3", "contents": "gamma", "title": "ignored"}\n')
-    index = Bm25Index.build([first, tmp_path / "b.jsonl.gz"], tmp_path / "index", progress=False)
+    index = build_bm25([first, tmp_path / "b.jsonl.gz"], tmp_path / "index")
     assert [[docid for docid, _ in hits] for hits in index.search(["gamma", "beta", "ignored"], 1)] == [
         ["3"],
         ["é ü"],
@@ -285,169 +290,14 @@ def test_several_gzipped_files_and_odd_texts(tmp_path: Path) -> None:
 
 
 def test_a_collection_without_terms(tmp_path: Path) -> None:
-    index = Bm25Index.build(write(tmp_path / "c.jsonl", {"a": "", "b": "the"}), tmp_path / "index", progress=False)
+    index = build_bm25(write(tmp_path / "c.jsonl", {"a": "", "b": "the"}), tmp_path / "index")
     assert index.search(["the cat"], 3) == [[]]
     assert index.gold_ranks(["cat"], [["b"]], 3) == [None]
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (['{"id": "a", "contents": "x"}', '{"id": "b"}'], r"c\.jsonl:2: field 'contents' must be a string, got None"),
-        (['{"id": "a", "contents": "x"}', "", '{"id": "a", "contents": "y"}'], r"c\.jsonl:3: docid 'a' is given twice"),
-        (['{"id": 7, "contents": "x"}'], r"c\.jsonl:1: field 'id' must be a non-empty string, got 7"),
-        (['{"id": "\\ud800", "contents": "x"}'], r"c\.jsonl:1: field 'id' is not valid Unicode"),
-        (['{"id": "a", "contents": "x"}', '{"id": "b", "cont'], r"c\.jsonl:2: not a line of JSON"),
-        (["[1]"], r"c\.jsonl:1: expected a JSON object"),
-        ([], "no passage"),
-    ],
-)
-def test_bad_collections_leave_nothing_behind(tmp_path: Path, lines: list[str], message: str) -> None:
-    (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=message):
-        Bm25Index.build(tmp_path / "c.jsonl", tmp_path / "index", progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("k1", "b"), [(-1, 0.4), (0.9, 1.1), (float("nan"), 0.4), (0.9, float("nan")), (float("inf"), 0)]
-)
-def test_bad_parameters(tmp_path: Path, k1: float, b: float) -> None:
-    with pytest.raises(ValueError, match="k1 >= 0 and 0 <= b <= 1"):
-        Bm25Index.build(tmp_path / "c.jsonl", tmp_path / "index", k1, b)
-
-
-def damage_manifest(**changes: object):  # type: ignore[no-untyped-def]
-    def change(folder: Path) -> None:
-        path = folder / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return change
-
-
-def cut(name: str):  # type: ignore[no-untyped-def]
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1])
-
-
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (shutil.rmtree, "there is no index folder"),
-        (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
-        (lambda folder: (folder / "manifest.json").write_text('{"format"'), "manifest.json is damaged"),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json is damaged"),
-        (damage_manifest(format="faiss"), "has format 'faiss', not 'convsearch-bm25'"),
-        (damage_manifest(version=99), "has version 99, this program reads 2"),
-        (damage_manifest(analyzer="german"), "has analyzer 'german'"),
-        (damage_manifest(k1="0.9"), "field 'k1' must be float"),
-        (damage_manifest(num_passages=5), r"docids_offsets.npy holds int64\[5\] where the manifest counts int64\[6\]"),
-        (
-            lambda folder: np.save(folder / "docids_offsets.npy", np.zeros(4, np.int64)),
-            r"docids_offsets.npy holds int64\[4\]",
-        ),
-        (
-            lambda folder: np.save(folder / "postings_codes.npy", np.zeros(6, np.float64)),
-            r"postings_codes.npy holds float64",
-        ),
-        (
-            lambda folder: np.save(folder / "code_gain.npy", np.array([{}], object), allow_pickle=True),
-            "code_gain.npy is cut short or damaged",
-        ),
-        (
-            lambda folder: np.save(folder / "term_frequencies.npy", np.zeros(3, np.int32)),
-            "term_frequencies.npy is damaged",
-        ),
-        (lambda folder: (folder / "postings_docs.npy").unlink(), "postings_docs.npy is missing"),
-        (lambda folder: (folder / "postings_docs.npy").write_bytes(b""), "postings_docs.npy is cut short or damaged"),
-        (
-            lambda folder: (folder / "postings_docs.npy").write_bytes(b"nonsense" * 40),
-            "postings_docs.npy is cut short or damaged",
-        ),
-        *(
-            (cut(f"{name}.npy"), f"{name}.npy is cut short")
-            for name in (
-                "postings_codes",
-                "contents",
-                "docids",
-                "docids_hashes",
-                "terms",
-                "terms_order",
-                "contents_offsets",
-                "term_starts",
-            )
-        ),
-    ],
-)
-def test_damaged_folders(folder: Path, tmp_path: Path, harm, message: str) -> None:  # type: ignore[no-untyped-def]
-    shutil.copytree(folder, tmp_path / "index")
-    harm(tmp_path / "index")
-    with pytest.raises(ValueError, match=message) as raised:
-        Bm25Index.load(tmp_path / "index")
-    assert "\n" not in str(raised.value)
-
-
-def run_index(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["index", "bm25", "--quiet", *map(str, arguments)])
-    index_command.main()
-
-
-def test_index_command_reuses_and_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    collection, output = write(tmp_path / "c.jsonl", PASSAGES), tmp_path / "deep" / "index"
-    run_index(monkeypatch, "--collection", collection, "--output", output)
-    assert "built in" in capsys.readouterr().out
-    first = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()}
-    assert not any(path.suffix == ".pkl" or "tmp" in path.name or "tokens" in path.name for path in output.iterdir())
-    run_index(monkeypatch, "--collection", collection, "--output", output)
-    assert "reused" in capsys.readouterr().out
-    assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.iterdir()} == first
-    with pytest.raises(ValueError, match=r"k1 0.9 \(asked: 1.2\)"):
-        run_index(monkeypatch, "--collection", collection, "--output", output, "--k1", "1.2")
-    before = Bm25Index.load(output)
-    run_index(monkeypatch, "--collection", collection, "--output", output, "--k1", "1.2", "--overwrite")
-    after = Bm25Index.load(output)
-    assert (before.k1, after.k1) == (0.9, 1.2)
-    assert before.index_id != after.index_id
-    assert before.search(["cat"], 1) != after.search(["cat"], 1)  # the old one's files stay readable while it is open
-    write(collection, {"d1": "other"})
-    with pytest.raises(ValueError, match="collection"):
-        run_index(monkeypatch, "--collection", collection, "--output", output, "--k1", "1.2")
-    assert [path.name for path in output.parent.iterdir()] == ["index"]
-
-
-def test_a_damaged_index_is_never_reused(tmp_path: Path, folder: Path) -> None:
-    collection = write(tmp_path / "c.jsonl", PASSAGES)
-    shutil.copytree(folder, tmp_path / "index")
-    cut("postings_docs.npy")(tmp_path / "index")
-    with pytest.raises(ValueError, match=r"postings_docs\.npy is cut short"):
-        Bm25Index.build(collection, tmp_path / "index", progress=False)
-    index = Bm25Index.build(collection, tmp_path / "index", overwrite=True, progress=False)
-    assert index.gold_ranks(["cat"], [["d2"]], 1) == [1]
-
-
-def test_index_command_leaves_other_folders_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collection = write(tmp_path / "c.jsonl", PASSAGES)
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1").write_text("years of work")
-    with pytest.raises(ValueError, match="is no index folder"):
-        run_index(monkeypatch, "--collection", collection, "--output", tmp_path / "thesis", "--overwrite")
-    assert (tmp_path / "thesis" / "chapter1").read_text() == "years of work"
-    with pytest.raises(ValueError, match="there is no collection file"):
-        run_index(monkeypatch, "--collection", tmp_path / "none.jsonl", "--output", tmp_path / "x")
-
-
-def test_leftovers_of_a_killed_build_are_removed(tmp_path: Path) -> None:
-    dead, alive = tmp_path / "index.tmp-4194399", tmp_path / "index.tmp-1"
-    dead.mkdir()
-    alive.mkdir()
-    Bm25Index.build(write(tmp_path / "c.jsonl", PASSAGES), tmp_path / "index", progress=False)
-    assert not dead.exists()
-    assert alive.exists()
-
-
 def test_columns_tails_and_windows_change_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Common terms as columns and rare ones posting by posting, over many windows, against a search that scores everything."""
+    """Common terms as columns and rare ones posting by posting, over many windows, against a search that scores
+    everything."""
     draw = random.Random(1)
     common, rare = [f"c{i}" for i in range(12)], [f"r{i}" for i in range(300)]
     texts = [
@@ -455,7 +305,7 @@ def test_columns_tails_and_windows_change_no_rank(tmp_path: Path, monkeypatch: p
         for _ in range(700)
     ]
     collection = write(tmp_path / "c.jsonl", {f"p{number}": text for number, text in enumerate(texts)})
-    Bm25Index.build(collection, tmp_path / "index", progress=False)
+    build_bm25(collection, tmp_path / "index")
     index = Bm25Index(tmp_path / "index", threads=3)
     monkeypatch.setattr(bm25_ranks, "SHORTEST_WINDOW", 64)
     monkeypatch.setattr(bm25_ranks, "LONGEST_WINDOW", 256)

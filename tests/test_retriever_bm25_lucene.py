@@ -8,6 +8,7 @@ from pathlib import Path
 
 import helpers_lucene
 import pytest
+from helpers_retriever import build_bm25
 
 from convsearch.files import read_jsonl
 from data_preprocess.demo_data import find_summaries, read_articles
@@ -26,7 +27,7 @@ def compare(
 ) -> tuple[Bm25Index, lucene.LuceneIndex]:
     """Builds both indexes and holds their ranks of the golds together, to depth 100 and to depth 1,000."""
     theirs = helpers_lucene.lucene_index(passages, folder)
-    ours = Bm25Index.build(folder / "collection.jsonl", folder / "bm25", progress=False)
+    ours = build_bm25(folder / "collection.jsonl", folder / "bm25")
     queries, golds = [query for query, _ in cases], [golds for _, golds in cases]
     expected = helpers_lucene.lucene_ranks(theirs, queries, golds, 1000)
     assert ours.gold_ranks(queries, golds, 1000) == expected
@@ -41,7 +42,8 @@ def compare(
 
 @pytest.mark.skipif(not MTRAG.is_dir(), reason="MTRAG is not in ../shared/data")
 def test_mtrag(tmp_path: Path) -> None:
-    """777 conversations x last turn, rewrite and whole history, with all golds of each; and each of them with one gold drawn at random."""
+    """777 conversations x last turn, rewrite and whole history, with all golds of each; and each of them with one gold
+    drawn at random."""
     with gzip.open(MTRAG / "corpus.jsonl.gz", "rt") as file:
         passages = [(row["_id"], f"{row['title']} {row['text']}") for row in map(json.loads, file)]
     golds: dict[str, list[str]] = {}
@@ -60,7 +62,8 @@ def test_mtrag(tmp_path: Path) -> None:
 
 
 def test_summaries(tmp_path: Path) -> None:
-    """One word, four hundred words, words again and again, sentences of a passage, nothing at all; one to five golds."""
+    """One word, four hundred words, words again and again, sentences of a passage, nothing at all; one to five
+    golds."""
     passages = [(article.docid, article.contents) for article in read_articles(find_summaries()).values()]
     draw = random.Random(2)
     words = [word for _, text in draw.sample(passages, 400) for word in text.split()]

@@ -1,4 +1,5 @@
-"""The analyzer for whole collections gives the terms of the analyzer for one text, whatever the text and however little it remembers."""
+"""The analyzer for whole collections gives the terms of the analyzer for one text, whatever the text and however little
+it remembers."""
 
 import numpy as np
 import pytest

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import ir_measures
 import pytest
+from helpers_retriever import build_bm25
 from ir_measures import AP, P
-
-from retriever_server.bm25.index import Bm25Index
 
 CACM = Path(__file__).resolve().parents[2] / "shared/data/eval_oracles/cacm"
 pytestmark = pytest.mark.skipif(not CACM.is_dir(), reason="the CACM collection is not in ../shared/data")
@@ -49,7 +48,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[s
     (root / "c.jsonl").write_text(
         "".join(json.dumps({"id": docid, "contents": text}) + "\n" for docid, text in passages())
     )
-    index = Bm25Index.build(root / "c.jsonl", root / "index", progress=False)
+    index = build_bm25(root / "c.jsonl", root / "index")
     topics = dict(
         re.findall(r"<DOCNO>\s*(\d+)\s*</DOCNO>(.*?)</DOC>", (CACM / "topics.cacm.txt").read_text(), re.DOTALL)
     )

@@ -1,13 +1,11 @@
-"""Dense search and gold ranks: by hand, against brute force with ties, in every coarse form, through folders, shards, imports and kills."""
+"""Dense search and gold ranks: by hand, against brute force with ties, in every coarse form, through folders, shards,
+imports and kills."""
 
 import importlib.util
 import json
-import os
 import pickle
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_server.dense import build as dense_build
 from retriever_server.dense import import_blocks
 from retriever_server.dense.codes import Codes
 from retriever_server.dense.device import Device
-from retriever_server.dense.flat import Flat, Scanner, bytes_multiply_exactly, count_beating
-from retriever_server.dense.index import DenseIndex, DenseShards
+from retriever_server.dense.flat import Flat, Scanner, Shards, bytes_multiply_exactly, count_beating
+from retriever_server.dense.index import DenseIndex
+from retriever_server.dense.manifest import Manifest
+from retriever_server.dense.ray_shards import spread
 
 ROOT = Path(__file__).resolve().parents[1]
 COARSE = ["int8", "float32", "half"]
@@ -60,9 +59,9 @@ def test_by_hand(coarse: str) -> None:
     queries = np.array([[1, 1], [1, 0], [-1, 0], [0, 0]], np.float32)
     # scores: 1 2 1 -2 0 | 1 0 1 -1 0 | -1 0 -1 1 0 | all 0
     flat = scanner(vectors, coarse)
-    assert count_beating(vectors, queries, [[0], [0], [0], [0]], 100, flat).tolist() == [1, 0, 3, 0]
-    assert count_beating(vectors, queries, [[2], [2], [2], [2]], 100, flat).tolist() == [2, 1, 4, 2]
-    assert count_beating(vectors, queries, [[3, 2], [4, 1], [4, 3], [4]], 100, flat).tolist() == [2, 2, 0, 4]
+    assert count_beating(flat, queries, [[0], [0], [0], [0]], 100).tolist() == [1, 0, 3, 0]
+    assert count_beating(flat, queries, [[2], [2], [2], [2]], 100).tolist() == [2, 1, 4, 2]
+    assert count_beating(flat, queries, [[3, 2], [4, 1], [4, 3], [4]], 100).tolist() == [2, 2, 0, 4]
     assert [(scores.tolist(), rows.tolist()) for scores, rows in flat.top(queries[:2], 3)] == [
         ([2, 1, 1], [1, 0, 2]),
         ([1, 1, 0], [0, 2, 1]),
@@ -86,9 +85,7 @@ def test_small_whole_numbers_tie_and_rank_as_brute_force(
     queries = rng.integers(-2, 3, (rng.integers(1, 9), vectors.shape[1])).astype(np.float32)
     golds = [rng.integers(len(vectors), size=rng.integers(1, 4)).tolist() for _ in queries]
     scores, flat = brute(vectors, queries), scanner(vectors, coarse)
-    assert capped(count_beating(vectors, queries, golds, depth, flat), depth) == capped(
-        brute_beating(scores, golds), depth
-    )
+    assert capped(count_beating(flat, queries, golds, depth), depth) == capped(brute_beating(scores, golds), depth)
     for row, (found, rows) in zip(scores, flat.top(queries, k), strict=True):
         assert rows.tolist() == np.lexsort((np.arange(len(row)), -row))[:k].tolist()
         assert found.tolist() == row[rows].tolist()
@@ -99,7 +96,7 @@ def test_vectors_of_one_number(coarse: str) -> None:
     vectors, queries = np.array([[3], [-1], [2], [2], [0]], np.float32), np.array([[1], [-2], [0.5]], np.float32)
     flat = scanner(vectors, coarse)
     for _ in range(20):  # a product that reads strange memory is right now and then
-        assert count_beating(vectors, queries, [[3], [0], [0, 1]], 9, flat).tolist() == [2, 4, 0]
+        assert count_beating(flat, queries, [[3], [0], [0, 1]], 9).tolist() == [2, 4, 0]
         assert [rows.tolist() for _, rows in flat.top(queries, 3)] == [[0, 2, 3], [1, 4, 2], [0, 2, 3]]
 
 
@@ -114,9 +111,7 @@ def test_vectors_that_all_point_one_way_and_differ_in_the_last_bits(coarse: str,
     queries = (base + rng.standard_normal((30, 48)) * 0.3).astype(np.float32)
     golds = [[int(g)] for g in rng.integers(20_000, size=28)] + [[10_020], [12_020, 10_049]]
     scores, flat = brute(vectors, queries), scanner(vectors, coarse)
-    assert capped(count_beating(vectors, queries, golds, 5_000, flat), 5_000) == capped(
-        brute_beating(scores, golds), 5_000
-    )
+    assert capped(count_beating(flat, queries, golds, 5_000), 5_000) == capped(brute_beating(scores, golds), 5_000)
     for row, (_, rows) in zip(scores[:5], flat.top(queries[:5], 40), strict=True):
         assert rows.tolist() == np.lexsort((np.arange(len(row)), -row))[:40].tolist()
 
@@ -142,10 +137,10 @@ def test_ranks_are_those_of_faiss() -> None:
     index.add(vectors)
     _, rows = index.search(queries, 100)
     golds = [[int(row[place])] for place, row in enumerate(rows)]
-    assert count_beating(vectors, queries, golds, 100).tolist() == list(range(40))
+    assert count_beating(Flat(vectors), queries, golds, 100).tolist() == list(range(40))
 
 
-# ---- folders -------------------------------------------------------------------------------------------------------------------------------------
+# ---- folders
 
 
 def import_folder(root: Path, vectors: np.ndarray, docids: Sequence[str], name: str, dtype: str = "float32") -> Path:
@@ -169,12 +164,8 @@ def test_shards_and_one_index_agree(tmp_path: Path) -> None:
         return np.stack([queries[text] for text in texts])
 
     whole = DenseIndex(import_folder(tmp_path, vectors, docids, "whole"), encode)
-    parts = [
-        DenseIndex(import_folder(tmp_path, vectors[a:b], docids[a:b], f"part{a}"), encode)
-        for a, b in ((0, 11), (11, 40), (40, 60))
-    ]
-    shards = DenseShards(parts, encode)
-    split = DenseIndex(whole.folder, encode, [(0, Flat(vectors[:25])), (25, Flat(vectors[25:]))])
+    shards = Shards([(a, Flat(vectors[a:b])) for a, b in ((0, 11), (11, 40), (40, 60))])
+    split = DenseIndex(whole.folder, encode, shards)
     golds = [[docids[g] for g in rng.integers(60, size=rng.integers(1, 4))] for _ in queries]
     expected = [
         count + 1
@@ -182,7 +173,7 @@ def test_shards_and_one_index_agree(tmp_path: Path) -> None:
             brute(vectors, encode(list(queries))), [[int(d[1:]) for d in some] for some in golds]
         )
     ]
-    for index in (whole, shards, split):
+    for index in (whole, split):
         assert index.gold_ranks(list(queries), golds, 100) == expected
         assert index.gold_ranks(list(queries), golds, 10) == [rank if rank <= 10 else None for rank in expected]
         assert index.search(list(queries), 7) == whole.search(list(queries), 7)
@@ -222,165 +213,8 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text(
         json.dumps(json.loads((folder / "manifest.json").read_text()) | {"version": 99})
     )
-    with pytest.raises(ValueError, match="version 99"):
+    with pytest.raises(ValueError, match="has version 99, this program reads 1"):
         DenseIndex(folder, lambda texts: np.zeros((1, 4), np.float32))
-
-
-# ---- builds --------------------------------------------------------------------------------------------------------------------------------------
-
-
-def build_command(root: Path, *more: str) -> list[str]:
-    flags = [
-        "--collection",
-        str(root / "collection.jsonl"),
-        "--model_name_or_path",
-        str(root / "model"),
-        "--output",
-        str(root / "index"),
-    ]
-    return [
-        sys.executable,
-        "-m",
-        "retriever_server.index",
-        "dense",
-        *flags,
-        "--block",
-        "7",
-        "--max_length",
-        "16",
-        "--device",
-        "cpu",
-        "--quiet",
-        *more,
-    ]
-
-
-def make_inputs(root: Path, passages: int) -> None:
-    import helpers_encoders
-
-    helpers_encoders.build_ance(root / "model")
-    lines = [
-        json.dumps({"id": f"d{n}", "contents": "" if n == 5 else f"passage {n} of {'many ' * (n % 9)}words"})
-        for n in range(passages)
-    ]
-    (root / "collection.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def test_a_build_is_what_its_encoder_says(tmp_path: Path) -> None:
-    from retriever_server.encoder import Encoder
-
-    make_inputs(tmp_path, 30)
-    options = dense_build.Settings(block=7, max_length=16, batch_size=4, device="cpu", progress=False)
-    assert dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), options)
-    assert not dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["collection.jsonl", "index", "model"]
-    index = DenseIndex.load(tmp_path / "index", device="cpu")
-    assert (index.name, index.num_passages, index.manifest.max_length, index.manifest.dim) == ("ance", 30, 16, 768)
-    encoder = Encoder.load(str(tmp_path / "model"), "cpu")
-    texts = index.contents([f"d{n}" for n in range(30)])
-    stored = np.load(tmp_path / "index" / "vectors.npy").reshape(30, 768)
-    np.testing.assert_allclose(stored, encoder.encode(texts, 16), atol=1e-4)
-    ranks = index.gold_ranks(["passage 3"] * 2, [["d3"], ["d9"]], 30)
-    scores = brute(stored, encoder.encode(["passage 3"], 512))
-    assert ranks == [count + 1 for count in brute_beating(np.repeat(scores, 2, 0), [[3], [9]])]
-    with pytest.raises(ValueError, match="holds another index"):
-        dense_build.build(
-            [tmp_path / "collection.jsonl"],
-            tmp_path / "index",
-            str(tmp_path / "model"),
-            dense_build.Settings(max_length=8),
-        )
-    (tmp_path / "model" / "special.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not the encoder of the index"):
-        DenseIndex.load(tmp_path / "index", device="cpu")
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_and_run_again_gives_the_same_folder(tmp_path: Path) -> None:
-    make_inputs(tmp_path, 60)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    assert subprocess.run(build_command(tmp_path), cwd=ROOT, env=environment).returncode == 0
-    (tmp_path / "index").rename(tmp_path / "whole")
-    done = tmp_path / "index.building" / "done"
-    for blocks in (1, 4):
-        process = subprocess.Popen(build_command(tmp_path, "--batch_size", "1"), cwd=ROOT, env=environment)
-        while process.poll() is None and (not done.is_dir() or len(list(done.glob("0*[0-9]"))) < blocks):
-            time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "index").exists()
-    marks = {path.name: path.stat().st_mtime_ns for path in done.iterdir()}
-    assert len(marks) >= 4
-    flags = ["--nproc_per_node", "2", "--master_port", "0", "-m", *build_command(tmp_path, "--batch_size", "1")[2:]]
-    again = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags], cwd=ROOT, env=environment
-    )
-    assert again.returncode == 0
-    for path in sorted((tmp_path / "whole").iterdir()):
-        if path.name == "vectors.npy":  # other batches: other last bits
-            np.testing.assert_allclose(np.load(path), np.load(tmp_path / "index" / path.name), atol=1e-4)
-        elif not path.name.startswith("codes"):
-            assert path.read_bytes() == (tmp_path / "index" / path.name).read_bytes(), path.name
-
-
-def test_a_build_that_goes_on_leaves_finished_blocks_alone(tmp_path: Path) -> None:
-    make_inputs(tmp_path, 20)
-    building = tmp_path / "index.building"
-    options = dense_build.Settings(block=7, max_length=16, device="cpu", progress=False)
-
-    class Stop(Exception):
-        pass
-
-    def failing(*_: Any) -> None:
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense_build, "finish", failing)
-        with pytest.raises(Stop):
-            dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), options)
-    room = np.load(building / "vectors.npy", mmap_mode="r+")
-    room[: 7 * 768] = 1  # a finished block must not be encoded again
-    room.flush()
-    (building / "done" / "0000000007").unlink()
-    room[7 * 768 : 14 * 768] = 1  # an unfinished one must
-    room.flush()
-    with pytest.raises(ValueError, match="unfinished build of another"):
-        dense_build.build(
-            [tmp_path / "collection.jsonl"],
-            tmp_path / "index",
-            str(tmp_path / "model"),
-            dense_build.Settings(max_length=8),
-        )
-    assert dense_build.build([tmp_path / "collection.jsonl"], tmp_path / "index", str(tmp_path / "model"), options)
-    stored = np.load(tmp_path / "index" / "vectors.npy").reshape(20, 768)
-    assert (stored[:7] == 1).all()
-    assert not (stored[7:] == 1).any()
-
-
-def test_bad_collections_and_settings_are_named(tmp_path: Path) -> None:
-    make_inputs(tmp_path, 2)
-
-    def attempt(text: str) -> None:
-        (tmp_path / "bad.jsonl").write_text(text)
-        dense_build.build(
-            [tmp_path / "bad.jsonl"],
-            tmp_path / "bad",
-            str(tmp_path / "model"),
-            dense_build.Settings(device="cpu", progress=False),
-        )
-
-    for text, sentence in (
-        ('{"id": "a", "contents": "x"}\n{"id": "a", "contents": "y"}\n', "'a' is given twice"),
-        ('{"id": "", "contents": "x"}\n', "bad.jsonl:1: field 'id'"),
-        ('{"id": "a"}\n', "field 'contents' must be a string"),
-        ("\n", "no passage"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            attempt(text)
-        assert not (tmp_path / "bad").exists()
-    for wrong in ({"dtype": "int4"}, {"block": 0}, {"batch_size": 0}):
-        with pytest.raises(ValueError, match="must be"):
-            dense_build.Settings(**wrong)
 
 
 @pytest.mark.gpu
@@ -398,18 +232,18 @@ def test_ranks_on_a_gpu_are_those_of_float32() -> None:
     golds = [[int(g)] for g in rng.integers(300_000, size=49)] + [[200_050]]
     device = Device(vectors, Codes.of(vectors), "cuda")
     expected = capped(brute_beating(brute(vectors, queries), golds), 1000)
-    assert capped(count_beating(vectors, queries, golds, 1000, device), 1000) == expected
+    assert capped(count_beating(device, queries, golds, 1000), 1000) == expected
     flat = Flat(vectors)
     for ours, theirs in zip(device.top(queries, 100), flat.top(queries, 100), strict=True):
         assert ours[1].tolist() == theirs[1].tolist()
 
 
 @pytest.mark.slow
-def test_parts_in_ray_actors_agree_and_outlive_a_kill(tmp_path: Path) -> None:
+def test_ray_shards_agree_and_survive_a_kill(tmp_path: Path) -> None:
     if importlib.util.find_spec("ray") is None:  # again, in a process that finds the Ray of the cluster's tests
         if absent := helpers_cluster.why_absent():
             pytest.skip(absent)
-        this = f"{__file__}::test_parts_in_ray_actors_agree_and_outlive_a_kill"
+        this = f"{__file__}::test_ray_shards_agree_and_survive_a_kill"
         command = [sys.executable, "-m", "pytest", "-m", "slow", "-p", "no:cacheprovider", this]
         done = subprocess.run(
             command, cwd=ROOT, env=helpers_cluster.environment(), capture_output=True, text=True, timeout=300
@@ -419,9 +253,6 @@ def test_parts_in_ray_actors_agree_and_outlive_a_kill(tmp_path: Path) -> None:
         return
     import ray
 
-    from retriever_server.dense.build import Manifest
-    from retriever_server.dense.ray_parts import spread
-
     rng = np.random.default_rng(3)
     vectors, queries = rng.integers(-1, 2, (60, 6)).astype(np.float32), rng.integers(-2, 3, (25, 6)).astype(np.float32)
     folder = import_folder(tmp_path, vectors, [f"p{number}" for number in range(60)], "whole")
@@ -429,18 +260,18 @@ def test_parts_in_ray_actors_agree_and_outlive_a_kill(tmp_path: Path) -> None:
     try:
         with pytest.raises(ValueError, match="--ray_parts 3 needs as many CPUs, the Ray cluster has 2"):
             spread(folder, Manifest.read(folder), 3, "cpu")
-        scanners = spread(folder, Manifest.read(folder), 2, "cpu")
-        index = DenseIndex(folder, lambda texts: queries[[int(text) for text in texts]], scanners)
+        shards = spread(folder, Manifest.read(folder), 2, "cpu")
+        index = DenseIndex(folder, lambda texts: queries[[int(text) for text in texts]], shards)
         texts, golds = [str(number) for number in range(25)], [[int(gold)] for gold in rng.integers(60, size=25)]
         expected = [count + 1 for count in brute_beating(brute(vectors, queries), golds)]
         named = [[f"p{gold}" for gold in some] for some in golds]
         assert index.gold_ranks(texts, named, 100) == expected
         whole = DenseIndex(folder, lambda texts: queries[[int(text) for text in texts]])
         assert index.search(texts, 7) == whole.search(texts, 7)
-        ray.kill(scanners[1][1]._actor, no_restart=False)  # type: ignore[attr-defined]
+        ray.kill(shards.scanners[1]._actor, no_restart=False)  # type: ignore[attr-defined]
         assert index.gold_ranks(texts, named, 100) == expected
         (folder / "manifest.json").unlink()
-        ray.kill(scanners[0][1]._actor, no_restart=True)  # type: ignore[attr-defined]
+        ray.kill(shards.scanners[0]._actor, no_restart=True)  # type: ignore[attr-defined]
         with pytest.raises(ValueError, match="has no manifest"):
             spread(folder, whole.manifest, 1, "cpu")
     finally:

@@ -86,7 +86,7 @@ def test_a_pickle_in_place_of_weights_is_not_run(tmp_path: Path) -> None:
 
     helpers_encoders.build_ance(tmp_path, form="pytorch_model.bin")
     torch.save({"roberta.x": Trap()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="is damaged, or holds more than tensors, and is not read"):
+    with pytest.raises(ValueError, match="is damaged, or holds more than tensors"):
         Encoder.load(str(tmp_path), "cpu")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
@@ -125,7 +125,7 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(Unavailable, match="does not give it"):
+    with pytest.raises(Unavailable, match="cannot be fetched"):
         find("castorini/ance-msmarco-passage")
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_server.fusion import Fusion, fuse
+from retriever_server.searcher import Fusion, fuse
 
 
 class Fixed:

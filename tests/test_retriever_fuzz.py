@@ -1,4 +1,5 @@
-"""Requests of every shape: no body makes the server fail, and each answer is of the form that /openapi.json gives it."""
+"""Requests of every shape: no body makes the server fail, and each answer is of the form that /openapi.json gives
+it."""
 
 import json
 import subprocess
@@ -107,7 +108,8 @@ def test_any_body_gets_an_answer_of_the_documented_form(odd_server: httpx.Client
 )
 def test_schemathesis_finds_no_fault(tmp_path: Any, arguments: list[str]) -> None:
     pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-    # 422 stands beside 2xx: no JSON schema says that ids differ, that two lists are equally long, or that of two fields one is given
+    # 422 stands beside 2xx: no JSON schema says that ids differ, that two lists are equally long, or that of two fields
+    # one is given
     (tmp_path / "schemathesis.toml").write_text(
         '[checks]\npositive_data_acceptance.expected-statuses = ["2xx", 404, 422]\n'
     )

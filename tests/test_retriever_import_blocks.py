@@ -1,4 +1,5 @@
-"""The reference's pickled vectors: read where they are arrays alone, refused and not run where they are anything else."""
+"""The reference's pickled vectors: read where they are arrays alone, refused and not run where they are anything
+else."""
 
 import json
 import os
@@ -87,7 +88,7 @@ def test_imports_by_command_with_texts_in_another_order(
     index = DenseIndex(tmp_path / "index", lambda texts: vectors[[1]])
     assert index.search(["anything"], 1) == [[("10", 1.0)]]
     assert index.contents(["30", "10"]) == ["text 30", "text 10"]
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         index_command.main()
     (tmp_path / "ids.pkl").write_bytes(pickle.dumps(["1", "1", "2"]))
     command[-1] = str(tmp_path / "other")

@@ -1,4 +1,5 @@
-"""The server under load, over real sockets: overload, clients that hang up, metrics, request ids, the cache, fused indexes."""
+"""The server under load, over real sockets: overload, clients that hang up, metrics, request ids, the cache, fused
+indexes."""
 
 import json
 import logging
@@ -24,7 +25,8 @@ def raw_post(client: httpx.Client, path: str, content: Any) -> socket.socket:
     data = json.dumps(content).encode()
     connection = socket.create_connection((client.base_url.host, client.base_url.port or 0))
     connection.sendall(
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode()
+        + f"content-length: {len(data)}\r\n\r\n".encode()
         + data
     )
     return connection
@@ -42,7 +44,8 @@ def received(connection: socket.socket) -> bytes:
 
 
 def overload(monkeypatch: pytest.MonkeyPatch, clients: int, requests: int) -> int:
-    """So many clients against a server with room for two requests; checks all ranks and returns how many 503 there were."""
+    """So many clients against a server with room for two requests; checks all ranks and returns how many 503 there
+    were."""
     refusals: list[float] = []
 
     def counted(response: httpx.Response) -> float:

@@ -1,8 +1,9 @@
-"""Lucene behind the Searcher protocol: scores by hand, ranks that are places in its own list, and the way to and from a collection.
+"""Lucene behind the Searcher protocol: scores by hand, ranks that are places in its own list, and the way to and from a
+collection.
 
-1. gold_ranks gives the place of the best gold in search's list: score descending, then index order; None past depth or at score 0.
-2. A collection survives the way into a Lucene index and back, in order.
-3. Where the extra is absent the error names it and the command that installs it.
+1. gold_ranks gives the place of the best gold in search's list: score descending, then index order; None past depth or
+at score 0. 2. A collection survives the way into a Lucene index and back, in order. 3. Where the extra is absent the
+error names it and the command that installs it.
 """
 
 import gzip
@@ -48,10 +49,12 @@ def index(oracle: None, tmp_path_factory: pytest.TempPathFactory) -> LuceneIndex
 
 @pytest.mark.lucene
 def test_scores_by_hand(index: LuceneIndex) -> None:
-    # terms: d1 cat dog; d2 cat cat bird; d3 none; d4 dog cat; the last übung and a smile. N = 4 (passages with a term), mean length 9/4
+    # terms: d1 cat dog; d2 cat cat bird; d3 none; d4 dog cat; the last übung and a smile. N = 4 (passages with a term),
+    # mean length 9/4
     # idf(cat) = ln(1 + 1.5/3.5) = 0.3566749, idf(bird) = ln(1 + 3.5/1.5) = 1.2039728
     # norm(2 terms) = 0.9 (0.6 + 0.4 x 2/2.25) = 0.86, norm(3 terms) = 0.9 (0.6 + 0.4 x 3/2.25) = 1.02
-    # cat in d1: 0.3566749/1.86 = 0.1917607; in d2: 0.3566749 x 2/3.02 = 0.2362085; bird in d2: 1.2039728/2.02 = 0.5960261
+    # cat in d1: 0.3566749/1.86 = 0.1917607; in d2: 0.3566749 x 2/3.02 = 0.2362085; bird in d2: 1.2039728/2.02 =
+    # 0.5960261
     assert (index.name, index.num_passages) == ("lucene", 5)
     (hits,) = index.search(["cat?"], 10)
     assert [docid for docid, _ in hits] == ["d2", "d1", "d4"]  # d1 and d4 tie: index order
@@ -214,7 +217,8 @@ def test_deleted_passages_are_left_out(oracle: None, tmp_path: Path) -> None:
 @pytest.mark.lucene
 def test_signals_stay_pythons(oracle: None) -> None:
     code = (
-        "import os, signal, sys\nfrom retriever_server.lucene import java\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "import os, signal, sys\nfrom retriever_server.lucene import java\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
         "java('java.lang.String')\nos.kill(os.getpid(), signal.SIGTERM)\nsignal.pause()"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from helpers_retriever import build_bm25
 
 from convsearch.retriever.client import RetrieverError
 from convsearch.retriever.embedded import EmbeddedRetriever, open_retriever
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "c.jsonl").write_text(
         "\n".join(json.dumps({"id": docid, "contents": text}) for docid, text in PASSAGES.items())
     )
-    Bm25Index.build(root / "c.jsonl", root / "index", progress=False)
+    build_bm25(root / "c.jsonl", root / "index")
     return root / "index"
 
 
@@ -114,7 +115,7 @@ def test_sigterm_drains(folder: Path, tmp_path: Path) -> None:
 import os, time
 from retriever_server.serving.app import create_app
 from retriever_server.bm25.index import Bm25Index
-from retriever_server.server import serve
+from retriever_server.serving.process import serve
 class Slow(Bm25Index):
     def gold_ranks(self, *arguments):
         print("begun", flush=True)
@@ -156,15 +157,15 @@ serve(create_app({{"slow": Slow({str(folder)!r})}}), "127.0.0.1", 0, "slow")
 def test_a_search_that_hangs_does_not_keep_the_server_alive(folder: Path) -> None:
     script = f"""
 import threading
-from retriever_server import server
+from retriever_server.serving import process
 from retriever_server.serving.app import create_app
 from retriever_server.bm25.index import Bm25Index
 class Hanging(Bm25Index):
     def gold_ranks(self, *arguments):
         print("begun", flush=True)
         threading.Event().wait()
-server.DRAIN_S = 2.5
-server.serve(create_app({{"hanging": Hanging({str(folder)!r})}}), "127.0.0.1", 0, "hanging")
+process.DRAIN_S = 2.5
+process.serve(create_app({{"hanging": Hanging({str(folder)!r})}}), "127.0.0.1", 0, "hanging")
 """
     with started("-c", script) as (process, line):
         body = {"items": [{"id": "a", "query": "word0", "gold_docids": ["p0"]}]}

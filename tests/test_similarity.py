@@ -11,14 +11,14 @@ import helpers_rqr_oracles
 import helpers_trainers
 import numpy as np
 import pytest
-from helpers_retriever import Lengths, running
+from helpers_retriever import Lengths, build_bm25, running
 
 from convsearch.config.grpo import RewardConfig
 from convsearch.retriever.client import RetrieverClient
 from convsearch.rewards.scoring import score
 from convsearch.rewards.shapes import Feedback, rank_incentive, reward
 from convsearch.types import Completion, Example, Rewrite
-from retriever_server.bm25.index import Bm25Index
+from retriever_server.encoder import Encoder
 from retriever_server.serving.app import create_app
 from retriever_server.similarity import Item, Similarity, unit
 
@@ -134,7 +134,7 @@ def test_scores_through_a_server_are_those_of_the_formula(tmp_path: Path, form: 
     (tmp_path / "c.jsonl").write_text(
         "".join(json.dumps({"id": f"d{i}", "contents": text}) + "\n" for i, text in ((1, "output"), (2, "nearer")))
     )
-    index = Bm25Index.build(tmp_path / "c.jsonl", tmp_path / "index", progress=False)
+    index = build_bm25(tmp_path / "c.jsonl", tmp_path / "index")
     cfg = RewardConfig(name="rank_incentive", rank_weight=0.5, similarity_weight=1.0, format_penalty=-1.0, form=form)  # type: ignore[arg-type]
     outputs = ["output", "output", " \n"]
     if form == "answer":
@@ -185,7 +185,7 @@ def test_equal_to_a_loop_over_sentence_transformers(tmp_path: Path) -> None:
         for _ in range(12)
     ]
     expected = helpers_rqr_oracles.ask("sentence_transformers", {"model": path, "items": items}, tmp_path)
-    found = [10 * gain for gain in Similarity.load(path, "cpu").gains(items)]
+    found = [10 * gain for gain in Similarity.of(Encoder.load(path, "cpu")).gains(items)]
     assert np.ptp(expected) > 1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
@@ -239,8 +239,9 @@ def test_batches_of_any_size_score_alike(tmp_path: Path) -> None:
     helpers_encoders.build_ance(tmp_path)
     rng = np.random.default_rng(2)
     items = [Item(words(rng, 50), words(rng, 9), (words(rng, 40), words(rng, 40))) for _ in range(10)]
-    together = Similarity.load(str(tmp_path), "cpu").gains(items)
-    singly = [gain for item in items for gain in Similarity.load(str(tmp_path), "cpu", batch_size=1).gains([item])]
+    encoder = Encoder.load(str(tmp_path), "cpu")
+    together = Similarity.of(encoder).gains(items)
+    singly = [gain for item in items for gain in Similarity.of(encoder, batch_size=1).gains([item])]
     np.testing.assert_allclose(together, singly, atol=1e-6)
 
 

@@ -17,13 +17,12 @@ import helpers_trainers as helpers
 import pytest
 import torch
 
-from convsearch import grpo
+from convsearch import grpo, sft
 from convsearch.config import load_sft_config
 from convsearch.runs import checkpoint
 from convsearch.runs.checkpoint import CheckpointScore
 from convsearch.runs.stopping import Stopping, Terminated, sweep
 from convsearch.runs.tracking import read_metrics
-from convsearch.trainers import sft
 
 SAME = ("step", "loss", "kl", "reward", "grad_norm", "response_tokens")
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from convsearch.rewards.scoring import Group, Rollout, Score
+from convsearch.rewards.shapes import Feedback
 from convsearch.runs import rollouts
 from convsearch.runs.tracking import Tracker, markdown, read_metrics
-from convsearch.types import Completion, Rewrite, Rollout
+from convsearch.types import Completion, Example, Rewrite
 
 ROWS = [{"query": "q1", "rewrite": "a | b\nc <b>", "reward": 1.5}, {"query": "q2", "rewrite": "d", "reward": -0.1}]
 
@@ -49,22 +51,20 @@ def test_a_missing_logger_is_one_sentence(
 
 def sample(qid: str, reward: float, rank: int | None, text: str) -> Rollout:
     rewrite = Rewrite(text, None) if rank else Rewrite(None, "no_tag")
-    return Rollout(
-        qid, (1, 2, 3), Completion((4,) * len(text), (-0.5,) * len(text), text, "stop"), rewrite, rank, reward, 0.0
-    )
+    completion = Completion((4,) * len(text), (-0.5,) * len(text), text, "stop")
+    return Rollout(Example(qid, (), "", ()), completion, Score(rewrite, Feedback(rank), reward))
 
 
-def test_the_table_has_the_best_and_the_worst_of_the_first_groups(tmp_path: Path) -> None:
-    group = [sample("q1", 0.5, 20, "middle"), sample("q1", 2.0, 1, "best"), sample("q1", -0.1, None, "worst")]
-    rollouts.dump(tmp_path, 7, [*group, *[sample("q2", 1.0, 10, "same")] * 3, *[sample("q3", 1.0, 10, "more")] * 3])
-    rows = rollouts.table(tmp_path, 7, n=3, groups=2)
+def test_the_table_has_the_best_and_the_worst_of_the_first_groups() -> None:
+    first = [sample("q1", 0.5, 20, "middle"), sample("q1", 2.0, 1, "best"), sample("q1", -0.1, None, "worst")]
+    others = [[sample("q2", 1.0, 10, "same")] * 3, [sample("q3", 1.0, 10, "more")] * 3]
+    rows = rollouts.table([Group(tuple(group)) for group in (first, *others)], most=2)
     assert [(row["query"], row["sample"], row["reward"], row["rank"], row["rewrite"]) for row in rows] == [
         ("q1", "best", 2.0, "1", "best"),
         ("q1", "worst", -0.1, "-", "(no_tag)"),
         ("q2", "best", 1.0, "10", "same"),
         ("q2", "worst", 1.0, "10", "same"),
     ]
-    assert rollouts.lengths(tmp_path, 7) == [(3, 6), (3, 4), (3, 5), *[(3, 4)] * 6]
 
 
 def events(folder: Path) -> list[Any]:

@@ -12,21 +12,3 @@ loss is averaged depends only on token weights (``token_weights``); packing, mic
 | GSPO      | algorithm=gspo               | loss_mode=gspo, loss_agg=seq-mean-token-mean                             |
 | (any)     | algorithm.rollout_correction | truncated importance sampling for old weights or another sampling engine |
 """
-
-from convsearch.algorithms.advantages import group_advantages
-from convsearch.algorithms.averages import LossAggregation, token_weights
-from convsearch.algorithms.clip import clipped_loss
-from convsearch.algorithms.gspo import gspo_loss
-from convsearch.algorithms.importance import importance_weights
-from convsearch.algorithms.kl import KlEstimator, kl_penalty
-
-__all__ = [
-    "KlEstimator",
-    "LossAggregation",
-    "clipped_loss",
-    "group_advantages",
-    "gspo_loss",
-    "importance_weights",
-    "kl_penalty",
-    "token_weights",
-]

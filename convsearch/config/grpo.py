@@ -246,11 +246,6 @@ class RetrieverConfig(Section):
             raise ValueError(f"retriever.url={url} is not a retriever: give {choices}")
         return url
 
-    def embedded_index(self) -> str | None:
-        """The index folder of ``embedded:<index>``; None for a server. Raises ValueError like ``resolved_url``."""
-        url = self.resolved_url()
-        return url.removeprefix(EMBEDDED) if url.startswith(EMBEDDED) else None
-
 
 class GrpoTrainerConfig(TrainerSection):
     project_name: Text = key("convsearch-grpo", "project in wandb")
@@ -306,8 +301,8 @@ class GrpoConfig(Section):
         require_multiple(name, gpus, "rollout.tensor_model_parallel_size", rollout.tensor_model_parallel_size)
         if rollout.overlap and not rollout.n_gpus_per_node:
             raise ValueError(
-                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers that share the policy's "
-                "GPUs sleep while it trains; give them their own GPUs (cluster=disaggregated), or set overlap=false"
+                "actor_rollout_ref.rollout.overlap=true with rollout.n_gpus_per_node=0: samplers that share the "
+                "policy's GPUs sleep while it trains; give them GPUs (cluster=disaggregated), or set overlap=false"
             )
         return self
 

@@ -1,53 +1,55 @@
-"""The inspector's addresses: the page, and what it asks for under /api."""
+"""The inspector's addresses: the page, and the data that it reads under /api."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from convsearch import pages
 from convsearch.inspector.store import Filter, Run, compare
 
 HERE = Path(__file__).parent
 FILES = {
-    "": (HERE / "page.html", "text/html"),
-    "page.css": (HERE / "page.css", "text/css"),
-    "pages.css": (HERE.parent / "pages.css", "text/css"),
-    "page.js": (HERE / "page.js", "text/javascript"),
-    "charts.js": (HERE / "charts.js", "text/javascript"),
-}
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
+    "/": HERE / "page.html",
+    "/page.css": HERE / "page.css",
+    "/pages.css": pages.STYLE,
+    "/page.js": HERE / "page.js",
+    "/charts.js": HERE / "charts.js",
+    "/pages.js": pages.SCRIPT,
 }
 Count = Annotated[int, Query(ge=1, le=200)]
 Natural = Annotated[int, Query(ge=0, le=2**31 - 1)]
 
 
 def create_app(runs: Sequence[Run]) -> FastAPI:
-    """The application over one run or two. It answers to this machine's names alone, so that no other site's page can ask it through a browser."""
-    app = FastAPI(title="inspector", docs_url=None, redoc_url=None, openapi_url=None)
+    """The application over one run or two; only for this machine's host names, so that other sites' pages cannot read
+    it."""
+    routes = pages.file_routes(FILES)
+    app = FastAPI(title="inspector", routes=routes, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 
     @app.middleware("http")
     async def headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         response = await call_next(request)
-        response.headers.update(HEADERS)
+        response.headers.update(pages.HEADERS)
         return response
 
     @app.exception_handler(LookupError)
-    async def not_there(_: Request, error: Exception) -> JSONResponse:
+    async def missing(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": str(error.args[0])}, 404)
 
     @app.exception_handler(ValueError)
     async def refused(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 422)
 
+    add_api(app, runs)
+    return app
+
+
+def add_api(app: FastAPI, runs: Sequence[Run]) -> None:
     def of(number: int) -> Run:
         if not 0 <= number < len(runs):
             raise LookupError(f"there is no run {number}: this page has {len(runs)}")
@@ -59,7 +61,7 @@ def create_app(runs: Sequence[Run]) -> FastAPI:
 
     @app.get("/api/state")
     def state(request: Request, run: int = 0, version: str = "", offset: Natural = 0) -> Any:
-        """New lines of metrics and the dumps that are there; 304 where nothing has changed since the ETag that the page has."""
+        """New lines of metrics, and the steps that have dumps; 304 if nothing has changed since the page's ETag."""
         etag = of(run).etag()
         if request.headers.get("if-none-match") == etag:
             return Response(status_code=304, headers={"etag": etag})
@@ -98,12 +100,3 @@ def create_app(runs: Sequence[Run]) -> FastAPI:
     @app.get("/api/compare")
     def compared() -> Any:
         return compare(of(0), of(1))
-
-    @app.get("/{name:path}")
-    def file(name: str) -> Response:
-        if name not in FILES:
-            raise HTTPException(404, f"there is no {name!r} here")
-        path, kind = FILES[name]
-        return Response(path.read_bytes(), media_type=f"{kind}; charset=utf-8")
-
-    return app

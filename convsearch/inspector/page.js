@@ -1,45 +1,56 @@
-// The inspector's page: each view has an address behind the #, new steps come in by asking every two seconds.
-import {chart, h, legend, short} from "./charts.js";
+// The inspector's page: each view has an address behind the #, and the page asks for new steps every two seconds.
+import {chart, legend, short} from "./charts.js";
+import {$, get, h} from "./pages.js";
 
 const POLL_MS = 2000, GROUPS = 10, PAGE = 24;
 const TITLES = {
-  reward: "Reward a sample", mrr: "Reciprocal rank", format_rate: "Format kept, share", kl: "KL to the reference, nats a token", entropy: "Entropy, nats a token",
-  response_tokens: "Response length, tokens", rank1_rate: "Gold at rank 1, share", found_rate: "Gold found, share", spread_rate: "Groups that teach, share",
-  truncated_rate: "Cut off, share", clip_rate: "Clipped ratios, share", grad_norm: "Gradient norm", loss: "Loss a token", lr: "Learning rate",
-  sampler_gap: "Sampler against trainer, nats", step_s: "Step, seconds",
+  reward: "Reward per sample",
+  mrr: "Reciprocal rank",
+  format_rate: "Format kept, share",
+  kl: "KL to the reference, nats per token",
+  entropy: "Entropy, nats per token",
+  response_tokens: "Response length, tokens",
+  rank1_rate: "Gold at rank 1, share",
+  found_rate: "Gold found, share",
+  spread_rate: "Groups that teach, share",
+  truncated_rate: "Cut off, share",
+  clip_rate: "Clipped ratios, share",
+  grad_norm: "Gradient norm",
+  loss: "Loss per token",
+  lr: "Learning rate",
+  sampler_gap: "Sampler against trainer, nats",
+  step_s: "Step, seconds",
 };
-const main = document.getElementById("main"), status = document.getElementById("status");
+const ERRORS = ["no_tag", "many_tags", "empty", "truncated", "format"];
+const main = $("main");
 let runs = [], drawn = 0;
 
-async function get(path, headers) {
-  const response = await fetch(path, {headers});
-  if (response.status === 304) return null;
-  const body = await response.json();
-  if (!response.ok) throw new Error(typeof body.detail === "string" ? body.detail : "the server did not understand the request");
-  return Object.assign(body, {etag: response.headers.get("etag")});
-}
-
-const query = values => new URLSearchParams(Object.entries(values).filter(([, value]) => value !== "" && value !== null && value !== undefined)).toString();
+const given = value => value !== "" && value !== null && value !== undefined;
+const query = values =>
+  new URLSearchParams(Object.entries(values).filter(([, value]) => given(value))).toString();
 const address = (view, values) => "#" + view + (query(values) ? "?" + query(values) : "");
 
 function here() {
   const [view, rest] = location.hash.slice(1).split("?");
-  return {view: Object.hasOwn(VIEWS, view) ? view : "curves", values: Object.fromEntries(new URLSearchParams(rest || ""))};
+  const values = Object.fromEntries(new URLSearchParams(rest || ""));
+  return {view: Object.hasOwn(VIEWS, view) ? view : "curves", values};
 }
 
 // ---- following the run
 
 async function poll(run) {
-  const state = await get(`/api/state?${query({run: run.number, version: run.version, offset: run.offset})}`, run.etag ? {"if-none-match": run.etag} : {});
+  const wanted = query({run: run.number, version: run.version, offset: run.offset});
+  const state = await get(`/api/state?${wanted}`, {headers: run.etag ? {"if-none-match": run.etag} : {}});
   if (!state) return false;
   if (state.metrics.reset) run.records = [];
   run.records.push(...state.metrics.records);
-  Object.assign(run, {version: state.metrics.version, offset: state.metrics.offset, steps: state.steps, rollouts: state.rollouts, etag: state.etag});
+  const {version, offset} = state.metrics, {steps, rollouts, etag} = state;
+  Object.assign(run, {version, offset, steps, rollouts, etag});
   return true;
 }
 
-function tell() {
-  status.textContent = runs.map(run => {
+function showStatus() {
+  $("status").textContent = runs.map(run => {
     const last = run.steps.length ? `newest step ${run.steps[run.steps.length - 1] + 1}` : "no step yet";
     return `${last}, ${run.rollouts.toLocaleString("en")} rollouts`;
   }).join(" · ");
@@ -49,12 +60,12 @@ async function follow() {
   try {
     const changed = await Promise.all(runs.map(poll));
     if (changed.includes(true)) {
-      tell();
+      showStatus();
       const {view, values} = here();
       if (view === "curves" || (view === "groups" && !values.step)) await show(false);
     }
   } catch (error) {
-    status.textContent = `not reached: ${error.message}; asking again`;
+    $("status").textContent = `not reached: ${error.message}; asking again`;
   }
   setTimeout(follow, POLL_MS);
 }
@@ -62,30 +73,63 @@ async function follow() {
 // ---- views
 
 function curves() {
-  const names = [...new Set(runs.flatMap(run => run.records.flatMap(record => Object.keys(record))))];
-  const points = (run, name) => run.records.filter(record => typeof record[name] === "number").map(record => [record.step + 1, record[name]]);
+  const names = new Set(runs.flatMap(run => run.records.flatMap(record => Object.keys(record))));
+  const points = (run, name) =>
+    run.records.filter(record => typeof record[name] === "number").map(record => [record.step + 1, record[name]]);
   const two = runs.length > 1;
-  const figures = Object.keys(TITLES).filter(name => names.includes(name) || names.includes("val_" + name)).map(name => chart(TITLES[name], runs.flatMap(run => [
+  const lines = (run, name) => [
     {name: two ? run.name : "training", points: points(run, name), colour: two ? run.number + 1 : 1},
-    {name: (two ? run.name + ", " : "") + "held-out", points: points(run, "val_" + name), colour: two ? run.number + 1 : 2, dots: true},
-  ])));
-  const key = two ? runs.map(run => [`${run.name} (dots: held-out)`, `dot-${run.number + 1}`]) : [["training: each step, and the mean of 5", "dot-1"], ["held-out conversations", "dot-2"]];
-  if (!figures.some(Boolean)) return h("p", {class: "panel empty"}, "No finished step yet. This page shows the first one when it is there.");
+    {
+      name: (two ? run.name + ", " : "") + "held-out",
+      points: points(run, "val_" + name),
+      colour: two ? run.number + 1 : 2,
+      dots: true,
+    },
+  ];
+  const shown = Object.keys(TITLES).filter(name => names.has(name) || names.has("val_" + name));
+  const figures = shown.map(name => chart(TITLES[name], runs.flatMap(run => lines(run, name))));
+  const key = two
+    ? runs.map(run => [`${run.name} (dots: held-out)`, `dot-${run.number + 1}`])
+    : [["training: each step, and the mean of 5", "dot-1"], ["held-out conversations", "dot-2"]];
+  if (!figures.some(Boolean))
+    return h("p", {class: "panel empty"}, "No finished step yet. This page shows the first one when it is there.");
   return h("section", {class: "panel", "aria-label": "Curves"}, legend(key), h("div", {class: "grid"}, figures));
 }
 
-const rankChip = sample => sample.error ? h("span", {class: "chip bad"}, `no rewrite: ${sample.error}`)
-  : h("span", {class: "chip " + (sample.rank && sample.rank <= 10 ? "good" : sample.rank ? "" : "bad")}, sample.rank ? `rank ${sample.rank}` : "not found");
+function rankChip(sample) {
+  if (sample.error) return h("span", {class: "chip bad"}, `no rewrite: ${sample.error}`);
+  if (!sample.rank) return h("span", {class: "chip bad"}, "not found");
+  return h("span", {class: "chip " + (sample.rank <= 10 ? "good" : "")}, `rank ${sample.rank}`);
+}
 
-const card = (run, sample, more) => h("article", {class: "card"},
-  h("div", {}, rankChip(sample), " ", h("span", {class: "chip"}, `reward ${short(sample.reward)}`)), more,
-  h("p", {}, h("strong", {}, sample.rewrite ?? sample.text)),
-  sample.thinking && h("p", {class: "thought"}, sample.thinking),
-  h("div", {class: "foot small"}, h("span", {}, `advantage ${short(sample.advantage)}`),
-    h("a", {href: address("rollout", {run: run.number || null, step: sample.step, row: sample.row}), "aria-label": `Rollout ${sample.row} of step ${sample.step + 1}`}, "open")));
+const rewardChip = sample => h("span", {class: "chip"}, `reward ${short(sample.reward)}`);
 
-const runPicker = (chosen, change) => runs.length < 2 ? null : h("label", {}, "Run", h("select", {name: "run", onchange: change},
-  runs.map(run => h("option", {value: run.number, selected: run.number === chosen}, run.name))));
+function card(run, sample, more) {
+  const link = {
+    href: address("rollout", {run: run.number || null, step: sample.step, row: sample.row}),
+    "aria-label": `Rollout ${sample.row} of step ${sample.step + 1}`,
+  };
+  return h("article", {class: "card"},
+    h("div", {}, rankChip(sample), " ", rewardChip(sample)), more,
+    h("p", {}, h("strong", {}, sample.rewrite ?? sample.text)),
+    sample.thinking && h("p", {class: "thought"}, sample.thinking),
+    h("div", {class: "foot small"}, h("span", {}, `advantage ${short(sample.advantage)}`), h("a", link, "open")));
+}
+
+const runPicker = (chosen, change) => runs.length < 2 ? null
+  : h("label", {}, "Run", h("select", {name: "run", onchange: change},
+    runs.map(run => h("option", {value: run.number, selected: run.number === chosen}, run.name))));
+
+const button = (label, attributes) => h("button", {type: "button", ...attributes}, label);
+
+function groupSection(run, group) {
+  const about = `${group.samples.length} samples, mean reward ${short(group.reward)}`;
+  const all = address("search", {run: run.number || null, qid: group.qid});
+  return h("section", {class: "panel", "aria-label": group.qid},
+    h("div", {class: "head"}, h("h2", {class: "mono"}, group.qid), h("span", {class: "muted small"}, about),
+      h("a", {class: "small", href: all}, "all its rollouts")),
+    h("div", {class: "cards"}, group.samples.map(sample => card(run, sample))));
+}
 
 async function groups(values) {
   const run = runs[Number(values.run) || 0], start = Number(values.start) || 0;
@@ -93,95 +137,128 @@ async function groups(values) {
   const newest = run.steps[run.steps.length - 1], step = values.step ? Number(values.step) - 1 : newest;
   const found = await get(`/api/groups?${query({run: run.number, step, start, count: GROUPS})}`);
   const place = run.steps.indexOf(step);
-  const go = more => { location.hash = address("groups", {run: run.number || null, step: step + 1, start: start || null, ...more}).slice(1); };
-  const to = (index, label, name) => h("button", {type: "button", disabled: !(index in run.steps), id: name, onclick: () => go({step: run.steps[index] + 1, start: null})}, label);
-  const controls = h("div", {class: "panel controls"}, runPicker(run.number, event => go({run: event.target.value, start: null})),
-    to(place - 1, "Earlier step", "earlier"),
-    h("label", {}, "Step", h("input", {type: "number", id: "step", min: 1, max: newest + 1, value: step + 1, onchange: event => go({step: event.target.value, start: null})})),
-    to(place + 1, "Later step", "later"),
-    h("a", {href: address("groups", {run: run.number || null})}, values.step ? "Follow the newest" : "Following the newest"));
+  const go = more => {
+    const now = {run: run.number || null, step: step + 1, start: start || null};
+    location.hash = address("groups", {...now, ...more}).slice(1);
+  };
+  const toStep = (index, label, id) => button(label, {
+    disabled: !(index in run.steps), id, onclick: () => go({step: run.steps[index] + 1, start: null}),
+  });
+  const setStep = event => go({step: event.target.value, start: null});
+  const controls = h("div", {class: "panel controls"},
+    runPicker(run.number, event => go({run: event.target.value, start: null})),
+    toStep(place - 1, "Earlier step", "earlier"),
+    h("label", {}, "Step",
+      h("input", {type: "number", id: "step", min: 1, max: newest + 1, value: step + 1, onchange: setStep})),
+    toStep(place + 1, "Later step", "later"),
+    h("a", {href: address("groups", {run: run.number || null})},
+      values.step ? "Follow the newest" : "Following the newest"));
+  const last = Math.min(start + GROUPS, found.total);
+  const earlier = () => go({start: Math.max(0, start - GROUPS) || null}), later = () => go({start: start + GROUPS});
   const pages = found.total > GROUPS && h("div", {class: "panel controls between"},
-    h("button", {type: "button", disabled: start === 0, onclick: () => go({start: Math.max(0, start - GROUPS) || null})}, "Earlier groups"),
-    h("span", {class: "muted"}, `groups ${start + 1} to ${Math.min(start + GROUPS, found.total)} of ${found.total}`),
-    h("button", {type: "button", disabled: start + GROUPS >= found.total, onclick: () => go({start: start + GROUPS})}, "Later groups"));
-  return [controls, found.groups.map(group => h("section", {class: "panel", "aria-label": group.qid},
-    h("div", {class: "head"}, h("h2", {class: "mono"}, group.qid), h("span", {class: "muted small"}, `${group.samples.length} samples, mean reward ${short(group.reward)}`),
-      h("a", {class: "small", href: address("search", {run: run.number || null, qid: group.qid})}, "all its rollouts")),
-    h("div", {class: "cards"}, group.samples.map(sample => card(run, sample))))), pages];
+    button("Earlier groups", {disabled: start === 0, onclick: earlier}),
+    h("span", {class: "muted"}, `groups ${start + 1} to ${last} of ${found.total}`),
+    button("Later groups", {disabled: start + GROUPS >= found.total, onclick: later}));
+  return [controls, found.groups.map(group => groupSection(run, group)), pages];
 }
 
-const option = (value, label, chosen) => h("option", {value, selected: value === (chosen || "")}, label);
-
 function searchForm(values) {
-  const number = (name, label, step) => h("label", {}, label, h("input", {type: "number", name, step, value: values[name] ?? ""}));
-  const form = h("form", {class: "panel", role: "search", onsubmit: event => {
+  const field = (label, attributes, style) =>
+    h("label", {class: style}, label, h("input", {...attributes, value: values[attributes.name] ?? ""}));
+  const number = (name, label, step) => field(label, {type: "number", name, step});
+  const choice = (name, label, options) => h("label", {}, label, h("select", {name}, options.map(([value, text]) =>
+    h("option", {value, selected: value === (values[name] || "")}, text))));
+  const submit = event => {
     event.preventDefault();
-    const given = Object.fromEntries(new FormData(event.target));
-    if (given.run === "0") delete given.run;
-    location.hash = address("search", given).slice(1);
-  }},
-  runPicker(Number(values.run) || 0),
-  h("label", {class: "wide"}, "Words in the output (\"a phrase\" in quotes)", h("input", {type: "search", name: "text", id: "text", value: values.text ?? ""})),
-  h("label", {}, "Query id", h("input", {type: "text", name: "qid", value: values.qid ?? ""})),
-  h("label", {}, "Gold rank", h("select", {name: "rank"}, option("", "any", values.rank), option("1", "1", values.rank), option("2-10", "2 to 10", values.rank),
-    option("11-100", "11 and below", values.rank), option("none", "not found", values.rank))),
-  h("label", {}, "Format", h("select", {name: "error"}, option("", "any", values.error), option("none", "kept", values.error), option("any", "broken", values.error),
-    ["no_tag", "many_tags", "empty", "truncated", "format"].map(name => option(name, `broken: ${name}`, values.error)))),
-  number("reward_min", "Reward from", "any"), number("reward_max", "to", "any"), number("from", "Step from", "1"), number("to", "to", "1"),
-  h("button", {class: "main", type: "submit"}, "Search"));
-  return form;
+    const fields = Object.fromEntries(new FormData(event.target));
+    if (fields.run === "0") delete fields.run;
+    location.hash = address("search", fields).slice(1);
+  };
+  const ranks = [["", "any"], ["1", "1"], ["2-10", "2 to 10"], ["11-100", "11 and below"], ["none", "not found"]];
+  const formats = [["", "any"], ["none", "kept"], ["any", "broken"], ...ERRORS.map(name => [name, `broken: ${name}`])];
+  return h("form", {class: "panel", role: "search", onsubmit: submit},
+    runPicker(Number(values.run) || 0),
+    field("Words in the output (\"a phrase\" in quotes)", {type: "search", name: "text", id: "text"}, "wide"),
+    field("Query id", {type: "text", name: "qid"}),
+    choice("rank", "Gold rank", ranks), choice("error", "Format", formats),
+    number("reward_min", "Reward from", "any"), number("reward_max", "to", "any"),
+    number("from", "Step from", "1"), number("to", "to", "1"),
+    h("button", {class: "main", type: "submit"}, "Search"));
 }
 
 async function search(values, mine) {
   const run = runs[Number(values.run) || 0], {from, to, ...rest} = values;
-  const asked = {...rest, run: run.number, step_min: from ? from - 1 : "", step_max: to ? to - 1 : "", size: PAGE};
-  const list = h("div", {class: "cards"}), said = h("p", {class: "muted", role: "status", id: "found"}, "Searching …"), next = h("div", {class: "controls"});
-  const part = [searchForm(values), h("section", {class: "panel", "aria-label": "Rollouts"}, said, list, next)];
-  main.replaceChildren(...part);
+  const wanted = {...rest, run: run.number, step_min: from ? from - 1 : "", step_max: to ? to - 1 : "", size: PAGE};
+  const list = h("div", {class: "cards"}), next = h("div", {class: "controls"});
+  const said = h("p", {class: "muted", role: "status", id: "found"}, "Searching …");
+  main.replaceChildren(searchForm(values),
+    h("section", {class: "panel", "aria-label": "Rollouts"}, said, list, next));
+  const place = sample =>
+    h("p", {class: "small"}, `step ${sample.step + 1}, `, h("span", {class: "mono"}, sample.qid));
   let cursor = values.cursor || "", scanned = 0, count = 0;
-  while (true) {  // a rare word takes several requests, for each looks through a bounded number of rollouts
-    const found = await get(`/api/rollouts?${query({...asked, cursor, size: PAGE - count})}`);
+  while (true) {  // a rare word takes several requests, because each scans a bounded number of rollouts
+    const found = await get(`/api/rollouts?${query({...wanted, cursor, size: PAGE - count})}`);
     if (mine !== drawn) return null;
     scanned += found.scanned;
     count += found.rollouts.length;
-    list.append(...found.rollouts.map(sample => card(run, sample, h("p", {class: "small"}, `step ${sample.step + 1}, `, h("span", {class: "mono"}, sample.qid)))));
+    list.append(...found.rollouts.map(sample => card(run, sample, place(sample))));
     cursor = found.cursor;
     if (!cursor || count >= PAGE) break;
     said.textContent = `${count} found in ${scanned.toLocaleString("en")} rollouts, searching on …`;
   }
-  said.textContent = count ? `${count} rollouts, newest steps first; ${scanned.toLocaleString("en")} of ${run.rollouts.toLocaleString("en")} looked through` : "Nothing like this.";
+  const share = `${scanned.toLocaleString("en")} of ${run.rollouts.toLocaleString("en")} looked through`;
+  said.textContent = count ? `${count} rollouts, newest steps first; ${share}` : "Nothing like this.";
   if (values.cursor) next.append(h("a", {href: address("search", {...values, cursor: null})}, "To the first page"));
   if (cursor) next.append(h("a", {id: "next", href: address("search", {...values, cursor})}, "Next page"));
   return null;
 }
 
 async function rollout(values) {
-  const run = runs[Number(values.run) || 0], found = await get(`/api/rollout?${query({run: run.number, step: values.step, row: values.row})}`);
-  const others = found.group.map((row, i) => row === found.row ? h("strong", {}, `${i + 1} `) : [h("a", {href: address("rollout", {run: run.number || null, step: found.step, row})}, `${i + 1}`), " "]);
-  const facts = {Query: h("span", {class: "mono"}, found.qid), Step: h("a", {href: address("groups", {run: run.number || null, step: found.step + 1})}, String(found.step + 1)), "Samples of its group": others,
-    Advantage: short(found.advantage), Tokens: `${found.prompt_tokens} in the prompt, ${found.tokens.length} in the answer, ended by ${found.finish_reason}`,
-    "Weights of step": String(found.weights_version)};
+  const run = runs[Number(values.run) || 0], number = run.number || null;
+  const found = await get(`/api/rollout?${query({run: run.number, step: values.step, row: values.row})}`);
+  const others = found.group.map((row, i) => row === found.row ? h("strong", {}, `${i + 1} `)
+    : [h("a", {href: address("rollout", {run: number, step: found.step, row})}, `${i + 1}`), " "]);
+  const step = h("a", {href: address("groups", {run: number, step: found.step + 1})}, String(found.step + 1));
+  const answer = `${found.tokens.length} in the answer, ended by ${found.finish_reason}`;
+  const facts = {
+    Query: h("span", {class: "mono"}, found.qid),
+    Step: step,
+    "Samples of its group": others,
+    Advantage: short(found.advantage),
+    Tokens: `${found.prompt_tokens} in the prompt, ${answer}`,
+    "Weights of step": String(found.weights_version),
+  };
+  const hint = "Marked: tokens with a probability under 10 %. Hold the pointer over a token to see its probability.";
+  const token = ([text, logprob]) =>
+    h(logprob < Math.log(.1) ? "mark" : "span", {title: `${(100 * Math.exp(logprob)).toFixed(1)} %`}, text);
   return h("section", {class: "panel", "aria-label": "Rollout"},
-    h("h2", {}, found.rewrite ?? "No rewrite"), h("p", {}, rankChip(found), " ", h("span", {class: "chip"}, `reward ${short(found.reward)}`)),
+    h("h2", {}, found.rewrite ?? "No rewrite"), h("p", {}, rankChip(found), " ", rewardChip(found)),
     h("dl", {}, Object.entries(facts).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
     found.prompt && [h("h3", {}, "Prompt"), h("pre", {}, found.prompt)],
-    h("h3", {}, "Answer"), h("p", {class: "muted small"}, "Marked: tokens that were sampled at a probability under 10 %; hold the pointer over a token for its own."),
-    h("pre", {}, found.tokens.map(([text, logprob]) => h(logprob < Math.log(.1) ? "mark" : "span", {title: `${(100 * Math.exp(logprob)).toFixed(1)} %`}, text))));
+    h("h3", {}, "Answer"), h("p", {class: "muted small"}, hint), h("pre", {}, found.tokens.map(token)));
 }
 
 async function comparison() {
   const found = await get("/api/compare");
-  const head = names => h("thead", {}, h("tr", {}, names.map((name, i) => h("th", {scope: "col", class: i && "num"}, name))));
-  const row = (name, values) => h("tr", {}, h("th", {scope: "row"}, name), values.map(value => h("td", {class: "num"}, value)));
   const names = runs.map(run => run.name), signed = value => (value > 0 ? "+" : "") + short(value);
+  const head = h("thead", {}, h("tr", {}, ["", ...names, "difference"].map((name, i) =>
+    h("th", {scope: "col", class: i && "num"}, name))));
+  const row = (name, style, cells) => h("tr", {}, h("th", {scope: "row", class: style}, name),
+    cells.map(cell => h("td", {class: "num"}, cell)));
+  const table = (title, about, rows) => h("section", {class: "panel"}, h("h2", {}, title),
+    h("p", {class: "muted small"}, about),
+    h("div", {class: "scroll", tabindex: 0}, h("table", {}, head, h("tbody", {}, rows))));
+  const link = (item, value, i) => [
+    h("a", {href: address("search", {run: i || null, qid: item.qid})}, short(value)),
+    h("span", {class: "muted small"}, ` of ${item.rollouts[i]}`),
+  ];
+  const metrics = found.metrics.map(({name, values: [a, b]}) => row(name, null, [short(a), short(b), signed(b - a)]));
+  const queries = found.queries.map(item => row(item.qid, "mono",
+    [...item.reward.map((value, i) => link(item, value, i)), signed(item.reward[1] - item.reward[0])]));
+  const shared = `${found.shared.toLocaleString("en")} queries are in both runs`;
   return [curves(),
-    h("section", {class: "panel"}, h("h2", {}, "Where they ended"), h("p", {class: "muted small"}, "Mean of the last five values of each metric."),
-      h("div", {class: "scroll", tabindex: 0}, h("table", {}, head(["", ...names, "difference"]),
-        h("tbody", {}, found.metrics.map(metric => row(metric.name, [...metric.values.map(short), signed(metric.values[1] - metric.values[0])])))))),
-    h("section", {class: "panel"}, h("h2", {}, "Queries that differ most"), h("p", {class: "muted small"}, `Mean reward over all rollouts of a query; ${found.shared.toLocaleString("en")} queries are in both runs.`),
-      h("div", {class: "scroll", tabindex: 0}, h("table", {}, head(["", ...names, "difference"]), h("tbody", {}, found.queries.map(item => h("tr", {}, h("th", {scope: "row", class: "mono"}, item.qid),
-        item.reward.map((value, i) => h("td", {class: "num"}, h("a", {href: address("search", {run: i || null, qid: item.qid})}, short(value)), h("span", {class: "muted small"}, ` of ${item.rollouts[i]}`))),
-        h("td", {class: "num"}, signed(item.reward[1] - item.reward[0]))))))))];
+    table("Where they ended", "Mean of the last five values of each metric.", metrics),
+    table("Queries that differ most", `Mean reward over all rollouts of a query; ${shared}.`, queries)];
 }
 
 const VIEWS = {curves, groups, search, rollout, compare: comparison};
@@ -203,16 +280,21 @@ document.querySelector(".skip").addEventListener("click", event => { event.preve
 addEventListener("hashchange", () => show());
 addEventListener("keydown", event => {
   if (event.target.closest("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "/") { event.preventDefault(); location.hash = "search"; setTimeout(() => document.getElementById("text")?.focus(), 100); }
-  if (event.key === "j") document.getElementById("earlier")?.click();
-  if (event.key === "k") document.getElementById("later")?.click();
+  if (event.key === "/") {
+    event.preventDefault();
+    location.hash = "search";
+    setTimeout(() => $("text")?.focus(), 100);
+  }
+  if (event.key === "j") $("earlier")?.click();
+  if (event.key === "k") $("later")?.click();
 });
 
-runs = (await get("/api/runs")).map((run, number) => ({...run, number, records: [], steps: [], rollouts: 0, version: "", offset: 0, etag: ""}));
-document.getElementById("name").textContent = runs.map(run => run.name).join(" and ");
+const empty = {records: [], steps: [], rollouts: 0, version: "", offset: 0, etag: ""};
+runs = (await get("/api/runs")).map((run, number) => ({...run, number, ...structuredClone(empty)}));
+$("name").textContent = runs.map(run => run.name).join(" and ");
 document.title = runs.map(run => run.name).join(" / ") + ": run inspector";
-document.getElementById("compare-link").hidden = runs.length < 2;
+$("compare-link").hidden = runs.length < 2;
 await Promise.all(runs.map(poll));
-tell();
+showStatus();
 await show(false);
 setTimeout(follow, POLL_MS);

@@ -1,6 +1,7 @@
-"""A run's files, read as a page needs them: the columns that are asked for, one step's dump at a time, never all the text at once."""
+"""Reads a run's files as a page needs them: only some columns, one step's dump at a time, never all the text."""
 
 import json
+import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from convsearch.parsing import thinking
 
 Record = dict[str, Any]
 SHOWN = ("qid", "text", "rewrite", "error", "rank", "reward", "advantage", "finish_reason")
 RANKS = {"1": (1, 1), "2-10": (2, 10), "11-100": (11, 2**31 - 1)}  # and "none"
-SCAN_ROWS = 250_000  # rollouts that one request looks through at most; the page asks on from there
-LAST_STEPS = 5  # the mean of so many ends a curve
+SCAN_ROWS = 250_000  # the most rollouts that one request scans; the page continues from there
+LAST_STEPS = 5  # whose mean is the end of a curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rollouts to show; what is None or empty does not count. ``text``: words that all occur, "a phrase in quotes" as it stands."""
+    """Which rollouts to show; None or empty means any. ``text``: words, or "a phrase in quotes", that all occur."""
 
     text: str = ""
     qid: str = ""
@@ -45,13 +49,13 @@ class Filter:
             raise ValueError(f"rank {self.rank!r} is not one of {', '.join(RANKS)}, none")
 
     def columns(self) -> list[str]:
-        """The columns that decide."""
+        """The columns that the filter needs."""
         wanted = {"text": self.text, "qid": self.qid, "error": self.error, "rank": self.rank}
         bounded = self.reward_min is not None or self.reward_max is not None
         return [name for name, value in wanted.items() if value] + (["reward"] if bounded else [])
 
     def mask(self, table: pa.Table) -> Any:
-        """[rows] of booleans, or None where every row is meant."""
+        """[rows] of booleans, or None for every row."""
         parts = [pc.match_substring(table["text"], phrase, ignore_case=True) for phrase in phrases(self.text)]
         if self.qid:
             parts.append(pc.match_substring(table["qid"], self.qid, ignore_case=True))
@@ -75,12 +79,12 @@ class Filter:
 
 
 def phrases(text: str) -> list[str]:
-    """``phrases('tall "the tower')`` is ``["tall", "the tower"]``: a quote that is not closed runs to the end."""
+    """``phrases('tall "the tower')`` is ``["tall", "the tower"]``: a quote that is not closed extends to the end."""
     return [quoted or word for quoted, word in re.findall(r'"([^"]+)"?|([^\s"]+)', text)]
 
 
 class Run:
-    """A run folder; several threads may ask. Nothing is kept but the dumps' sizes."""
+    """A run folder. Thread-safe; it keeps only the sizes of the dumps."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -92,9 +96,9 @@ class Run:
         self._lock = threading.Lock()
 
     def metrics(self, version: str = "", offset: int = 0) -> Record:
-        """The lines of metrics.jsonl from byte ``offset`` on; all of them, with ``reset``, where the file is not the one of ``version`` any more.
+        """The lines of metrics.jsonl from byte ``offset``; all of them, with ``reset``, if ``version`` is another file.
 
-        A run that resumes writes the file anew: then it has another inode.
+        A run that resumes replaces the file, so its inode changes.
         """
         path = self.folder / "metrics.jsonl"
         try:
@@ -111,7 +115,7 @@ class Run:
         return {"version": about[0], "offset": start + len(whole) + bool(whole), "reset": reset, "records": records}
 
     def steps(self) -> list[Step]:
-        """The dumps that are there, by number."""
+        """The existing dumps, by number."""
         with self._lock:
             return [
                 Step(int(path.stem), self._size(path)) for path in sorted((self.folder / "rollouts").glob("*.parquet"))
@@ -125,7 +129,7 @@ class Run:
         return known[2]
 
     def etag(self) -> str:
-        """Another one whenever a dump or a line of metrics was added or written anew."""
+        """Changes whenever a dump or a line of metrics is added or replaced."""
         paths = [self.folder / "metrics.jsonl", *(self.folder / "rollouts").glob("*.parquet")]
         about = [path.stat() for path in paths if path.is_file()]
         newest = max((a.st_mtime_ns for a in about), default=0)
@@ -139,7 +143,7 @@ class Run:
             return file.read(columns=list(columns), use_threads=False)
 
     def groups(self, step: int, start: int, count: int) -> Record:
-        """``count`` groups of a step from the ``start``-th on: the samples of one prompt stand together in a dump."""
+        """``count`` groups of a step from the ``start``-th on: the samples of one prompt are consecutive in a dump."""
         table = self._read(step, SHOWN)
         qids = table["qid"].to_pylist()
         firsts = [row for row, qid in enumerate(qids) if row == 0 or qid != qids[row - 1]]
@@ -155,9 +159,10 @@ class Run:
         return {"step": step, "start": start, "total": len(firsts), "groups": groups}
 
     def find(self, wanted: Filter, cursor: str = "", size: int = 50) -> Record:
-        """A page of rollouts, the newest steps first: ``{"rollouts": [...], "cursor": where to go on or None, "scanned": rows looked at}``.
+        """A page of rollouts, newest steps first: "rollouts", "cursor" (where to continue, or None), "scanned" (rows).
 
-        One call looks at SCAN_ROWS rows (and the rest of their dump) at most, so a page may come back short, even empty, with a cursor.
+        One call scans at most SCAN_ROWS rows and the rest of their dump, so a page may be short or empty, with a
+        cursor.
         """
         step_from, row_from = _position(cursor)
         found: list[Record] = []
@@ -187,7 +192,7 @@ class Run:
         return rows
 
     def rollout(self, step: int, row: int) -> Record:
-        """All that is known of one rollout: prompt and tokens as text too where the run has a tokenizer."""
+        """One rollout with prompt and tokens, as text if the run has a tokenizer."""
         columns = [*SHOWN, "prompt_ids", "token_ids", "logprobs", "weights_version"]
         table = self._read(step, columns)
         if not 0 <= row < table.num_rows:
@@ -213,8 +218,6 @@ class Run:
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             return None
-        from tokenizers import Tokenizer
-
         return Tokenizer.from_file(str(path))
 
     def rewards(self) -> Mapping[str, tuple[int, float]]:
@@ -232,7 +235,8 @@ class Run:
 
 
 def compare(one: Run, other: Run, most: int = 25) -> Record:
-    """Where two runs ended (mean of their last steps, metric by metric), and the queries of both whose rewards differ most."""
+    """The mean of the last steps of two runs, per metric, and their shared queries with the largest reward
+    differences."""
     ends = [_ends(run.metrics()["records"]) for run in (one, other)]
     names = [name for name in ends[0] if name in ends[1] and name != "step"]
     a, b = one.rewards(), other.rewards()
@@ -257,8 +261,6 @@ def _ends(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _sample(step: int, row: int, record: Record) -> Record:
-    from convsearch.parsing import thinking
-
     return {"step": step, "row": row, "thinking": thinking(record["text"]), **record}
 
 
@@ -272,7 +274,5 @@ def _position(cursor: str) -> tuple[int, int]:
 
 
 def _stat(descriptor: int) -> tuple[str, int]:
-    import os
-
     about = os.fstat(descriptor)
     return f"{about.st_dev}-{about.st_ino}", about.st_size

@@ -90,12 +90,6 @@ class MicroBatch:
             found += [(row, start, stop) for start, stop in zip(starts, [*starts[1:], end], strict=True)]
         return found
 
-    def attention_mask(self) -> Tensor:
-        """[B, 1, T, T] bool, True where a query position (third axis) may see a key position (last axis)."""
-        length = self.branch_BT.shape[1]
-        causal_TT = torch.ones(length, length, dtype=torch.bool, device=self.branch_BT.device).tril()
-        return (causal_TT & related(self.branch_BT[:, :, None], self.branch_BT[:, None, :]))[:, None]
-
     def to(self, device: torch.device) -> "MicroBatch":
         columns = {name: getattr(self, name) for name in self.__slots__}
         return replace(self, **{name: value.to(device) for name, value in columns.items() if value is not None})

@@ -54,19 +54,6 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-class Reference:
-    """The frozen reference of a policy with adapters: ``policy`` (``convsearch.policy.policy.Policy``) without them."""
-
-    def __init__(self, policy: Any):
-        self.policy, self.causal_lm = policy, policy.causal_lm
-
-    def logprobs(self, micro: Any) -> Tensor:
-        """[R], on the CPU."""
-        with without_adapters(self.policy.module):
-            found: Tensor = self.policy.logprobs(micro)
-        return found
-
-
 def adapter_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the adapters."""
     return {name: tensor for name, tensor in tensors.items() if name.endswith((_A, _B))}

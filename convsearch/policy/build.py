@@ -8,7 +8,7 @@ from convsearch.config import GrpoConfig, SftConfig
 from convsearch.model import distributed, lora
 from convsearch.model.loading import load_model
 from convsearch.policy.base import Reference
-from convsearch.policy.policy import SFT_KNOBS, LocalPolicy
+from convsearch.policy.policy import SFT_KNOBS, BaseReference, LocalPolicy
 from convsearch.runs import checkpoint
 
 
@@ -58,7 +58,7 @@ def grpo_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[i
     if not actor.use_kl_loss:
         return step, policy, None
     if model.lora_rank:
-        return step, policy, lora.Reference(policy)
+        return step, policy, BaseReference(policy)
     frozen = load_model(model.path, trust_remote_code=model.trust_remote_code).requires_grad_(False)
     offload = cfg.actor_rollout_ref.ref.fsdp_config.param_offload
     return step, policy, LocalPolicy(frozen, device, temperature=temperature, bf16=bf16, param_offload=offload)

@@ -199,3 +199,15 @@ class LocalPolicy:
                 else distributed.like(parameter, value)
                 for moment, value in entries.items()
             }
+
+
+class BaseReference:
+    """The frozen reference of a policy with adapters: the same model with the adapters switched off."""
+
+    def __init__(self, policy: LocalPolicy):
+        self.policy = policy
+
+    def logprobs(self, micro: MicroBatch) -> Tensor:
+        """[R], on the CPU."""
+        with lora.without_adapters(self.policy.module):
+            return self.policy.logprobs(micro)

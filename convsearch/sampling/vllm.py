@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
+from transformers import AutoConfig
 
 from convsearch.sampling.base import Finished, Prompt, SamplingConfig, WeightSource, collect
 from convsearch.types import Completion
@@ -180,8 +181,6 @@ def _gpu_options(memory_share: float, transfer: str | None) -> dict[str, Any]:
 
 
 def _cpu_options(path: str, config: SamplingConfig, model_len: int) -> dict[str, Any]:
-    from transformers import AutoConfig
-
     model = AutoConfig.from_pretrained(path)
     head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     position = 2 * 4 * model.num_hidden_layers * model.num_key_value_heads * head  # bytes: keys and values in float32

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from convsearch.algorithms import group_advantages, token_weights
+from convsearch.algorithms.advantages import group_advantages
+from convsearch.algorithms.averages import token_weights
 from convsearch.algorithms.dynamic_sampling import draw_until_spread
 from convsearch.algorithms.loss import grpo_loss
 from convsearch.config import GrpoConfig

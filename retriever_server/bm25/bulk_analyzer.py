@@ -1,7 +1,7 @@
-"""The analyzer for whole collections: many texts at once, from bytes to term numbers, without a Python step for a word that was met before.
+"""The analyzer for whole collections: many texts at once, from bytes to term numbers, in compiled code for known words.
 
-Text is cut at ASCII white space, which no word crosses, into chunks. A hash table in compiled code knows the chunks met before and the numbers of
-their terms; an unseen chunk goes through ``analyzer``, once.
+Text is cut into chunks at ASCII white space, which no word crosses. A hash table in compiled code maps known chunks to
+the numbers of their terms. A new chunk goes through ``analyzer``, once.
 """
 
 from typing import Any
@@ -11,20 +11,20 @@ import numpy as np
 from retriever_server.bm25.kernels import Array, compiled
 from retriever_server.text.analyzer import TermIds
 
-MOST_CHUNKS = 1 << 19  # remembered at the start of a call: 60 MB with their bytes; beyond that the memory starts anew
+MOST_CHUNKS = 1 << 19  # in the table at the start of a call: 60 MB with their bytes; beyond that it is emptied
 MOST_TERMS = 1 << 20  # likewise in the vocabulary
 
 
 class BulkAnalyzer:
     """Texts -> the numbers of their terms in ``vocabulary``, as TermIds gives them. Not for several threads.
 
-    Example: ``analyzer = BulkAnalyzer(); analyzer([b"dogs, a dog", b"cats"])`` is ``([0, 0, 1], [2, 1])``, and ``vocabulary`` {"dog": 0, "cat": 1}.
+    Example: ``BulkAnalyzer()([b"dogs, a dog", b"cats"])`` is ``([0, 0, 1], [2, 1])``, with the vocabulary dog 0, cat 1.
     """
 
     def __init__(self) -> None:
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._term_ids = TermIds()
         self._count = 0  # of known chunks
         self._slots = np.full(1 << 14, -1, np.int32)  # hash -> chunk; a power of two, at most a quarter of it in use
@@ -34,13 +34,13 @@ class BulkAnalyzer:
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Term -> number. A call may start it anew: read it before the next one."""
+        """Term -> number. A call may empty it: read it before the next one."""
         return self._term_ids.vocabulary
 
     def __call__(self, texts: list[bytes]) -> tuple[Array, Array]:
-        """(term numbers of all texts, int64[terms]; how many each text has, int64[texts]). ``texts`` are valid UTF-8."""
+        """(term numbers of all texts, int64[terms]; their counts per text, int64[texts]). ``texts`` are valid UTF-8."""
         if len(self.vocabulary) > MOST_TERMS or self._count > MOST_CHUNKS:
-            self._start_anew()
+            self._reset()
         joined = np.frombuffer(b"\n".join(texts) + b"\n", np.uint8)
         ends = np.cumsum(np.fromiter((len(text) + 1 for text in texts), np.int64, len(texts)))
         starts, stops, hashes, chunks_each = cut(joined, ends)
@@ -53,14 +53,12 @@ class BulkAnalyzer:
         return terms, terms_each
 
     def _learn(self, chunk: Array, value: Any) -> None:
-        """Gives an unseen chunk, whose hash is ``value``, the next number."""
+        """Gives a new chunk, whose hash is ``value``, the next number."""
         number, self._count = self._count, self._count + 1
         if number == len(self._hashes):
             self._hashes = np.resize(self._hashes, 2 * number)
-            self._byte_ends, self._term_ends = (
-                np.resize(self._byte_ends, 2 * number + 1),
-                np.resize(self._term_ends, 2 * number + 1),
-            )
+            self._byte_ends = np.resize(self._byte_ends, 2 * number + 1)
+            self._term_ends = np.resize(self._term_ends, 2 * number + 1)
             self._slots = np.full(8 * number, -1, np.int32)
             for other in range(number):
                 self._slots[free_slot(self._slots, self._hashes[other])] = other
@@ -83,7 +81,7 @@ def _append(values: Array, ends: Array, number: int, new: Any) -> Array:
 
 @compiled
 def cut(data: Array, ends: Array) -> Any:
-    """(start, stop, hash) of every chunk, and how many chunks each text has; texts end at ``ends`` with a white space."""
+    """(start, stop, hash) of every chunk, and the number of chunks per text; texts end at ``ends`` with a space."""
     most = len(data) // 2 + 1
     starts, stops, hashes = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.uint64)
     each = np.zeros(len(ends), np.int64)
@@ -131,7 +129,7 @@ def find(
     known_ends: Array,
     chunks: Array,
 ) -> int:
-    """Fills ``chunks`` from position ``at`` on with the numbers of known chunks; stops at the first that is not known and returns its position."""
+    """Fills ``chunks`` from position ``at`` with the numbers of known chunks; returns where the first new one is."""
     for c in range(at, len(starts)):
         slot, found = slot_of(hashes[c], len(slots)), -1
         while slots[slot] >= 0:
@@ -155,7 +153,7 @@ def find(
 
 @compiled
 def expand(chunks: Array, chunks_each: Array, terms: Array, term_ends: Array) -> Any:
-    """The terms of all chunks one after the other, and how many of them each text has."""
+    """The terms of all chunks one after the other, and their counts per text."""
     total = 0
     for c in chunks:
         total += term_ends[c + 1] - term_ends[c]

@@ -9,14 +9,15 @@ from retriever_server.bm25.bulk_analyzer import BulkAnalyzer
 from retriever_server.bm25.formula import length_bytes
 from retriever_server.storage import Array, string_hash
 
-CHUNK_BYTES = 4 << 20  # of collection text: about 8,000 passages, 20 MB on the way
+CHUNK_BYTES = 4 << 20  # of collection text: about 8,000 passages, 20 MB between processes
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """N passages and their P postings; passages are numbered from 0 within the chunk, and ascend among the postings of a term.
+    """N passages, numbered from 0, and their P postings; the postings of a term are in the order of passages.
 
-    Example: passages "cat dog cat" and "dog" -> terms ["cat", "dog"], postings_term [0, 1, 1], postings_doc [0, 0, 1], tf [2, 1, 1].
+    Example: "cat dog cat" and "dog" -> terms ["cat", "dog"], postings_term [0, 1, 1], postings_doc [0, 0, 1], tf [2, 1,
+        1].
     """
 
     docids: bytes  # UTF-8, one after the other
@@ -32,7 +33,7 @@ class Chunk:
     postings_pair: Array  # uint32[P]: tf x 256 + length byte
 
 
-_analyzer = BulkAnalyzer()  # of this process: its memory of words already analysed outlasts a chunk
+_analyzer = BulkAnalyzer()  # of this process: it remembers the words of earlier chunks
 
 
 def invert(path: str, first_line: int, lines: bytes) -> Chunk:
@@ -67,7 +68,7 @@ def invert(path: str, first_line: int, lines: bytes) -> Chunk:
 
 
 def _count(tokens: Array, lengths: Array) -> tuple[list[str], Array, Array, Array]:
-    """The chunk's terms in alphabetical order, whichever process does it; and (term, passage, times) of each distinct pair."""
+    """The chunk's terms in alphabetical order, so in any process the same, and (term, passage, times) of each pair."""
     passages = max(len(lengths), 1)
     keys, times = np.unique(tokens * passages + np.repeat(np.arange(len(lengths)), lengths), return_counts=True)
     distinct, of_posting = np.unique(keys // passages, return_inverse=True)

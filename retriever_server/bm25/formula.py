@@ -1,7 +1,7 @@
-"""BM25 as Lucene computes it: one-byte passage lengths and float32 arithmetic (org.apache.lucene.search.similarities.BM25Similarity).
+"""BM25 as org.apache.lucene.search.similarities.BM25Similarity: one-byte passage lengths, float32 arithmetic.
 
-score(term, passage) = w - w / (1 + tf x inverse norm), with w = (times in the query) x idf; a passage's score is the sum of its
-terms' scores in double precision, cut to float32 at the end.
+score(term, passage) = w - w / (1 + tf x inverse norm), with w = (times in the query) x idf. A passage's score is the
+sum of its terms' scores in double precision, rounded to float32 at the end.
 """
 
 import math
@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def _decoded_lengths() -> npt.NDArray[np.int64]:
-    """The 256 passage lengths that a byte can stand for (Lucene's SmallFloat.byte4ToInt): exact to 39, then 3 significant bits."""
+    """The 256 passage lengths of a byte (Lucene's SmallFloat.byte4ToInt): exact to 39, then 3 significant bits."""
     lengths = list(range(24))
     for code in range(256 - 24):
         bits, shift = code & 7, (code >> 3) - 1
@@ -25,12 +25,13 @@ LENGTHS = _decoded_lengths()
 
 
 def length_bytes(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """The byte that stands for each length in terms: the largest whose decoded length is no longer (SmallFloat.intToByte4)."""
+    """The byte of each length in terms: the largest whose decoded length is at most that (SmallFloat.intToByte4)."""
     return (np.searchsorted(LENGTHS, lengths, side="right") - 1).astype(np.uint8)
 
 
 def inverse_norms(k1: float, b: float, num_tokens: int, num_nonempty: int) -> Floats:
-    """float32[256]: 1 / (k1 x (1 - b + b x length / mean length)) for each length byte; empty passages do not count in the mean."""
+    """float32[256]: 1 / (k1 x (1 - b + b x length / mean length)) per length byte; the mean is of non-empty
+    passages."""
     k1_, b_, one = np.float32(k1), np.float32(b), np.float32(1)
     mean = np.float32(num_tokens / num_nonempty) if num_nonempty else one
     with np.errstate(divide="ignore"):  # k1 = 0: tf does not matter, and infinity says so

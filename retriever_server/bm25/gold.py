@@ -1,15 +1,15 @@
-"""The compiled loops behind exact gold ranks by BM25: no ranking is made. Threads run them without the GIL, each over its share of the passages.
+"""The compiled loops of exact gold ranks by BM25, without a ranking. Threads run them without the GIL.
 
-The gold passage is scored first, and gives a threshold that a top-k search never has. Scores are then added up in whole units, each posting's
-rounded up, so that a sum below the threshold is final; what is not clear from the sum is scored again exactly as Lucene does. A window of
-passages is worked on at a time, for all queries of a batch:
+The gold passage is scored first. Its score is a threshold that a top-k search never has. Scores are then added up in
+whole units, each posting's rounded up, so that a sum below the threshold is final; a passage whose sum does not decide
+is scored again, exactly as Lucene does. The loops work on one window of passages at a time, for all queries of a batch:
 
-* the postings of a common term that several queries hold are written out once, as a column with one byte a passage, and added to each query's
-  sums by vector instructions: some 10 microseconds a million passages, where 100,000 postings would take 50 and more;
-* the postings of the other terms are added one by one, but for the least telling: a passage that holds only terms of that tail cannot reach the
-  threshold, and the tail is looked up for the few passages that it could lift over it.
+* The postings of a common term of several queries are written once, as a column with one byte per passage, and added to
+  each query's sums by vector instructions, in 10 microseconds per million passages (100,000 postings take 50 and more).
+* The postings of the other terms are added one by one, except for the tail, the terms with the lowest bounds: a passage
+  that has only terms of the tail cannot reach the threshold. It is looked up for the few other candidates.
 
-The inner loops run over slices and index with unsigned numbers, because numba checks every signed index for being negative.
+The inner loops use slices and unsigned indices, because numba checks every signed index for being negative.
 """
 
 from typing import NamedTuple
@@ -18,18 +18,18 @@ import numpy as np
 
 from retriever_server.bm25.kernels import Array, Postings, compiled, exact_score, lower_bound, prefetch, seek
 
-ESSENTIAL = np.float32(0.5)  # scanned terms that cannot reach this part of the gold's score together are only looked up
-LONG = 64  # a list with a posting in so many passages, or fewer postings, is not worth looking up instead
-LOOK_UP = 32  # as long as adding so many postings takes looking up one passage
+ESSENTIAL = np.float32(0.5)  # terms that together cannot reach this part of the gold's score are the tail
+LONG = 64  # a list with more than one posting per this many passages is worth looking up instead of adding
+LOOK_UP = 32  # looking up one passage takes as long as adding this many postings
 STRIDE = 64  # sums that are compared with the threshold at once; divides the window
-AHEAD = 2  # queries and columns between asking memory for postings and reading them
+AHEAD = 2  # queries and columns between prefetching postings and reading them
 
 
 class Batch(NamedTuple):
-    """Queries as flat arrays: query q has the terms ``term_ends[q]`` to ``term_ends[q + 1]``, and its golds likewise."""
+    """Queries as flat arrays: query q has the terms ``term_ends[q]`` to ``term_ends[q + 1]``; golds likewise."""
 
     term_ends: Array
-    starts: Array  # int64[terms], where each term's postings stand
+    starts: Array  # int64[terms], where each term's postings start
     ends: Array
     times: Array  # int64[terms], in the query
     weights: Array  # float32[terms], times x idf
@@ -39,30 +39,28 @@ class Batch(NamedTuple):
 
 
 class Golds(NamedTuple):
-    """What ``score_golds`` finds out about each query."""
+    """What ``score_golds`` finds for each query."""
 
-    gold: Array  # int64[Q]: the best gold, -1 where none scores
+    gold: Array  # int64[Q]: the best gold, -1 if none scores
     threshold: Array  # float32[Q]: its score
-    error: Array  # float64[Q]: what float32 may add to or take from a sum of scores
+    error: Array  # float64[Q]: the largest float32 error of a sum of scores
     order: Array  # int64[terms]: the query's terms by falling upper bound
-    num_head: (
-        Array  # int64[Q]: how many of them are the head: the others together cannot reach ESSENTIAL of the threshold
-    )
+    num_head: Array  # int64[Q]: how many are the head; the others together cannot reach ESSENTIAL of the threshold
 
 
 class Columns(NamedTuple):
-    """The terms that are written out: where their postings stand, and their idf."""
+    """The terms that are columns: where their postings are, and their idf."""
 
     starts: Array
     ends: Array
     idf: Array
-    of_term: Array  # int64[terms], -1 where a query's term is not among them
+    of_term: Array  # int64[terms], -1 if a query's term is not a column
 
 
 class Plan(NamedTuple):
-    """A query's terms, head first: those that are scanned, and the columns, each as often as its term stands in the query.
+    """A query's terms, head first: those that are scanned, and the columns, each as often as its term is in the query.
 
-    ``..._rest[j]`` is what those from j on can add together at most; both ``rest`` arrays have a place more a query.
+    ``..._rest[j]`` is the most that those from j on can add together; both arrays have one more place per query.
     """
 
     scanned: Array  # int64[terms], from term_ends[q] on
@@ -76,12 +74,24 @@ class Plan(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where each list's part of the present window begins and ends; of a thread's own."""
+    """Where each list's postings in the current window begin and end, per thread."""
 
     began: Array  # int64[terms]
     at: Array
     column_began: Array  # int64[columns]
     column_at: Array
+
+
+class Work(NamedTuple):
+    """All that a scan reads."""
+
+    num_passages: int
+    batch: Batch
+    golds: Golds
+    columns: Columns
+    plan: Plan
+    postings: Postings
+    unit: float  # of the whole numbers that scores are added up in
 
 
 @compiled
@@ -95,9 +105,8 @@ def score_golds(which: Array, num_passages: int, batch: Batch, golds: Golds, pos
             score = exact_score(candidate, starts, ends, weights, postings)
             if score > golds.threshold[q]:
                 golds.gold[q], golds.threshold[q] = candidate, score
-        golds.error[q] = (
-            np.sum(weights) * 2.0**-20
-        )  # gains, products and scores are rounded, by some 2**-24 of the weight each
+        # gains, products and scores are rounded, by about 2**-24 of the weight each
+        golds.error[q] = np.sum(weights) * 2.0**-20
         bounds = weights * postings.gain[batch.max_codes[a:b]]
         golds.order[a:b] = np.argsort(-bounds)
         rest, at_most = np.sum(bounds), min(ESSENTIAL * golds.threshold[q], golds.threshold[q] - golds.error[q])
@@ -121,10 +130,9 @@ def arrange(which: Array, batch: Batch, golds: Golds, columns: Columns, plan: Pl
                 plan.scanned[a + n] = t
                 n += 1
             else:
+                bound = batch.weights[t] / batch.times[t] * postings.gain[batch.max_codes[t]]
                 plan.columns[c + m : c + m + batch.times[t]] = columns.of_term[t]
-                plan.columns_rest[c + q + m : c + q + m + batch.times[t]] = (
-                    batch.weights[t] / batch.times[t] * postings.gain[batch.max_codes[t]]
-                )
+                plan.columns_rest[c + q + m : c + q + m + batch.times[t]] = bound
                 m += batch.times[t]
             if j + 1 == golds.num_head[q]:
                 plan.scanned_head[q], plan.columns_head[q] = n, m
@@ -132,9 +140,8 @@ def arrange(which: Array, batch: Batch, golds: Golds, columns: Columns, plan: Pl
         plan.scanned_rest[a + q + n] = 0
         for j in range(n - 1, -1, -1):
             t = plan.scanned[a + j]
-            plan.scanned_rest[a + q + j] = (
-                plan.scanned_rest[a + q + j + 1] + batch.weights[t] * postings.gain[batch.max_codes[t]]
-            )
+            bound = batch.weights[t] * postings.gain[batch.max_codes[t]]
+            plan.scanned_rest[a + q + j] = plan.scanned_rest[a + q + j + 1] + bound
         plan.columns_rest[c + q + m] = 0
         for j in range(m - 1, -1, -1):
             plan.columns_rest[c + q + j] += plan.columns_rest[c + q + j + 1]
@@ -142,30 +149,17 @@ def arrange(which: Array, batch: Batch, golds: Golds, columns: Columns, plan: Pl
 
 @compiled
 def scan(
-    low: int,
-    high: int,
-    me: int,
-    depth: int,
-    num_passages: int,
-    batch: Batch,
-    golds: Golds,
-    columns: Columns,
-    plan: Plan,
-    postings: Postings,
-    unit: float,
-    written: Array,
-    sums: Array,
-    found: Array,
-    beaten: Array,
+    low: int, high: int, me: int, depth: int, work: Work, written: Array, sums: Array, found: Array, beaten: Array
 ) -> None:
-    """Adds to ``beaten[me, q]`` how many of the passages ``low`` to ``high`` beat query q's gold; leaves off where all threads together
-    have found ``depth`` of them.
+    """Adds to ``beaten[me, q]`` how many of the passages ``low`` to ``high`` beat query q's gold.
+
+    A query stops when all threads together have found ``depth`` of them.
 
     Args:
-        unit: of the whole numbers that scores are added up in.
-        written: uint8[columns, window], sums: unsigned [window], found: int32[window]; this thread's, of any content.
-        beaten: int64[threads, Q], zero at first.
+        written: uint8[columns, window], sums: unsigned [window], found: int32[window]; this thread's scratch arrays.
+        beaten: int64[threads, Q], all zero at the start.
     """
+    num_passages, batch, golds, columns, plan, postings, unit = work
     places = Places(batch.starts.copy(), batch.starts.copy(), columns.starts.copy(), columns.starts.copy())
     for t in range(len(batch.starts)):
         places.at[t] = seek(postings.docs, batch.starts[t], batch.ends[t], low, num_passages)
@@ -173,67 +167,53 @@ def scan(
         places.column_at[c] = seek(postings.docs, columns.starts[c], columns.ends[c], low, num_passages)
     for base in range(low, high, len(sums)):
         top = min(base + len(sums), high)
-        write_columns(base, top, num_passages, columns, postings, unit, places, written)
+        write_columns(base, top, work, places, written)
         for q in range(len(golds.gold)):
             if golds.gold[q] < 0 or np.sum(beaten[:, q]) >= depth:
                 continue
             if q + AHEAD < len(golds.gold):
-                ask_for(q + AHEAD, batch, plan, postings, places)
+                prefetch_head(q + AHEAD, work, places)
             a, c = batch.term_ends[q], plan.column_ends[q]
             sums[:] = 0
             for t in plan.scanned[a : a + plan.scanned_head[q]]:
                 places.began[t] = places.at[t]
-                places.at[t] = add_list(
-                    base, top, places.at[t], batch.ends[t], np.float32(batch.weights[t] / unit), postings, sums
-                )
+                scale = np.float32(batch.weights[t] / unit)
+                places.at[t] = add_list(base, top, places.at[t], batch.ends[t], scale, postings, sums)
             add_columns(written, plan.columns[c : c + plan.columns_head[q]], sums)
             needed = (golds.threshold[q] - golds.error[q]) / unit
             without = needed - plan.scanned_rest[a + q + plan.scanned_head[q]] / unit
-            count = at_least(
-                sums, max(1, int(np.ceil(without - plan.columns_rest[c + q + plan.columns_head[q]] / unit))), found
-            )
+            least = without - plan.columns_rest[c + q + plan.columns_head[q]] / unit
+            count = at_least(sums, max(1, int(np.ceil(least))), found)
             if count:
                 count = add_tail_columns(q, count, without, plan, unit, written, sums, found)
             if count:
-                count = add_tail(
-                    q, count, needed, base, top, num_passages, batch, plan, postings, unit, places, sums, found
-                )
-                beaten[me, q] += beating(
-                    q, base, found[:count], batch, golds, columns, plan, postings, unit, written, places, sums
-                )
+                count = add_tail(q, count, needed, base, top, work, places, sums, found)
+                beaten[me, q] += num_beating(q, base, found[:count], work, written, places, sums)
 
 
 @compiled
-def write_columns(
-    base: int,
-    top: int,
-    num_passages: int,
-    columns: Columns,
-    postings: Postings,
-    unit: float,
-    places: Places,
-    written: Array,
-) -> None:
-    """Writes the terms' scores in the window from ``base`` on, in units rounded up; 0 where a passage lacks the term."""
+def write_columns(base: int, top: int, work: Work, places: Places, written: Array) -> None:
+    """Writes the terms' scores in the window from ``base`` on, in units rounded up; 0 if a passage lacks the term."""
+    columns, postings = work.columns, work.postings
     for c in range(len(columns.starts)):
         if c + AHEAD < len(columns.starts):
             for line in range(4):
                 prefetch(postings.docs, places.column_at[c + AHEAD] + 16 * line)
                 prefetch(postings.codes, places.column_at[c + AHEAD] + 32 * line)
-        first, scale, column = places.column_at[c], np.float32(columns.idf[c] / unit), written[c]
-        last = seek(postings.docs, first, columns.ends[c], top, num_passages)
+        first, scale, column = places.column_at[c], np.float32(columns.idf[c] / work.unit), written[c]
+        last = seek(postings.docs, first, columns.ends[c], top, work.num_passages)
         places.column_began[c], places.column_at[c] = first, last
         column[:] = 0
         its_docs, its_codes = postings.docs[first:last], postings.codes[first:last]
         for p in range(len(its_docs)):
-            column[np.uint32(its_docs[p]) - np.uint32(base)] = np.uint8(
-                np.int32(scale * postings.gain[its_codes[p]]) + 1
-            )
+            score = np.int32(scale * postings.gain[its_codes[p]]) + 1
+            column[np.uint32(its_docs[p]) - np.uint32(base)] = np.uint8(score)
 
 
 @compiled
-def ask_for(q: int, batch: Batch, plan: Plan, postings: Postings, places: Places) -> None:
-    """Asks memory for the next postings of query q's head, so that they are there when its turn comes."""
+def prefetch_head(q: int, work: Work, places: Places) -> None:
+    """Prefetches the next postings of query q's head."""
+    batch, plan, postings = work.batch, work.plan, work.postings
     a = batch.term_ends[q]
     for t in plan.scanned[a : a + plan.scanned_head[q]]:
         prefetch(postings.docs, places.at[t])
@@ -243,7 +223,7 @@ def ask_for(q: int, batch: Batch, plan: Plan, postings: Postings, places: Places
 
 @compiled
 def add_list(base: int, top: int, at: int, end: int, scale: np.float32, postings: Postings, sums: Array) -> int:
-    """Adds the postings from ``at`` on up to passage ``top`` to the sums; returns where the next ones begin."""
+    """Adds the postings from ``at`` up to passage ``top`` to the sums; returns where the next ones begin."""
     docs, codes, gain = postings.docs, postings.codes, postings.gain
     while at + STRIDE <= end and docs[at + STRIDE - 1] < top:
         its_docs, its_codes = docs[at : at + STRIDE], codes[at : at + STRIDE]
@@ -260,15 +240,11 @@ def add_list(base: int, top: int, at: int, end: int, scale: np.float32, postings
 
 @compiled
 def add_columns(written: Array, its_columns: Array, sums: Array) -> None:
-    """Adds columns to the sums, four at a time: so many fewer times are the sums read and written."""
+    """Adds columns to the sums, four at a time, so that the sums are read and written a quarter as often."""
     whole = len(its_columns) // 4 * 4
     for c in range(0, whole, 4):
-        one, two, three, four = (
-            written[its_columns[c]],
-            written[its_columns[c + 1]],
-            written[its_columns[c + 2]],
-            written[its_columns[c + 3]],
-        )
+        one, two = written[its_columns[c]], written[its_columns[c + 1]]
+        three, four = written[its_columns[c + 2]], written[its_columns[c + 3]]
         for i in range(len(sums)):
             sums[i] += np.uint16(one[i]) + np.uint16(two[i]) + np.uint16(three[i]) + np.uint16(four[i])
     for c in range(whole, len(its_columns)):
@@ -279,7 +255,7 @@ def add_columns(written: Array, its_columns: Array, sums: Array) -> None:
 
 @compiled
 def at_least(sums: Array, needed: int, found: Array) -> int:
-    """Fills ``found`` with the places whose sum is ``needed`` or more, ascending; returns their number."""
+    """Fills ``found`` with the places whose sum is at least ``needed``, ascending; returns their number."""
     count = 0
     for start in range(0, len(sums), STRIDE):
         largest = sums[start]
@@ -297,8 +273,8 @@ def at_least(sums: Array, needed: int, found: Array) -> int:
 def add_tail_columns(
     q: int, count: int, needed: float, plan: Plan, unit: float, written: Array, sums: Array, found: Array
 ) -> int:
-    """Adds the columns of query q's tail for the ``count`` passages in ``found``, dropping those that cannot reach ``needed``; returns how
-    many are left."""
+    """Adds the columns of query q's tail to the passages in ``found``; keeps and counts those that can reach
+    ``needed``."""
     c, kept = plan.column_ends[q], 0
     for i in found[:count]:
         total = float(sums[i])
@@ -315,22 +291,10 @@ def add_tail_columns(
 
 @compiled
 def add_tail(
-    q: int,
-    count: int,
-    needed: float,
-    base: int,
-    top: int,
-    num_passages: int,
-    batch: Batch,
-    plan: Plan,
-    postings: Postings,
-    unit: float,
-    places: Places,
-    sums: Array,
-    found: Array,
+    q: int, count: int, needed: float, base: int, top: int, work: Work, places: Places, sums: Array, found: Array
 ) -> int:
-    """Adds the scanned tail's scores of the ``count`` passages in ``found``, dropping those that cannot reach ``needed``; returns how many are
-    left."""
+    """Adds the scanned tail to the passages in ``found``; keeps and counts those that can reach ``needed``."""
+    batch, plan, postings, unit = work.batch, work.plan, work.postings, work.unit
     a, n = batch.term_ends[q], plan.num_scanned[q]
     for j in range(plan.scanned_head[q], n + 1):
         kept, missing = 0, needed - plan.scanned_rest[a + q + j] / unit
@@ -343,8 +307,8 @@ def add_tail(
             break
         t = plan.scanned[a + j]
         scale = np.float32(batch.weights[t] / unit)
-        first = seek(postings.docs, places.at[t], batch.ends[t], base, num_passages)
-        last = seek(postings.docs, first, batch.ends[t], top, num_passages)
+        first = seek(postings.docs, places.at[t], batch.ends[t], base, work.num_passages)
+        last = seek(postings.docs, first, batch.ends[t], top, work.num_passages)
         places.began[t], places.at[t] = first, last
         if last - first < LOOK_UP * count:
             add_list(base, top, first, last, scale, postings, sums)
@@ -357,30 +321,18 @@ def add_tail(
 
 
 @compiled
-def beating(
-    q: int,
-    base: int,
-    found: Array,
-    batch: Batch,
-    golds: Golds,
-    columns: Columns,
-    plan: Plan,
-    postings: Postings,
-    unit: float,
-    written: Array,
-    places: Places,
-    sums: Array,
-) -> int:
-    """How many of the passages ``found`` beat query q's gold; their sums are complete."""
-    count, enough = 0, (golds.threshold[q] + golds.error[q]) / unit
+def num_beating(q: int, base: int, found: Array, work: Work, written: Array, places: Places, sums: Array) -> int:
+    """How many of the passages ``found``, whose sums are complete, beat query q's gold."""
+    golds, plan = work.golds, work.plan
+    count, enough = 0, (golds.threshold[q] + golds.error[q]) / work.unit
     for i in found:
-        rounded = plan.num_scanned[q]  # how many scores in the sum have been rounded up, at most
+        rounded = plan.num_scanned[q]  # the most scores in the sum that were rounded up
         for c in plan.columns[plan.column_ends[q] : plan.column_ends[q + 1]]:
             rounded += written[c, i] > 0
         if base + i == golds.gold[q]:
             continue
         if sums[i] - rounded <= enough:
-            score = score_in_window(q, base, i, batch, columns, postings, written, places)
+            score = score_in_window(q, base, i, work, written, places)
             if score < golds.threshold[q] or (score == golds.threshold[q] and base + i > golds.gold[q]):
                 continue
         count += 1
@@ -388,11 +340,10 @@ def beating(
 
 
 @compiled
-def score_in_window(
-    q: int, base: int, i: int, batch: Batch, columns: Columns, postings: Postings, written: Array, places: Places
-) -> np.float32:
-    """``exact_score`` of passage ``base + i``, looked up in the lists' parts of this window alone."""
-    docs, codes, tf, inverse_norm, _ = postings
+def score_in_window(q: int, base: int, i: int, work: Work, written: Array, places: Places) -> np.float32:
+    """``exact_score`` of passage ``base + i``, by looking only at the postings of this window."""
+    docs, codes, tf, inverse_norm, _ = work.postings
+    batch, columns = work.batch, work.columns
     total, doc = 0.0, base + i
     for t in range(batch.term_ends[q], batch.term_ends[q + 1]):
         c = columns.of_term[t]

@@ -1,7 +1,7 @@
-"""The compiled loops of BM25 that search and gold ranks share, and the search for the best k passages. Threads run them without the GIL.
+"""The compiled loops that search and gold ranks by BM25 share, and the search for the best k passages; without the GIL.
 
-A posting is a passage number and a code; a code stands for a (tf, length byte) pair. ``gain[code]`` is 1 - 1 / (1 + tf x inverse norm), so that
-weight x gain is the term's score up to float32 rounding; codes are numbered by ascending gain.
+A posting is a passage number and a code. A code stands for a (tf, length byte) pair. ``gain[code]`` is 1 - 1 / (1 + tf
+x inverse norm), so weight x gain is the term's score up to float32 rounding. Codes are numbered by ascending gain.
 """
 
 from collections.abc import Callable
@@ -29,13 +29,13 @@ class Postings(NamedTuple):
 
 
 def compiled(function: F) -> F:
-    """Compiled at the first call and kept beside this file; runs without the GIL."""
+    """Compiled at the first call and cached beside this file; runs without the GIL."""
     return cast(F, njit(nogil=True, cache=True)(function))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
-    """Asks for the line of memory where ``array[index]`` stands; harmless beyond the array's end."""
+    """Prefetches the cache line of ``array[index]``; harmless beyond the array's end."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -51,7 +51,7 @@ def prefetch(typing_context: Any, array: Any, index: Any) -> Any:
 
 @compiled
 def lower_bound(docs: Array, low: int, high: int, doc: int) -> int:
-    """The first position in docs[low:high], ascending, whose passage is ``doc`` or a later one; ``high`` where there is none."""
+    """The first position in docs[low:high], ascending, whose passage is ``doc`` or later; ``high`` if there is none."""
     while low < high:
         middle = (low + high) >> 1
         if docs[middle] < doc:
@@ -63,9 +63,9 @@ def lower_bound(docs: Array, low: int, high: int, doc: int) -> int:
 
 @compiled
 def seek(docs: Array, low: int, high: int, doc: int, num_passages: int) -> int:
-    """lower_bound in docs[low:high], begun where ``doc`` would stand if passages were spread evenly up to ``num_passages``.
+    """lower_bound in docs[low:high], begun where ``doc`` would be if passages were spread evenly.
 
-    A search from ``low`` would wait for memory at every step; this one mostly stays within a few lines of cache.
+    A search from ``low`` would wait for memory at every step; this one mostly stays within a few cache lines.
     """
     if low >= high or docs[low] >= doc:
         return low
@@ -107,9 +107,9 @@ def best(
     top_docs: Array,
     top_scores: Array,
 ) -> int:
-    """Fills ``top_docs`` and ``top_scores`` with the ``k`` best passages, best first, ties by number; returns how many score at all.
+    """Fills ``top_docs`` and ``top_scores`` with the ``k`` best passages, best first, ties by number; returns how many.
 
-    ``sums`` is float64[window], all zero, and left so.
+    ``sums`` is float64[window], all zero before and after.
     """
     docs, codes, tf, inverse_norm, _ = postings
     at = starts.copy()
@@ -149,7 +149,7 @@ def worse(docs: Array, scores: Array, i: int, j: int) -> bool:
 
 @compiled
 def sift_down(docs: Array, scores: Array, size: int) -> None:
-    """Restores the heap whose root, the worst of all, has been replaced."""
+    """Restores the heap after its root, the worst passage, was replaced."""
     i = 0
     while True:
         child = 2 * i + 1
@@ -166,7 +166,7 @@ def sift_down(docs: Array, scores: Array, size: int) -> None:
 
 @compiled
 def push(docs: Array, scores: Array, size: int, k: int, doc: int, score: np.float32) -> int:
-    """Adds a passage to the heap of the best ``k``, in whose full state it is better than the root; returns the new size."""
+    """Adds a passage to the heap of the best ``k`` (to a full one only if it beats the root); returns the new size."""
     if size == k:
         docs[0], scores[0] = doc, score
         sift_down(docs, scores, size)

@@ -1,9 +1,10 @@
-"""One byte a number: a coarse copy of the vectors whose error is known, so that most passages are settled without reading them.
+"""One byte per number: a coarse copy of the vectors with a known error, so that most vectors need not be read.
 
-With m the mean vector, d' = d - m and q' = q - m:   q.d = q'.d' + m.d' + q.m   (exact; the last term is the same for all passages).
-d' is stored as scale x code, code int8, scale = max|d'| / 127, with r >= |d' - scale x code|; q' likewise, with e = |q' - its code x scale|.
-By Cauchy and Schwarz |q'.d' - coarse product| <= |q'| r + e (|d'| + r). The coarse product itself is an integer sum, hence exact.
-Centring matters for encoders such as ANCE, whose vectors all point much the same way: it takes the common part out of the error.
+With m the mean vector, d' = d - m and q' = q - m, exactly q.d = q'.d' + m.d' + q.m; the last term is the same for all
+d. d' is stored as scale x code, code int8, scale = max|d'| / 127, with r >= |d' - scale x code|; q' likewise, with
+error e. By Cauchy and Schwarz |q'.d' - coarse product| <= |q'| r + e (|d'| + r). The coarse product is an integer sum,
+hence exact. Centring matters for encoders such as ANCE, whose vectors point in similar directions: it removes the
+common part of the error.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,14 @@ import numpy as np
 
 from retriever_server.storage import Array, NpyAppender, load_array
 
-BLOCK = 8192  # rows a step when codes are made
+BLOCK = 8192  # rows encoded at a time
 SAMPLE = 65_536  # rows, evenly spread, whose mean is subtracted
 UP = 1 + 1e-6  # norms are rounded to float32: upwards, so that a bound stays one
 
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """``codes`` int8 [N, D]; ``scale``, ``offset`` (m.d'), ``error`` (r) and ``norm`` (|d'|) float32 [N]; ``mean`` float32 [D]."""
+    """``codes`` int8 [N, D]; ``scale``, ``offset`` (m.d'), ``error`` (r), ``norm`` (|d'|) float32 [N]; ``mean`` [D]."""
 
     codes: Array
     scale: Array
@@ -33,32 +34,28 @@ class Codes:
 
     @classmethod
     def of(cls, vectors: Array) -> "Codes":
-        """In memory."""
+        """Of vectors in memory."""
         mean = sample_mean(vectors)
-        parts = [encode(vectors[start : start + BLOCK], mean) for start in range(0, len(vectors), BLOCK)]
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        blocks = [encode(vectors[start : start + BLOCK], mean) for start in range(0, len(vectors), BLOCK)]
+        columns = [np.concatenate(column) for column in zip(*blocks, strict=True)]
         return cls(*columns, mean)  # type: ignore[call-arg]  # mypy cannot count them
 
     @classmethod
     def load(cls, folder: Path, count: int, dim: int) -> "Codes":
         """Memory-mapped, as ``write`` left them; ValueError as storage.load_array."""
         codes = load_array(folder / "codes.npy", "int8", count * dim).reshape(count, dim)
-        rows = [
-            load_array(folder / f"codes_{name}.npy", "float32", count) for name in ("scale", "offset", "error", "norm")
-        ]
-        mean = load_array(folder / "codes_mean.npy", "float32", dim)
-        return cls(codes, *rows, mean)  # type: ignore[call-arg]
+        names = ("scale", "offset", "error", "norm")
+        columns = [load_array(folder / f"codes_{name}.npy", "float32", count) for name in names]
+        return cls(codes, *columns, load_array(folder / "codes_mean.npy", "float32", dim))  # type: ignore[call-arg]
 
     def rows(self, start: int, end: int) -> "Codes":
         """Those of a range of passages; views."""
-        part = slice(start, end)
-        return Codes(
-            self.codes[part], self.scale[part], self.offset[part], self.error[part], self.norm[part], self.mean
-        )
+        columns = (self.codes, self.scale, self.offset, self.error, self.norm)
+        return Codes(*(column[start:end] for column in columns), self.mean)  # type: ignore[call-arg]
 
 
 def write(folder: Path, vectors: Array, progress: Callable[[int], Any]) -> None:
-    """Writes the codes of ``vectors`` [N, D] block by block; ``progress`` is told the rows of each."""
+    """Writes the codes of ``vectors`` [N, D] block by block; calls ``progress`` with the number of rows of each."""
     names = ("codes", "codes_scale", "codes_offset", "codes_error", "codes_norm")
     files = [NpyAppender(folder / f"{name}.npy", "int8" if name == "codes" else "float32") for name in names]
     mean = sample_mean(vectors)
@@ -73,7 +70,7 @@ def write(folder: Path, vectors: Array, progress: Callable[[int], Any]) -> None:
 
 
 def sample_mean(vectors: Array) -> Array:
-    """float32 [D]; any vector would do for exactness, the mean makes the bounds narrow."""
+    """float32 [D]; results are exact with any vector, the mean makes the bounds narrow."""
     step = max(1, len(vectors) // SAMPLE)
     total = np.zeros(vectors.shape[1])
     for start in range(0, len(vectors), BLOCK * step):
@@ -85,7 +82,9 @@ def encode(vectors: Array, mean: Array) -> tuple[Array, Array, Array, Array, Arr
     """(codes, scale, offset, error, norm) of vectors [n, D]."""
     centred = vectors.astype(np.float64) - mean
     scale = np.abs(centred).max(axis=1).astype(np.float32) / np.float32(127)
-    scale = np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(1))  # a vector that is the mean, or all but
+    scale = np.where(
+        scale > np.finfo(np.float32).tiny, scale, np.float32(1)
+    )  # for a vector that equals the mean, or nearly
     codes = np.clip(np.rint(centred / scale[:, None]), -127, 127).astype(np.int8)
     error = np.linalg.norm(centred - codes * scale[:, None].astype(np.float64), axis=1) * UP
     norm = np.linalg.norm(centred, axis=1) * UP
@@ -99,10 +98,10 @@ def _upwards(values: Array) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Queries made ready for coarse products; see the module's formula. All [Q], but ``exact`` and ``coarse`` [Q, D]."""
+    """Queries prepared for coarse products; see the module's formula. All [Q], but ``exact`` and ``coarse`` [Q, D]."""
 
     exact: Array  # float32, as the encoder gave them
-    coarse: Array  # int8 codes, or float32 where products are taken of the vectors themselves
+    coarse: Array  # int8 codes, or the float32 vectors
     scale: Array  # float32
     shift: Array  # q.m, float64
     length: Array  # |q'|
@@ -128,7 +127,7 @@ class Queries:
 
 
 def bounds(queries: Queries, codes: Codes, arithmetic: float) -> Array:
-    """How far a coarse score of a block may lie from the score, float64 [Q]; ``arithmetic``: relative rounding error of the coarse product."""
+    """The largest error of a block's coarse scores, float64 [Q]; ``arithmetic``: of the coarse product, relative."""
     error, norm = float(codes.error.max()), float(codes.norm.max())
     offset, mean = float(np.abs(codes.offset).max()), float(np.linalg.norm(codes.mean.astype(np.float64)))
     coarse = queries.length * error + queries.error * (norm + error)

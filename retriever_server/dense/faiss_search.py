@@ -1,4 +1,4 @@
-"""faiss (IndexFlatIP) as the backend of searches; gold ranks stay ours. Its scores are float32 sums, so equal vectors may differ in the last bit."""
+"""faiss (IndexFlatIP) for searches, not for gold ranks. It sums in float32, so scores of equal vectors may differ."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from retriever_server.storage import Array
 
 
 class FaissTop(Flat):
-    """Flat, with faiss for ``top``; its candidates are scored again, so that scores and ties are ours among those that it finds."""
+    """Flat, with faiss for ``top``. Its candidates are scored again, so their scores and ties are those of Flat."""
 
     def __init__(self, vectors: Array, n_gpu: int = 0) -> None:
         """Copies the vectors into faiss, on the CPU or sharded over ``n_gpu`` devices.
@@ -21,9 +21,8 @@ class FaissTop(Flat):
         try:
             import faiss  # type: ignore[import-not-found, unused-ignore]
         except ImportError as error:
-            raise ValueError(
-                "the faiss backend needs faiss: pip install faiss-cpu==1.15.1 (or faiss-gpu-cuvs==1.15.1)"
-            ) from error
+            remedy = "pip install faiss-cpu==1.15.1 (or faiss-gpu-cuvs==1.15.1)"
+            raise ValueError(f"the faiss backend needs faiss: {remedy}") from error
         index: Any = faiss.IndexFlatIP(vectors.shape[1])
         if n_gpu:
             options = faiss.GpuMultipleClonerOptions()

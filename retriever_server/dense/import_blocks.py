@@ -1,8 +1,9 @@
-"""The reference's pickled embeddings -> an index folder of ours, without running what a pickle may carry.
+"""The reference's pickled embeddings -> an index folder of ours, without running code from a pickle.
 
-Its pickles hold numpy arrays: ``passage__emb_p__data_obj_{i}.pb`` (vectors) with ``passage__embid_p__data_obj_{i}.pb`` (docids), or
-``doc_emb_cat.pkl`` with ``doc_embid_cat.pkl``. The reader below knows the few names that numpy writes, puts stand-ins in their place, and
-refuses every other name before anything is called; large arrays are not read but memory-mapped where they lie in the file.
+Its pickles hold numpy arrays: ``passage__emb_p__data_obj_{i}.pb`` (vectors) with ``passage__embid_p__data_obj_{i}.pb``
+(docids), or ``doc_emb_cat.pkl`` with ``doc_embid_cat.pkl``. The reader below accepts the few names that numpy writes,
+replaces them by stand-ins, and refuses every other name before anything is called. Large arrays are memory-mapped, not
+read.
 """
 
 import hashlib
@@ -16,38 +17,27 @@ from typing import Any, ClassVar
 import numpy as np
 
 from convsearch.files import read_jsonl
-from retriever_server.dense import build as dense_build
+from retriever_server.dense import folder as folders
+from retriever_server.dense.manifest import FORMAT, FORMAT_VERSION, Manifest
 from retriever_server.storage import NpyAppender, StringTableWriter, load_dictionary, load_strings
 
 MAPPED = 1 << 16  # bytes from which on an array is memory-mapped
 ROWS = 1 << 14  # rows that are copied at a time
-_DAMAGED = (
-    pickle.UnpicklingError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    AssertionError,
-    UnicodeDecodeError,
-)
+# what reading a damaged pickle may raise
+_DAMAGED = (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError, AssertionError)
+_KNOWN_DTYPE = re.compile(r"[<>=|]?(f[248]|[iu][1248]|U\d+|S\d+|O8?)")
 
 
 class _Dtype:
     def __init__(self, *args: Any) -> None:
-        if (
-            not args
-            or not isinstance(args[0], str)
-            or not re.fullmatch(r"[<>=|]?(f[248]|[iu][1248]|U\d+|S\d+|O8?)", args[0])
-        ):
+        if not args or not isinstance(args[0], str) or not _KNOWN_DTYPE.fullmatch(args[0]):
             raise ValueError(f"arrays of type {args[:1]} are not read")
         self.code, self.order = args[0].lstrip("<>=|"), ""
 
     def state(self, state: Any) -> None:
         if state[1] in ("<", ">"):
             self.order = state[1]
-        if self.code[0] in "US" and isinstance(state[5], int):  # the size stands in the state
+        if self.code[0] in "US" and isinstance(state[5], int):  # the state has the size
             self.code = f"{self.code[0]}{state[5] // (4 if self.code[0] == 'U' else 1)}"
 
     def real(self) -> np.dtype[Any]:
@@ -55,7 +45,7 @@ class _Dtype:
 
 
 class _Ndarray:
-    """Stands for an array that is being read; ``value`` when it is."""
+    """Stands for an array while it is read; then ``value`` is the array."""
 
     value: Any = None
 
@@ -94,7 +84,7 @@ def _latin1(text: Any, encoding: Any) -> bytes:
 
 
 class _Marker:
-    """Stands for numpy.ndarray, which numpy names and never calls here."""
+    """Stands for numpy.ndarray, which a pickle names and never calls."""
 
 
 _NAMES: dict[tuple[str, str], Any] = {
@@ -112,7 +102,7 @@ _PythonUnpickler: Any = pickle._Unpickler  # the interpreter's reader in Python,
 
 
 class _ArraysOnly(_PythonUnpickler):  # type: ignore[misc]
-    """Reads a pickle with numpy's names alone, and without attributes on anything but the stand-ins."""
+    """Reads a pickle that names only numpy's names, and sets attributes only on the stand-ins."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
@@ -142,7 +132,7 @@ class _ArraysOnly(_PythonUnpickler):  # type: ignore[misc]
         self.take(int.from_bytes(self.read(4), "little"))
 
     def take(self, size: int) -> None:
-        """Bytes of an array: a view of the file where they are many, so that an array need not fit the memory."""
+        """Bytes of an array; a view of the file if they are many, so that an array need not fit in memory."""
         inside_frame = getattr(self._unframer, "current_frame", None)
         if size < MAPPED or inside_frame:
             self.append(self.read(size))
@@ -171,10 +161,10 @@ def _plain(value: Any) -> Any:
 
 
 def read_arrays(path: str | Path) -> Any:
-    """What a pickle of an array, or of a list of strings or numbers, holds; ``.npy`` and a text file of one docid a line are read too.
+    """Reads a pickle of an array, or of a list of strings or numbers; ``.npy``; or a text file of docids.
 
     Raises:
-        ValueError: the file is not there, damaged, or holds anything else.
+        ValueError: the file is missing, damaged, or holds anything else.
     """
     path = Path(path)
     if not path.is_file():
@@ -187,9 +177,7 @@ def read_arrays(path: str | Path) -> Any:
         try:
             found = _plain(_ArraysOnly(path, file).load())
         except _DAMAGED as error:
-            raise ValueError(
-                f"{path} is refused: it is no pickle of numpy arrays alone, or damaged ({error})"
-            ) from error
+            raise ValueError(f"{path} is refused: it is damaged, or not only numpy arrays ({error})") from error
     return found
 
 
@@ -202,16 +190,13 @@ class Block:
 
 
 def find_blocks(embeddings: Path, docid_file: Path | None) -> list[Block]:
-    """The blocks of a folder in their numbers' order, or one file with ``docid_file``; ValueError where a half is missing."""
+    """The blocks of a folder by number, or one file with ``docid_file``; ValueError if a file is missing."""
     if embeddings.is_file():
         if docid_file is None:
             raise ValueError(f"{embeddings} has no docids: give --corpus_docid_path")
         return [Block(embeddings, docid_file)]
-    numbered = sorted(
-        (int(m[1]), path)
-        for path in embeddings.glob("passage__emb_p__data_obj_*.pb")
-        if (m := re.search(r"_(\d+)\.pb$", path.name))
-    )
+    paths = embeddings.glob("passage__emb_p__data_obj_*.pb")
+    numbered = sorted((int(found[1]), path) for path in paths if (found := re.search(r"_(\d+)\.pb$", path.name)))
     blocks = [Block(path, path.with_name(f"passage__embid_p__data_obj_{number}.pb")) for number, path in numbered]
     if not blocks and (embeddings / "doc_emb_cat.pkl").is_file():
         blocks = [Block(embeddings / "doc_emb_cat.pkl", docid_file or embeddings / "doc_embid_cat.pkl")]
@@ -225,39 +210,27 @@ def find_blocks(embeddings: Path, docid_file: Path | None) -> list[Block]:
 
 def convert(
     embeddings: Path, docid_file: Path | None, collection: Sequence[Path], output: Path, dtype: str, overwrite: bool
-) -> dense_build.Manifest:
-    """Writes an index folder of imported vectors; ``collection`` gives the texts, in any order and by docid, where it is not empty.
+) -> None:
+    """Writes an index folder of imported vectors; ``collection`` has the texts, in any order, or is empty.
 
     Raises:
-        ValueError: a block is no block, counts differ, a docid stands twice or has no text, or the output is taken.
+        ValueError: a block is malformed, counts differ, a docid is given twice or has no text, or the output is taken.
     """
     blocks = find_blocks(embeddings, docid_file)
-    dense_build.Settings(dtype=dtype)  # checks it
+    folders.check_dtype(dtype)
     if output.exists() and not overwrite:
-        raise ValueError(f"{output} is there already: choose another --output or add --overwrite")
+        raise ValueError(f"{output} exists already: choose another --output or add --overwrite")
     building = output.with_name(f"{output.name}.building")
-    with dense_build.locked(building):
+    with folders.locked(building):
         dim, count, digest = _write_vectors(blocks, building, dtype)
-        dense_build.write_docid_dictionary(building, count)
+        folders.write_docid_dictionary(building, count)
         if collection:
             _write_texts(building, collection, count)
-        manifest = dense_build.Manifest(
-            dense_build.FORMAT,
-            dense_build.FORMAT_VERSION,
-            "dense",
-            dim,
-            dtype,
-            count,
-            bool(collection),
-            digest,
-            "",
-            "",
-            0,
-        )
+        about = "dense", dim, dtype, count, bool(collection), digest
+        manifest = Manifest(FORMAT, FORMAT_VERSION, *about, encoder="", encoder_sha256="", max_length=0)
         if output.exists():
-            dense_build.already_built(output, manifest, overwrite)  # refuses a folder that is no index
-        dense_build.finish(building, output, manifest, progress=True)
-    return manifest
+            folders.already_built(output, manifest, overwrite)  # refuses a folder that is not an index
+        folders.finish(building, output, manifest, progress=True)
 
 
 def _write_vectors(blocks: Sequence[Block], building: Path, dtype: str) -> tuple[int, int, str]:
@@ -269,12 +242,11 @@ def _write_vectors(blocks: Sequence[Block], building: Path, dtype: str) -> tuple
         if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind != "f":
             raise ValueError(f"{block.vectors} holds no matrix of floating-point numbers")
         if len(ids) != len(vectors) or (dim and vectors.shape[1] != dim):
-            raise ValueError(
-                f"{block.vectors} holds {vectors.shape[0]} x {vectors.shape[1]} numbers for {len(ids)} docids of {block.docids} (expected {dim or 'any'} a row)"
-            )
+            shape = f"{vectors.shape[0]} x {vectors.shape[1]} numbers (expected {dim or 'any'} per row)"
+            raise ValueError(f"{block.vectors} holds {shape} for {len(ids)} docids of {block.docids}")
         dim = vectors.shape[1]
         for start in range(0, len(vectors), ROWS):
-            rows = dense_build.check(np.ascontiguousarray(vectors[start : start + ROWS], dtype), count + start)
+            rows = folders.check_vectors(np.ascontiguousarray(vectors[start : start + ROWS], dtype), count + start)
             out.append(rows)
             digest.update(rows.tobytes())
         for value in ids:
@@ -290,7 +262,7 @@ def _write_vectors(blocks: Sequence[Block], building: Path, dtype: str) -> tuple
 
 
 def _write_texts(building: Path, collection: Sequence[Path], count: int) -> None:
-    """The passages' texts in the order of the vectors, from a collection in any order; kept aside first, as they come."""
+    """The passages' texts in the order of the vectors, from a collection in any order, by way of a temporary table."""
     table = load_strings(building, "docids", count)
     find = load_dictionary(building, "docids", table).find
     place = np.full(count, -1, np.int64)
@@ -304,8 +276,9 @@ def _write_texts(building: Path, collection: Sequence[Path], count: int) -> None
                 number += 1
     aside.close()
     if number < count:
+        example = table[int(np.argmin(place))]
         raise ValueError(
-            f"{count - number} of {count} passages, such as {table[int(np.argmin(place))]!r}, have no text in the collection"
+            f"{count - number} of {count} passages, for example {example!r}, have no text in the collection"
         )
     texts, contents = load_strings(building, "aside", number), StringTableWriter(building, "contents")
     for row in range(count):

@@ -1,7 +1,7 @@
-"""The compiled loops of dense search: which passages could pass a threshold, and the one inner product that decides.
+"""The compiled loops of dense search: which passages could pass a threshold, and the inner product that decides.
 
-``scaled[j] = products[q, j] x (query_scale x scale[j]) + offset[j]`` approximates a passage's score, shifted by a number that depends on the
-query alone, to within a bound that the caller knows; only passages that the bound cannot settle are scored with ``dot``.
+``scaled[j] = products[q, j] x (query_scale x scale[j]) + offset[j]`` approximates a passage's score, shifted by a
+number of the query, within the caller's bound; only passages that it leaves open are scored with ``dot``.
 """
 
 from collections.abc import Callable
@@ -11,21 +11,20 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-CHUNK = 512  # passages that are compared without a branch before any is looked at
-HALVES = (
-    np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
-)  # numba reads no float16: its bits are looked up here
+CHUNK = 512  # passages that are compared without a branch before single ones are tested
+# numba has no float16: its bits are looked up here
+HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 Array = Any
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """Compiled at the first call and kept beside this file; runs without the GIL."""
+    """Compiled at the first call and cached beside this file; runs without the GIL."""
     return cast(F, njit(nogil=True, cache=True)(function))
 
 
-def number(value):  # type: ignore[no-untyped-def]  # numba wants the same signature here and in what compiles it
+def number(value):  # type: ignore[no-untyped-def]  # numba needs the same signature here and below
     """A float32 as it is; the bits of a float16 (uint16) as float32."""
     return HALVES[value] if isinstance(value, np.uint16) else value
 
@@ -40,9 +39,11 @@ element: Any = number
 
 @compiled
 def dot(query: Array, row: Array) -> np.float32:
-    """THE score: the inner product of two vectors (float32; or ``row`` the bits of float16), summed in float64 in one fixed order, rounded to float32.
+    """A passage's score: the inner product (float32; or ``row`` the bits of float16), summed in float64 in one fixed
+    order, rounded to float32.
 
-    Products of float32 numbers are exact in float64, so the sum is off by about 1e-13 of |query| |row| at most, and equal vectors score equally.
+    Products of float32 numbers are exact in float64, so the sum's error is at most about 1e-13 of |query| |row|, and
+    equal vectors score equally.
     """
     size = len(query)
     whole = size - size % 8
@@ -70,7 +71,7 @@ def dots(query: Array, vectors: Array, rows: Array, out: Array) -> None:
 
 @compiled
 def reaching(products: Array, query_scale: np.float32, scale: Array, offset: Array, low: np.float32) -> int:
-    """How many of a chunk's passages reach ``low``; a loop without a branch, so that it is vectorised."""
+    """How many of a chunk's passages reach ``low``; a loop without a branch, which the compiler vectorises."""
     found = 0
     for j in range(len(products)):
         found += np.float32(products[j]) * (query_scale * scale[j]) + offset[j] >= low
@@ -95,8 +96,9 @@ def count_block(
 ) -> None:
     """Adds to ``counts`` the block's passages that beat each query's threshold; a query stops at ``depth``.
 
-    ``products`` [Q, n] is the block's approximation, whose first passage is row ``first`` of ``vectors``. Above ``high`` a passage certainly
-    beats, below ``low`` it certainly does not. An equal score beats where its row is below ``ties_before``.
+    ``products`` [Q, n] is the block's approximation, whose first passage is row ``first`` of ``vectors``. Above
+    ``high`` a passage beats for sure, below ``low`` it does not. An equal score beats if its row is below
+    ``ties_before``.
     """
     size = products.shape[1]
     for q in range(len(counts)):
@@ -125,7 +127,7 @@ def worse(score: np.float32, row: int, other_score: np.float32, other_row: int) 
 
 @compiled
 def keep(scores: Array, rows: Array, score: np.float32, row: int) -> None:
-    """Puts a passage in the place of the worst of a heap (the worst stands first) and restores the heap."""
+    """Replaces the worst passage of a heap, which is its first, and restores the heap."""
     size, at = len(scores), 0
     while True:
         child = 2 * at + 1
@@ -142,7 +144,7 @@ def keep(scores: Array, rows: Array, score: np.float32, row: int) -> None:
 
 @compiled
 def lowest(score: np.float32, slack: float) -> np.float32:
-    """score - slack, rounded downwards (the margin covers the rounding to float32 of this and of the scores)."""
+    """score - slack, rounded down (the margin covers the rounding to float32 of this and of the scores)."""
     return np.float32(score - slack - (abs(score) + abs(slack)) * 2.0**-22)
 
 
@@ -160,9 +162,10 @@ def top_block(
     heap_scores: Array,
     heap_rows: Array,
 ) -> None:
-    """Takes a block's passages into each query's heap of the best k; rows must come in ascending order from call to call.
+    """Puts a block's passages into each query's heap of the best k; later calls must have higher rows.
 
-    A passage's score is at most its approximation + ``shifts`` + ``bounds`` of the query. Empty places of a heap hold (-inf, a row beyond all).
+    A passage's score is at most its approximation + ``shifts`` + ``bounds`` of the query. Empty places of a heap hold
+    (-inf, a row beyond all).
     """
     size = products.shape[1]
     for q in range(products.shape[0]):

@@ -1,38 +1,34 @@
-"""The page at ``/``: a conversation, its rewrite, the passages that it finds. It searches through /search and /rank as any client does.
+"""The page at ``/``: a conversation, its rewrite, the passages found. It searches through /search and /rank.
 
-Rewriters run in processes of their own (``python -m convsearch.converse``), started at their first question, so the server loads no model.
+Rewriters run in processes of their own (``python -m convsearch.converse``), started at their first question, so the
+server loads no model. None of these addresses is in /openapi.json, which is the interface for scripts.
 """
 
 import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Response
+from fastapi import APIRouter, FastAPI, HTTPException
 from pydantic import Field
 
-from convsearch import files
-from retriever_server.playground.highlight import marked
+from convsearch import pages
+from convsearch.prompts import STYLES
 from retriever_server.serving.schemas import Strict
 from retriever_server.serving.service import Service
+from retriever_server.text.highlight import marked
 
 HERE = Path(__file__).parent
 FILES = {
-    "/": (HERE / "page.html", "text/html"),
-    "/playground/page.css": (HERE / "page.css", "text/css"),
-    "/playground/pages.css": (Path(files.__file__).with_name("pages.css"), "text/css"),
-    "/playground/page.js": (HERE / "page.js", "text/javascript"),
-}
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
+    "/": HERE / "page.html",
+    "/playground/page.css": HERE / "page.css",
+    "/playground/pages.css": pages.STYLE,
+    "/playground/page.js": HERE / "page.js",
+    "/playground/pages.js": pages.SCRIPT,
 }
 ANSWER_S = 300  # a rewriter's first answer includes loading its model
 
@@ -41,7 +37,7 @@ class RewriteRequest(Strict):
     rewriter: str
     question: Annotated[str, Field(min_length=1)]
     context: list[str] = Field(default_factory=list)
-    style: Literal["paper", "compact"] = "paper"
+    style: Annotated[str, Field(pattern=f"^({'|'.join(STYLES)})$")] = "paper"
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 1
 
 
@@ -54,7 +50,7 @@ def rewriter_commands(arguments: Sequence[str], style: str = "paper") -> dict[st
     """name -> the command of its process, from NAME=FOLDER or NAME=http://HOST/v1[#MODEL].
 
     Raises:
-        ValueError: an argument is of another form, a folder is not there, or a name is given twice.
+        ValueError: an argument has another form, a folder is missing, or a name is given twice.
     """
     commands: dict[str, list[str]] = {}
     for argument in arguments:
@@ -62,7 +58,7 @@ def rewriter_commands(arguments: Sequence[str], style: str = "paper") -> dict[st
         if not separator or not name or not target:
             raise ValueError(f"--rewriter {argument!r} is not NAME=FOLDER or NAME=http://HOST/v1")
         if name in commands:
-            raise ValueError(f"two rewriters are called {name!r}: give each a name of its own")
+            raise ValueError(f"two rewriters are called {name!r}: give each its own name")
         remote = target.startswith(("http://", "https://"))
         if not remote and not Path(target).is_dir():
             raise ValueError(f"--rewriter {name}: there is no model folder {target}")
@@ -72,7 +68,7 @@ def rewriter_commands(arguments: Sequence[str], style: str = "paper") -> dict[st
 
 
 class Child:
-    """A rewriter's process; one question at a time, in the order they come."""
+    """A rewriter's process; it answers one question at a time, in the order of arrival."""
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
         self.name, self.command = name, command
@@ -80,19 +76,18 @@ class Child:
         self._lock = asyncio.Lock()
 
     async def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The process's answer to a line; it is started where it does not run.
+        """The process's answer to a line; starts the process if it does not run.
 
         Raises:
-            HTTPException: 422 where it refuses, 502 where it ends or gives no answer in time.
+            HTTPException: 422 if it refuses, 502 if it ends or does not answer in time.
         """
         async with self._lock:
             exchange = asyncio.create_task(asyncio.to_thread(self._exchange, json.dumps(question).encode() + b"\n"))
             done, _ = await asyncio.wait({exchange}, timeout=ANSWER_S)
             if not done:
                 self.stop()  # which ends the thread's reading
-                raise HTTPException(
-                    502, f"rewriter {self.name!r} gave no answer in {ANSWER_S} s and was stopped: ask again"
-                )
+                what = f"rewriter {self.name!r} gave no answer in {ANSWER_S} s and was stopped"
+                raise HTTPException(502, f"{what}: ask again")
             line = exchange.result()
         if not line:
             raise HTTPException(502, f"rewriter {self.name!r} has ended: the server's own output has the reason")
@@ -102,13 +97,12 @@ class Child:
         return answer
 
     def _exchange(self, line: bytes) -> bytes:
-        """b"" where the process ends instead of answering."""
+        """b"" if the process ends instead of answering."""
         process = self._process
         if process is None or process.poll() is not None:
-            # a session of its own: Ctrl-C is for the server, which ends the process when it stops, or by closing its input
-            process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-            )
+            # in its own session, so that Ctrl-C reaches only the server, which ends the process when it stops
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, start_new_session=True)
             self._process = process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -129,47 +123,38 @@ class Child:
                 pass
 
 
-class Playground:
-    """The page's addresses; none of them stands in /openapi.json, which is the interface that others script against."""
+def playground(service: Service, rewriters: Mapping[str, Sequence[str]], style: str = "paper") -> APIRouter:
+    """The page's addresses. ``rewriters``: name -> command, as rewriter_commands makes them."""
+    children = {name: Child(name, command) for name, command in rewriters.items()}
 
-    def __init__(self, service: Service, rewriters: Mapping[str, Sequence[str]], style: str = "paper") -> None:
-        self.service, self.style = service, style
-        self.children = {name: Child(name, command) for name, command in rewriters.items()}
-
-    def add_to(self, app: FastAPI) -> None:
-        for path in FILES:
-            app.get(path, include_in_schema=False)(self.file(path))
-        app.get("/playground/about", include_in_schema=False)(self.about)
-        app.post("/playground/rewrite", include_in_schema=False)(self.rewrite)
-        app.post("/playground/marks", include_in_schema=False)(self.marks)
-
-    def close(self) -> None:
-        for child in self.children.values():
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        for child in children.values():
             child.stop()
 
-    def file(self, path: str) -> Any:
-        source, kind = FILES[path]
+    router = APIRouter(routes=pages.file_routes(FILES), lifespan=lifespan, include_in_schema=False)
 
-        async def answer() -> Response:
-            return Response(source.read_bytes(), media_type=f"{kind}; charset=utf-8", headers=HEADERS)
-
-        return answer
-
-    async def about(self) -> dict[str, Any]:
+    @router.get("/playground/about")
+    async def about() -> dict[str, Any]:
         indexes = [
             {"name": name, "retriever": index.name, "passages": index.num_passages}
-            for name, index in self.service.indexes.items()
+            for name, index in service.indexes.items()
         ]
-        return {"indexes": indexes, "rewriters": list(self.children), "style": self.style}
+        return {"indexes": indexes, "rewriters": list(children), "style": style, "styles": STYLES}
 
-    async def rewrite(self, body: RewriteRequest) -> dict[str, Any]:
-        if body.rewriter not in self.children:
-            known = ", ".join(self.children) or "none: start it with --rewriter NAME=FOLDER"
+    @router.post("/playground/rewrite")
+    async def rewrite(body: RewriteRequest) -> dict[str, Any]:
+        if body.rewriter not in children:
+            known = ", ".join(children) or "none: start it with --rewriter NAME=FOLDER"
             raise HTTPException(404, f"there is no rewriter {body.rewriter!r} here: this server has {known}")
-        self.service.check([" ".join([*body.context, body.question])])
-        return await self.children[body.rewriter].ask(body.model_dump(exclude={"rewriter"}))
+        service.check([" ".join([*body.context, body.question])])
+        return await children[body.rewriter].ask(body.model_dump(exclude={"rewriter"}))
 
-    async def marks(self, body: MarkRequest) -> dict[str, Any]:
+    @router.post("/playground/marks")
+    async def marks(body: MarkRequest) -> dict[str, Any]:
         """Each text in pieces [text, whether it answers the query]."""
-        self.service.check([body.query, *body.texts])
+        service.check([body.query, *body.texts])
         return {"texts": await asyncio.to_thread(lambda: [marked(body.query, text) for text in body.texts])}
+
+    return router

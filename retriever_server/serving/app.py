@@ -1,61 +1,45 @@
-"""The HTTP interface: /rank, /search, /similarity, /retrieve, /health and /metrics over one or several indexes (docs/serve.md), and the playground at /."""
+"""The HTTP interface (docs/retrievers.md): /rank, /search, /similarity, /retrieve, /health and /metrics."""
 
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from retriever_server import VERSION
-from retriever_server.fusion import FUSED_DEPTH, Fusion
-from retriever_server.playground.routes import Playground
-from retriever_server.searcher import Searcher
+from retriever_server.searcher import FUSED_DEPTH, Fusion, Searcher
+from retriever_server.serving import schemas
 from retriever_server.serving.batching import BatchSettings, Overloaded
 from retriever_server.serving.rank_cache import RankCache
-from retriever_server.serving.schemas import (
-    HealthResponse,
-    Limits,
-    RankRequest,
-    RankResponse,
-    Refusal,
-    RetrieveRequest,
-    RetrieveResponse,
-    SearchRequest,
-    SearchResponse,
-    SimilarityRequest,
-    SimilarityResponse,
-)
+from retriever_server.serving.schemas import Limits, Refusal
 from retriever_server.serving.service import Answer, Service
-from retriever_server.serving.telemetry import Traffic
+from retriever_server.serving.telemetry import RequestLog
 from retriever_server.similarity import Similarity
 
-CLIENT_CLOSED = 499  # nginx's status for a client that hung up; nobody reads it but the log
+CLIENT_CLOSED = 499  # nginx's status for a client that closed its connection; only the log shows it
 STOPPING = "the server is stopping: ask again, a restarted one or another will answer"
 POSTED: dict[int | str, dict[str, Any]] = {
     413: {"model": Refusal, "description": "The body is too large"},
-    422: {"model": Refusal, "description": "The request is not of this form, or asks for too much"},
+    422: {"model": Refusal, "description": "The request does not have this form, or is too large"},
     500: {"model": Refusal, "description": "The server failed; its log has the reason under the request's id"},
     503: {
         "model": Refusal,
-        "description": "No room in the queue, or the server is stopping: ask again after Retry-After seconds",
+        "description": "The queue is full, or the server is stopping: ask again after Retry-After seconds",
         "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "whole seconds"}},
     },
 }
-NAMED: dict[int | str, dict[str, Any]] = {
-    404: {"model": Refusal, "description": "There is no index of this name"},
-    **POSTED,
-}
-STOPS: dict[int | str, dict[str, Any]] = {503: POSTED[503]}
+NAMED = {404: {"model": Refusal, "description": "There is no index of this name"}, **POSTED}
+PLAIN = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
 
 
-class Gate:
-    """ASGI middleware: reads the whole body, then answers 503 while the server drains and 413 to more than ``limit`` bytes."""
+class BodyLimitMiddleware:
+    """ASGI middleware: reads the whole body; answers 503 while the server drains, and 413 above ``limit`` bytes."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service, self.limit = app, service, service.limits.request_bytes
@@ -65,7 +49,8 @@ class Gate:
             await self.app(scope, receive, send)
             return
         body, size, more = bytearray(), 0, True
-        while more:  # to its end even where it is too large, without keeping it: a client that is still sending would not see the answer
+        # to the end even if the body is too large, without keeping it: a client that still sends would miss the answer
+        while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
@@ -77,7 +62,7 @@ class Gate:
             await refused(503, STOPPING, {"retry-after": "1", "connection": "close"})(scope, receive, send)
             return
         if size > self.limit:
-            text = f"the request has {size} bytes, the limit is {self.limit}: send it in several"
+            text = f"the request has {size} bytes, the limit is {self.limit}: split it into several"
             await refused(413, text)(scope, receive, send)
             return
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
@@ -93,19 +78,19 @@ class Gate:
 
 
 def refused(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    # half surrogate pairs, which JSON may bring in a name, have no UTF-8 form
+    # JSON can carry half surrogate pairs, for example in a name, which have no UTF-8 form
     return JSONResponse({"detail": sentence.encode("utf-8", "replace").decode("utf-8")}, status, headers)
 
 
-async def as_sentence(_: Request, error: Exception) -> JSONResponse:
+async def http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
-    if error.status_code == 400:  # FastAPI's word for a body whose bytes are no text
+    if error.status_code == 400:  # FastAPI's status for a body that is not text
         return refused(422, "the body must be JSON in UTF-8")
     return refused(error.status_code, str(error.detail), error.headers)
 
 
-async def one_sentence(request: Request, error: Exception) -> JSONResponse:
-    """A request that does not fit its model: status 422 and the first faults in words instead of FastAPI's list of objects."""
+async def validation_error(request: Request, error: Exception) -> JSONResponse:
+    """A request that does not fit its model: status 422 and its first faults in a sentence, not FastAPI's list."""
     assert isinstance(error, RequestValidationError)
     faults = [f"{'.'.join(map(str, fault['loc'][1:])) or 'body'}: {fault['msg']}" for fault in error.errors()]
     if "json" not in request.headers.get("content-type", ""):
@@ -114,28 +99,28 @@ async def one_sentence(request: Request, error: Exception) -> JSONResponse:
     return refused(422, "; ".join(faults[:3]) + more)
 
 
-async def no_room(_: Request, error: Exception) -> JSONResponse:
+async def overloaded(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, Overloaded)
     return refused(503, str(error), {"retry-after": str(error.retry_after_s)})
 
 
-async def hung_up(request: Request) -> None:
+async def disconnected(request: Request) -> None:
     """Returns when the client closes its connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def attended(
+async def run_while_connected(
     service: Service, request: Request, items: int, work: Callable[[], Coroutine[Any, Any, Answer]]
 ) -> Response:
-    """Runs ``work`` for a request of so many items while its client listens; refuses it at once where there is no room."""
+    """Runs ``work`` for a request of ``items`` items until its client disconnects; Overloaded if the queue is full."""
 
     async def answer() -> bytes:
         with service.batcher.admit(items, client_of(request)):
             return await service.encoded(await work())
 
     request.state.items = items
-    task, gone = asyncio.create_task(answer()), asyncio.create_task(hung_up(request))
+    task, gone = asyncio.create_task(answer()), asyncio.create_task(disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -143,11 +128,11 @@ async def attended(
         return Response(task.result(), media_type="application/json")
     finally:
         gone.cancel()
-        task.cancel()  # drops what waits; nothing where it is done
+        task.cancel()  # drops the waiting items; does nothing if it is done
 
 
 def client_of(request: Request) -> str:
-    """Who shares a place in the line: the sender of one x-client-id, else one connection."""
+    """Whose requests share a place in the queue: those with one x-client-id, else those of one connection."""
     address = f"{request.client.host}:{request.client.port}" if request.client else "?"
     return request.headers.get("x-client-id", address)[:128]
 
@@ -155,7 +140,7 @@ def client_of(request: Request) -> str:
 def refuse_repeated_ids(ids: Sequence[str]) -> None:
     key, count = max(Counter(ids).items(), key=lambda pair: pair[1], default=("", 0))
     if count > 1:
-        raise HTTPException(422, f"item id {key!r} is given {count} times: the answers are told apart by id")
+        raise HTTPException(422, f"item id {key!r} is given {count} times: ids must be unique")
 
 
 def create_app(
@@ -164,68 +149,65 @@ def create_app(
     limits: Limits | None = None,
     settings: BatchSettings | None = None,
     cache: RankCache | None = None,
-    rewriters: Mapping[str, Sequence[str]] | None = None,
-    prompt_style: str = "paper",
     similarity: Similarity | None = None,
 ) -> FastAPI:
-    """The application; ``app.state.service`` does the work. Searching runs in worker threads, so that /health always answers.
-
-    ``rewriters``: the playground's, name -> command (see ``playground.rewriter_commands``).
-    """
+    """The application. ``app.state.service`` searches in worker threads, so /health always answers."""
     service = Service(indexes, qrels, limits or Limits(), settings or BatchSettings(), cache, similarity)
-    playground = Playground(service, rewriters or {}, prompt_style)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        playground.close()
         service.close()
 
-    app = FastAPI(title="retriever_server", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="retriever_server", version=schemas.VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.add_middleware(Gate, service=service)
-    app.add_middleware(Traffic, telemetry=service.telemetry)
-    app.add_exception_handler(StarletteHTTPException, as_sentence)
-    app.add_exception_handler(RequestValidationError, one_sentence)
-    app.add_exception_handler(Overloaded, no_room)
+    app.add_middleware(BodyLimitMiddleware, service=service)
+    app.add_middleware(RequestLog, telemetry=service.telemetry)
+    app.add_exception_handler(StarletteHTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(Overloaded, overloaded)
+    app.include_router(endpoints(service))
+    return app
 
-    @app.post("/rank", response_model=RankResponse, responses=NAMED)
-    async def rank(body: RankRequest, request: Request) -> Response:
+
+def endpoints(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/rank", response_model=schemas.RankResponse, responses=NAMED)
+    async def rank(body: schemas.RankRequest, request: Request) -> Response:
         fused = isinstance(service.searcher(body), Fusion)
         service.check([item.query for item in body.items], max(body.depth, FUSED_DEPTH) if fused else 1)
         refuse_repeated_ids([item.id for item in body.items])
-        return await attended(service, request, len(body.items), lambda: service.rank(body, client_of(request)))
+        work = partial(service.rank, body, client_of(request))
+        return await run_while_connected(service, request, len(body.items), work)
 
-    @app.post("/search", response_model=SearchResponse, response_model_exclude_none=True, responses=NAMED)
-    async def search(body: SearchRequest, request: Request) -> Response:
+    @router.post("/search", response_model=schemas.SearchResponse, response_model_exclude_none=True, responses=NAMED)
+    async def search(body: schemas.SearchRequest, request: Request) -> Response:
         service.check(body.queries, body.k * (10 if body.contents else 1))
-        return await attended(service, request, len(body.queries), lambda: service.search(body, client_of(request)))
+        work = partial(service.search, body, client_of(request))
+        return await run_while_connected(service, request, len(body.queries), work)
 
-    @app.post("/similarity", response_model=SimilarityResponse, responses=NAMED)
-    async def gains(body: SimilarityRequest, request: Request) -> Response:
+    @router.post("/similarity", response_model=schemas.SimilarityResponse, responses=NAMED)
+    async def gains(body: schemas.SimilarityRequest, request: Request) -> Response:
         service.check([item.output for item in body.items])
         refuse_repeated_ids([item.id for item in body.items])
-        return await attended(service, request, len(body.items), lambda: service.gains(body, client_of(request)))
+        work = partial(service.gains, body, client_of(request))
+        return await run_while_connected(service, request, len(body.items), work)
 
-    @app.post("/retrieve", response_model=RetrieveResponse, responses=POSTED)
-    async def retrieve(body: RetrieveRequest, request: Request) -> Response:
+    @router.post("/retrieve", response_model=schemas.RetrieveResponse, responses=POSTED)
+    async def retrieve(body: schemas.RetrieveRequest, request: Request) -> Response:
         if len(body.queries) != len(body.query_ids):
             raise HTTPException(422, f"{len(body.queries)} queries but {len(body.query_ids)} query_ids")
         service.check(body.queries, (body.topk or 100) if body.return_scores else 1)
-        return await attended(service, request, len(body.queries), lambda: service.retrieve(body, client_of(request)))
+        work = partial(service.retrieve, body, client_of(request))
+        return await run_while_connected(service, request, len(body.queries), work)
 
-    @app.get("/health", response_model=HealthResponse, responses=STOPS)
+    @router.get("/health", response_model=schemas.HealthResponse, responses={503: POSTED[503]})
     async def health() -> dict[str, Any]:
         return service.health()
 
-    playground.add_to(app)
-    text: dict[str, Any] = {
-        "content": {"text/plain": {"schema": {"type": "string"}}},
-        "description": "Prometheus' text format",
-    }
-
-    @app.get("/metrics", response_class=Response, responses={200: text})
+    @router.get("/metrics", response_class=Response, responses={200: PLAIN})
     async def metrics() -> Response:
         return Response(service.telemetry.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    return app
+    return router

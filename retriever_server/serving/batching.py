@@ -1,7 +1,7 @@
-"""Work of many requests merged into the searchers' batches: bounded, fair between clients, and given up when a client hangs up.
+"""Merges the work of many requests into batches for the searchers: bounded, fair to all clients, dropped on disconnect.
 
-All of it runs in one event loop; only the searcher calls run in worker threads. An item is one query (with its golds); a
-job is the items of one request that may share a batch: those of one ``Key``.
+All of it runs in one event loop; only the searcher calls run in worker threads. An item is one query (with its golds).
+A job is the items of one request that may share a batch: those of one ``Key``.
 """
 
 import asyncio
@@ -32,32 +32,21 @@ class Key(NamedTuple):
 
 
 class Overloaded(Exception):
-    """No room for a request; its text is for the client, who may ask again after ``retry_after_s``."""
+    """The queue is full. The text is for the client, who may ask again after ``retry_after_s``."""
 
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
 
-class Meter(Protocol):
-    """What the batcher tells those who watch it."""
+class Observer(Protocol):
+    """What the batcher reports."""
 
     def batch(self, key: Key, items: int, search_s: float) -> None: ...
 
     def waited(self, seconds: float) -> None: ...
 
     def cancelled(self, items: int) -> None: ...
-
-
-class NoMeter:
-    def batch(self, key: Key, items: int, search_s: float) -> None:
-        pass
-
-    def waited(self, seconds: float) -> None:
-        pass
-
-    def cancelled(self, items: int) -> None:
-        pass
 
 
 @dataclass(eq=False, slots=True)
@@ -76,38 +65,36 @@ class _Job:
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
     threads: int = 2  # searcher calls at a time; a searcher spreads its batch over cores itself
-    max_batch: int = 512  # items a searcher call
+    max_batch: int = 512  # items per searcher call
     max_wait_s: float = 0.002  # how long an item waits for others to share its call
-    max_queue: int = 20_000  # items in the server that are not answered yet
-    max_queue_s: float = (
-        30.0  # and how long they may take by what was measured: below a client's timeout, else it asks for nothing
-    )
+    max_queue: int = 20_000  # items in the server without an answer
+    max_queue_s: float = 30.0  # the time they may take, as measured; below the timeout of clients
 
     def __post_init__(self) -> None:
         for name in ("threads", "max_batch", "max_queue"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_wait_s < 0 or self.max_queue_s <= 0:
-            raise ValueError(
-                f"--max_wait_ms must not be negative and --max_queue_s above 0, got {self.max_wait_s * 1000:g} and {self.max_queue_s:g}"
-            )
+        if self.max_wait_s < 0:
+            raise ValueError(f"--max_wait_ms must not be negative, got {self.max_wait_s * 1000:g}")
+        if self.max_queue_s <= 0:
+            raise ValueError(f"--max_queue_s must be above 0, got {self.max_queue_s:g}")
 
 
 class Batcher:
-    """``async with`` is not needed: it starts with the first job and ends with ``close``."""
+    """Starts with the first job and ends with ``close``."""
 
-    def __init__(self, settings: BatchSettings, meter: Meter | None = None) -> None:
-        self.settings, self.meter = settings, meter or NoMeter()
-        self.admitted = 0  # items of requests that have been let in and are not answered
-        self.waiting = 0  # of these, items that stand in the queue
+    def __init__(self, settings: BatchSettings, observer: Observer) -> None:
+        self.settings, self.observer = settings, observer
+        self.admitted = 0  # items of admitted requests without an answer
+        self.waiting = 0  # of these, items in the queue
         self.running = 0  # searcher calls
-        self.inside: set[int] = set()  # threads that are within one, which the end of the loop does not end
+        self.inside: set[int] = set()  # threads that run one, which the end of the loop does not end
         self._refused: OrderedDict[str, float] = OrderedDict()  # client -> until when it is expected back
         self._line: OrderedDict[str, OrderedDict[Key, deque[_Job]]] = OrderedDict()
         self._pool = ThreadPoolExecutor(settings.threads, thread_name_prefix="search")
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._spent_s, self._done = 0.0, 0.0  # of the last batches, the older the less
+        self._spent_s, self._done = 0.0, 0.0  # seconds and items of the last batches, recent ones weighted more
 
     def close(self) -> None:
         self._line.clear()
@@ -115,29 +102,25 @@ class Batcher:
 
     @contextmanager
     def admit(self, items: int, client: str = "") -> Iterator[None]:
-        """Room for a request's items while the block runs. While clients that were refused are due back, the others get half of it.
+        """Room for a request's items while the block runs; half of it while refused clients are expected back.
 
         Raises:
-            Overloaded: there is none.
+            Overloaded: there is no room.
         """
         now = time.monotonic()
         while self._refused and next(iter(self._refused.values())) < now:
             self._refused.popitem(last=False)
-        part = (
-            1.0 if client in self._refused or not self._refused else 0.5
-        )  # else those who never sleep would take every place
-        wait_s = (self.admitted + items) * self._item_s()
-        if self.admitted and (
-            self.admitted + items > part * self.settings.max_queue or wait_s > part * self.settings.max_queue_s
-        ):
+        # clients that never pause would otherwise take every place
+        share = 1.0 if client in self._refused or not self._refused else 0.5
+        most, most_s = share * self.settings.max_queue, share * self.settings.max_queue_s
+        total = self.admitted + items
+        if self.admitted and (total > most or total * self._item_s() > most_s):
             retry_s = min(max(math.ceil(self.admitted * self._item_s() / 2), 1), LONGEST_RETRY_S)
             self._refused[client] = now + 2 * retry_s + 2
             self._refused.move_to_end(client)
+            what = f"the server is busy: {self.admitted} items are waiting and {items} more were sent"
             limit = f"the limit is {self.settings.max_queue}, or {self.settings.max_queue_s:g} s of work"
-            raise Overloaded(
-                f"the server is busy: {self.admitted} items are waiting and {items} more were sent, {limit}: try again later",
-                retry_s,
-            )
+            raise Overloaded(f"{what}, {limit}: try again later", retry_s)
         self._refused.pop(client, None)
         self.admitted += items
         try:
@@ -146,16 +129,16 @@ class Batcher:
             self.admitted -= items
 
     def _item_s(self) -> float:
-        """Seconds an item, by the last batches."""
+        """Seconds per item, by the last batches."""
         return self._spent_s / self._done / self.settings.threads if self._done else 0.0
 
     async def run(self, client: str, key: Key, call: Call, items: Sequence[Item]) -> list[Any]:
-        """The results of ``items``, each what ``call`` returned for it, or the ValueError that it alone is answered with.
+        """The results of ``items``: for each what ``call`` returned, or the ValueError that it alone caused.
 
-        Cancelling the task that waits here takes the items that have not begun out of the queue.
+        Cancelling the task that waits here removes the items that have not started from the queue.
 
         Raises:
-            Exception: what else ``call`` raised.
+            Exception: any other error of ``call``.
         """
         if not items:
             return []
@@ -167,11 +150,11 @@ class Batcher:
         try:
             return await answer
         except asyncio.CancelledError:
-            self.meter.cancelled(self._drop(job))
+            self.observer.cancelled(self._drop(job))
             raise
 
     def _drop(self, job: _Job) -> int:
-        """Takes what is left of a job out of the queue; returns how many items that were."""
+        """Removes the rest of a job from the queue; returns how many items that were."""
         left = len(job.items) - job.taken
         if left:
             keys = self._line[job.client]
@@ -189,7 +172,7 @@ class Batcher:
             del self._line[client]
 
     def _wake(self) -> None:
-        """Starts what may start now, and sets the clock for what may start later."""
+        """Starts the batches that may start now, and sets a timer for the next one."""
         while self._line and self.running < self.settings.threads:
             wait_s = self._wait_s()
             if wait_s > 0:
@@ -213,63 +196,60 @@ class Batcher:
         return oldest + self.settings.max_wait_s - time.monotonic()
 
     def _take(self) -> list[tuple[_Job, int, int]]:
-        """The next batch, as (job, start, end): the key of the client that is next, shared by all clients that want the same."""
+        """The next batch, as (job, start, end): the next client's key, shared by all clients with items of that key."""
         lead = next(iter(self._line))
         key = next(iter(self._line[lead]))
         self._line.move_to_end(lead)
         self._line[lead].move_to_end(key)
         clients = [lead, *(client for client, keys in self._line.items() if client != lead and key in keys)]
-        parts: list[tuple[_Job, int, int]] = []
+        slices: list[tuple[_Job, int, int]] = []
         room = self.settings.max_batch
-        while room and clients:  # a round: the same share for each; those that still have items share what is left
+        while room and clients:  # one round: the same share for each; those that still have items share what is left
             share = max(1, room // len(clients))
             for client in clients:
                 if room:
-                    parts.append(part := self._take_part(client, key, min(share, room)))
-                    room -= part[2] - part[1]
+                    slices.append(taken := self._take_slice(client, key, min(share, room)))
+                    room -= taken[2] - taken[1]
             clients = [client for client in clients if key in self._line.get(client, ())]
         self.waiting -= self.settings.max_batch - room
-        return parts
+        return slices
 
-    def _take_part(self, client: str, key: Key, most: int) -> tuple[_Job, int, int]:
-        """At most so many items of the client's next request of this key."""
+    def _take_slice(self, client: str, key: Key, most: int) -> tuple[_Job, int, int]:
+        """At most ``most`` items of the client's next request of this key."""
         jobs = self._line[client][key]
         job = jobs.popleft()
         start, job.taken = job.taken, min(job.taken + most, len(job.items))
         if not start:
-            self.meter.waited(time.monotonic() - job.arrived)
+            self.observer.waited(time.monotonic() - job.arrived)
         if job.taken < len(job.items):
             jobs.append(job)  # behind the client's other requests
         self._tidy(client, key)
         return job, start, job.taken
 
-    async def _answer(self, parts: list[tuple[_Job, int, int]]) -> None:
-        job = parts[0][0]
-        items = [item for job, start, end in parts for item in job.items[start:end]]
+    async def _answer(self, slices: list[tuple[_Job, int, int]]) -> None:
+        job = slices[0][0]
+        items = [item for job, start, end in slices for item in job.items[start:end]]
+        sizes = [end - start for _, start, end in slices]
         began = time.monotonic()
         try:
-            outcomes = await asyncio.get_running_loop().run_in_executor(
-                self._pool, self._search, job.call, items, [end - start for _, start, end in parts]
-            )
+            loop = asyncio.get_running_loop()
+            outcomes = await loop.run_in_executor(self._pool, self._search, job.call, items, sizes)
         finally:
             took_s = time.monotonic() - began
             self.running -= 1
             self._spent_s, self._done = 0.8 * self._spent_s + took_s, 0.8 * self._done + len(items)
             self._wake()
-        self.meter.batch(job.key, len(items), took_s)
-        for job, start, end in parts:
+        self.observer.batch(job.key, len(items), took_s)
+        for job, start, end in slices:
             mine, outcomes = outcomes[: end - start], outcomes[end - start :]
             job.results[start:end] = mine
             job.open -= end - start
             if job.answer.done():
                 continue
-            failure = next(
-                (outcome for outcome in mine if isinstance(outcome, Exception) and not isinstance(outcome, ValueError)),
-                None,
-            )
-            if failure is not None:
+            faults = (one for one in mine if isinstance(one, Exception) and not isinstance(one, ValueError))
+            if (fault := next(faults, None)) is not None:
                 self._drop(job)
-                job.answer.set_exception(failure)
+                job.answer.set_exception(fault)
             elif not job.open:
                 job.answer.set_result(job.results)
 
@@ -283,14 +263,14 @@ class Batcher:
 
 
 def _outcomes(call: Call, items: Sequence[Item], sizes: Sequence[int]) -> list[Any]:
-    """One result or exception an item; ``sizes`` are the requests' shares, in order.
+    """One result or exception per item; ``sizes`` are the requests' shares, in order.
 
-    A ValueError is some item's own fault: halving finds whose. After any other fault each request is tried by itself, so that
-    one client's request cannot fail those that happen to share its batch.
+    A ValueError is the fault of one item: halving finds which. After any other fault each request is tried by itself,
+    so that one client's request cannot fail those that share its batch.
     """
     try:
         return _one_by_one(call, items)
-    except Exception as error:  # handed on to the requests, which answer 500 with it
+    except Exception as error:  # the requests answer 500 with it
         if len(sizes) == 1:
             return [error] * len(items)
     results: list[Any] = []

@@ -1,7 +1,7 @@
-"""Ranks on disk: what an index has answered once it need not search for again, not even after a restart.
+"""Ranks on disk: a repeated item is answered without a search, even after a restart.
 
-One SQLite file. A row is a key (sha256 of index id, query, golds and depth), the rank and a check sum of both: a rank that a
-bad disk has changed is no answer.
+One SQLite file. A row is a key (sha256 of index id, query, golds and depth), the rank and a checksum of both, so that a
+rank that a bad disk has changed is not used.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ log = logging.getLogger("retriever_server")
 
 FILE, VERSION = "ranks.sqlite3", 1
 NOT_FOUND = 0  # a rank of None on disk
-AT_ONCE = 500  # keys a SELECT
+AT_ONCE = 500  # keys per SELECT
 
 
 def key_of(index_id: str, query: str, golds: Iterable[str], depth: int) -> bytes:
-    """32 bytes. The order of the golds does not matter, for the rank is that of the best."""
+    """32 bytes. The order of the golds does not matter, because the rank is that of the best."""
     return hashlib.sha256(json.dumps([index_id, query, sorted(set(golds)), depth]).encode()).digest()
 
 
@@ -32,13 +32,13 @@ def _check(key: bytes, rank: int) -> int:
 
 
 class RankCache:
-    """Thread-safe. Nothing that is wrong with it is fatal: a damaged file is set aside, a failing one is done without.
+    """Thread-safe. No fault of it is fatal: a damaged file is renamed and replaced, a failing one is not used.
 
     Example: ``cache.put([(key_of("bm25-12", "who?", ["d1"], 100), 3)])``, then ``cache.get([key])`` is ``{key: 3}``.
     """
 
     def __init__(self, folder: str | Path, mib: int = 256) -> None:
-        """Opens ``folder``/ranks.sqlite3, which never holds more than about ``mib`` MiB: the oldest rows make room.
+        """Opens ``folder``/ranks.sqlite3, which holds at most about ``mib`` MiB: the oldest rows are dropped.
 
         Raises:
             ValueError: ``mib`` is below 1, or the folder cannot be made.
@@ -70,10 +70,8 @@ class RankCache:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION):
                 raise sqlite3.DatabaseError(f"it is of version {version}, this program writes {VERSION}")
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS ranks (number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, rank INTEGER NOT NULL, "
-                "check_sum INTEGER NOT NULL)"
-            )
+            columns = "key BLOB NOT NULL UNIQUE, rank INTEGER NOT NULL, check_sum INTEGER NOT NULL"
+            connection.execute(f"CREATE TABLE IF NOT EXISTS ranks (number INTEGER PRIMARY KEY, {columns})")
             connection.execute(f"PRAGMA user_version={VERSION}")
         except sqlite3.Error:
             connection.close()
@@ -81,9 +79,9 @@ class RankCache:
         return connection
 
     def _recover(self, error: sqlite3.Error, doing: str) -> None:
-        """After an error: a file that is damaged is renamed and a new one begun; one that is locked or out of room is left alone."""
+        """After an error: replaces a damaged file; keeps one that is locked or out of room."""
         if isinstance(error, sqlite3.OperationalError):
-            log.warning(f"the rank cache {self._path} is done without this time, it failed to {doing} ({error})")
+            log.warning(f"the rank cache {self._path} is not used this time, it failed to {doing} ({error})")
             return
         if self._connection is not None:
             self._connection.close()
@@ -96,13 +94,13 @@ class RankCache:
             self._connection = self._connect()
         except (OSError, sqlite3.Error) as again:
             log.warning(
-                f"the rank cache {self._path} is damaged ({error}) and cannot be begun anew ({again}): going on without it"
+                f"the rank cache {self._path} is damaged ({error}) and not replaced ({again}): going on without it"
             )
             return
-        log.warning(f"the rank cache {self._path} is damaged ({error}): it is set aside as {aside.name} and begun anew")
+        log.warning(f"the rank cache {self._path} is damaged ({error}): it is renamed {aside.name} and replaced")
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, int | None]:
-        """The ranks of those keys that are there."""
+        """The ranks of those keys that are in the cache."""
         found: dict[bytes, int | None] = {}
         with self._lock:
             if self._connection is None:
@@ -110,10 +108,8 @@ class RankCache:
             try:
                 for start in range(0, len(keys), AT_ONCE):
                     some = keys[start : start + AT_ONCE]
-                    marks = ",".join("?" * len(some))
-                    for key, rank, check in self._connection.execute(
-                        f"SELECT key, rank, check_sum FROM ranks WHERE key IN ({marks})", some
-                    ):
+                    query = f"SELECT key, rank, check_sum FROM ranks WHERE key IN ({','.join('?' * len(some))})"
+                    for key, rank, check in self._connection.execute(query, some):
                         if type(rank) is int and rank >= 0 and check == _check(key, rank):
                             found[key] = None if rank == NOT_FOUND else rank
             except sqlite3.Error as error:
@@ -128,9 +124,8 @@ class RankCache:
                 return
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
-                self._connection.executemany(
-                    "INSERT OR REPLACE INTO ranks (key, rank, check_sum) VALUES (?, ?, ?)", rows
-                )
+                insert = "INSERT OR REPLACE INTO ranks (key, rank, check_sum) VALUES (?, ?, ?)"
+                self._connection.executemany(insert, rows)
                 self._make_room(self._connection)
                 self._connection.execute("COMMIT")
             except sqlite3.Error as error:
@@ -149,14 +144,6 @@ class RankCache:
             if first is None:
                 return
             connection.execute("DELETE FROM ranks WHERE number <= ?", (first + (last - first) // 10,))
-
-    def __len__(self) -> int:
-        with self._lock:
-            return (
-                0
-                if self._connection is None
-                else int(self._connection.execute("SELECT count(*) FROM ranks").fetchone()[0])
-            )
 
     def close(self) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""What the server tells of itself: log lines, request ids and the numbers of /metrics."""
+"""Log lines, request ids and the numbers of /metrics."""
 
 import asyncio
 import json
@@ -7,7 +7,8 @@ import re
 import sys
 import time
 import uuid
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import prometheus_client as prometheus
 from starlette.responses import JSONResponse
@@ -24,40 +25,27 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Telemetry:
-    """Counters, gauges and histograms in a registry of their own (one a server, so that two in one process keep apart)."""
+    """Counters, gauges and histograms, in a registry per server."""
 
     def __init__(self) -> None:
         registry = self._registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=registry)
         prometheus.PlatformCollector(registry=registry)
-        self._requests = prometheus.Counter("retriever_requests", "Requests", ["endpoint", "status"], registry=registry)
-        self._request_s = prometheus.Histogram(
-            "retriever_request_seconds",
-            "From the whole body read to the answer sent",
-            ["endpoint"],
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._items = prometheus.Counter("retriever_items", "Items searched", ["kind", "index"], registry=registry)
-        self._batch = prometheus.Histogram(
-            "retriever_batch_items", "Items a searcher call", ["kind"], buckets=SIZES, registry=registry
-        )
-        self._phase = prometheus.Histogram(
-            "retriever_phase_seconds",
-            "Waiting in the queue, searching a batch",
-            ["phase"],
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._cancelled = prometheus.Counter(
-            "retriever_cancelled_items", "Items dropped from the queue because the client hung up", registry=registry
-        )
-        self._cache = prometheus.Counter(
-            "retriever_cache", "Items looked up in the rank cache", ["result"], registry=registry
-        )
+        counter = partial(prometheus.Counter, registry=registry)
+        histogram = partial(prometheus.Histogram, registry=registry)
+        seconds = partial(histogram, buckets=SECONDS)
+        self._requests = counter("retriever_requests", "Requests", ["endpoint", "status"])
+        about = "From the whole body read to the answer sent"
+        self._request_s = seconds("retriever_request_seconds", about, ["endpoint"])
+        self._items = counter("retriever_items", "Items searched", ["kind", "index"])
+        self._batch = histogram("retriever_batch_items", "Items per searcher call", ["kind"], buckets=SIZES)
+        self._phase = seconds("retriever_phase_seconds", "Waiting in the queue, searching a batch", ["phase"])
+        about = "Items dropped from the queue because the client disconnected"
+        self._cancelled = counter("retriever_cancelled_items", about)
+        self._cache = counter("retriever_cache", "Items looked up in the rank cache", ["result"])
 
-    def watch(self, name: str, about: str, read: Any) -> None:
-        """A gauge whose value is what ``read()`` returns when the page is asked for."""
+    def watch(self, name: str, about: str, read: Callable[[], float]) -> None:
+        """A gauge with the value of ``read()`` at the time of a request for /metrics."""
         prometheus.Gauge(name, about, registry=self._registry).set_function(read)
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
@@ -85,8 +73,8 @@ class Telemetry:
         return prometheus.generate_latest(self._registry)
 
 
-class Traffic:
-    """ASGI middleware around all others: request ids, one log line and one count a request."""
+class RequestLog:
+    """ASGI middleware around all others: request ids, one log line and one count per request."""
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
         self._app, self._telemetry = app, telemetry
@@ -115,15 +103,12 @@ class Traffic:
                 gone = {"detail": "the server has stopped before it had an answer: ask again"}
                 await JSONResponse(gone, 503, {"retry-after": "1", "connection": "close"})(scope, receive, sending)
             raise
-        except (
-            Exception
-        ) as error:  # a bug of ours or a broken disk: the trace goes to the log, where the same id stands
+        except Exception as error:  # a bug of ours or a broken disk: the log has the trace under the same id
             trace = error
             if begun:
                 raise
-            await JSONResponse({"detail": f"the server failed at request {request_id}: see its log"}, 500)(
-                scope, receive, sending
-            )
+            failed = {"detail": f"the server failed at request {request_id}: see its log"}
+            await JSONResponse(failed, 500)(scope, receive, sending)
         finally:
             took_s = time.monotonic() - began
             endpoint = scope["path"] if scope["path"] in ENDPOINTS else "other"
@@ -137,18 +122,13 @@ class Traffic:
                 "ms": round(1000 * took_s, 2),
                 "client": (scope.get("client") or ["?"])[0],
             }
-            level = (
-                logging.ERROR
-                if status == 500
-                else logging.DEBUG
-                if endpoint in ("/health", "/metrics")
-                else logging.INFO
-            )
+            quiet = endpoint in ("/health", "/metrics")
+            level = logging.ERROR if status == 500 else logging.DEBUG if quiet else logging.INFO
             log.log(level, "request", exc_info=trace, extra={"fields": fields})
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and the fields that the record brings."""
+    """One JSON object per line: time (UTC), level, logger, message, and the fields of the record."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -172,7 +152,7 @@ class TextLines(logging.Formatter):
 
 
 def set_up_logging(form: str, level: str) -> None:
-    """Log lines of this server, and of uvicorn from warnings on, go to standard error as ``form`` ("json" or "text")."""
+    """Sends this server's log lines, and uvicorn's warnings, to standard error as ``form`` ("json" or "text")."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if form == "json" else TextLines())
     for name, least in (("retriever_server", level.upper()), ("uvicorn", "WARNING")):

@@ -1,8 +1,8 @@
-"""Text -> index terms, token for token as Lucene's English analyzer makes them in Anserini's default setting.
+"""Text -> index terms, token for token those of Lucene's English analyzer with Anserini's default settings.
 
-Words (UAX #29), no possessive 's, lower case, no stop words, Porter stems. Text is cut at white space into chunks, which
-repeat so much that a bounded dictionary of chunks answers nearly always; an unseen chunk goes through one regular expression
-where it is ASCII and through word_break where it is not.
+Words (UAX #29), no possessive 's, lower case, no stop words, Porter stems. Text is cut at white space into chunks,
+which repeat so often that a bounded dictionary of chunks has nearly all of them. A new chunk goes through one regular
+expression if it is ASCII, else through word_break.
 """
 
 import re
@@ -17,18 +17,14 @@ from retriever_server.text.porter import stem
 NAME = "lucene-english-2"  # goes into each index's manifest: change it whenever a text's terms change
 
 # org.apache.lucene.analysis.en.EnglishAnalyzer.ENGLISH_STOP_WORDS_SET
-STOP_WORDS = frozenset(
-    re.findall(
-        r"\w+",
-        "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this to was will with",
-    )
-)
-MAX_CHUNKS = 1 << 18  # remembered by one dictionary: about 90 MB with the words behind them
-MAX_CHUNK_CHARS = 40  # longer ones hardly come twice
+_STOP_WORDS = """a an and are as at be but by for if in into is it no not of on or such that the their then there these
+they this to was will with"""
+STOP_WORDS = frozenset(_STOP_WORDS.split())
+MAX_CHUNKS = 1 << 18  # in one dictionary: about 90 MB with their words
+MAX_CHUNK_CHARS = 40  # longer ones are rarely repeated
 
 _ASCII_WORD = re.compile(
-    r"_*[A-Za-z0-9]\w*(?:(?:(?<=[A-Za-z])['.:](?=[A-Za-z])|(?<=[0-9])['.,;](?=[0-9]))\w+)*",
-    re.ASCII,
+    r"_*[A-Za-z0-9]\w*(?:(?:(?<=[A-Za-z])['.:](?=[A-Za-z])|(?<=[0-9])['.,;](?=[0-9]))\w+)*", re.ASCII
 )
 _POSSESSIVES = ("'s", "'S", "\u2019s", "\u2019S", "\uff07s", "\uff07S")
 _SPACE_BUT_CONNECTOR = re.compile(r"[^\S\u202f]+")
@@ -60,7 +56,7 @@ def _word(token: str) -> str:
 
 @lru_cache(maxsize=1 << 17)
 def _term(token: str) -> str | None:
-    """The index term of a word as it stands in the text; None for a stop word."""
+    """The index term of a word of the text; None for a stop word."""
     word = _word(token)
     if word in STOP_WORDS:
         return None
@@ -72,7 +68,7 @@ def _term(token: str) -> str | None:
 
 
 class _ByChunk(dict[str, tuple[T, ...]]):
-    """Chunk -> what stands for its terms. Threads may share it: at worst a chunk is worked out twice."""
+    """Chunk -> its terms, or their numbers. Threads may share it: at worst a chunk is analysed twice."""
 
     def _values(self, terms: Iterable[str]) -> tuple[T, ...]:
         raise NotImplementedError
@@ -98,9 +94,9 @@ class _Terms(_ByChunk[str]):
 
 
 class TermIds(_ByChunk[int]):
-    """Text -> the numbers of its terms, which ``vocabulary`` gives out in order of first appearance; for building an index.
+    """Text -> the numbers of its terms in ``vocabulary``, in order of first appearance. Not for several threads.
 
-    ``ids = TermIds(); ids("dogs, a dog, cats") == [0, 0, 1]; ids.vocabulary == {"dog": 0, "cat": 1}``. Not for several threads.
+    ``ids = TermIds(); ids("dogs, a dog, cats") == [0, 0, 1]; ids.vocabulary == {"dog": 0, "cat": 1}``
     """
 
     def __init__(self, vocabulary: dict[str, int] | None = None) -> None:
@@ -116,7 +112,7 @@ _terms = _Terms()
 
 
 def analyze(text: str) -> list[str]:
-    """The index terms of a text, in order and with repetitions. ``analyze("The dogs are running")`` is ``["dog", "run"]``."""
+    """The index terms of a text, in order and with repetitions: ``analyze("The dogs run") == ["dog", "run"]``."""
     return _terms(text)
 
 

@@ -1,21 +1,20 @@
-"""The Porter stemmer as Lucene's PorterStemFilter has it.
+"""The Porter stemmer of Lucene's PorterStemFilter.
 
-M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980, with what its author changed later: -bli becomes
+M. F. Porter, "An algorithm for suffix stripping", Program 14(3), 1980, with its author's later changes: -bli becomes
 -ble, -logi becomes -log, and words of one or two letters stay as they are. Every character but a, e, i, o, u and some y
 counts as a consonant, digits and foreign letters too.
 """
 
-# The first suffix that fits decides, whether or not its condition then holds: a longer one stands before those that end it.
+# The first suffix that fits decides, even if its condition then fails: a longer one is before those that end it.
 _STEP_2 = (
-    ("ational", "ate"), ("tional", "tion"), ("enci", "ence"), ("anci", "ance"), ("izer", "ize"), ("bli", "ble"), ("alli", "al"),
-    ("entli", "ent"), ("eli", "e"), ("ousli", "ous"), ("ization", "ize"), ("ation", "ate"), ("ator", "ate"), ("alism", "al"),
-    ("iveness", "ive"), ("fulness", "ful"), ("ousness", "ous"), ("aliti", "al"), ("iviti", "ive"), ("biliti", "ble"), ("logi", "log"),
+    ("ational", "ate"), ("tional", "tion"), ("enci", "ence"), ("anci", "ance"), ("izer", "ize"), ("bli", "ble"),
+    ("alli", "al"), ("entli", "ent"), ("eli", "e"), ("ousli", "ous"), ("ization", "ize"), ("ation", "ate"),
+    ("ator", "ate"), ("alism", "al"), ("iveness", "ive"), ("fulness", "ful"), ("ousness", "ous"), ("aliti", "al"),
+    ("iviti", "ive"), ("biliti", "ble"), ("logi", "log"),
 )  # fmt: skip
 _STEP_3 = (("icate", "ic"), ("ative", ""), ("alize", "al"), ("iciti", "ic"), ("ical", "ic"), ("ful", ""), ("ness", ""))
-_STEP_4 = (
-    ("al", ""), ("ance", ""), ("ence", ""), ("er", ""), ("ic", ""), ("able", ""), ("ible", ""), ("ant", ""), ("ement", ""), ("ment", ""),
-    ("ent", ""), ("ion", ""), ("ou", ""), ("ism", ""), ("ate", ""), ("iti", ""), ("ous", ""), ("ive", ""), ("ize", ""),
-)  # fmt: skip
+_DROPPED = "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize"
+_STEP_4 = tuple((suffix, "") for suffix in _DROPPED.split())
 
 
 def _by_last_two(rules: tuple[tuple[str, str], ...]) -> dict[str, tuple[tuple[str, str], ...]]:
@@ -49,7 +48,7 @@ def _ends_double(word: str) -> bool:
 
 
 def _replace(word: str, rules: dict[str, tuple[tuple[str, str], ...]], least: int) -> str:
-    """Replaces the suffix that fits, if what stands before it measures at least ``least``."""
+    """Replaces the suffix that fits, if what is before it measures at least ``least``."""
     for suffix, new in rules.get(word[-2:], ()):
         if word.endswith(suffix):
             stem = word[: -len(suffix)]

@@ -1,8 +1,8 @@
-"""The words of any Unicode text, cut as Lucene's StandardTokenizer cuts them: UAX #29, with rules of its own for emoji and Thai.
+"""The words of any Unicode text, as Lucene's StandardTokenizer cuts them: UAX #29, with other rules for emoji and Thai.
 
-The grammar is that tokenizer's (org.apache.lucene.analysis.standard in Lucene 9: the word classes of Unicode 9, the emoji of
-Unicode 11) over classes of characters, each a letter here, that word_break.txt lists. A word is the longest match within 255
-UTF-16 units; where nothing matches, one character is passed over.
+The grammar is that tokenizer's (org.apache.lucene.analysis.standard in Lucene 9: the word classes of Unicode 9, the
+emoji of Unicode 11) over classes of characters, each a letter here, that word_break.txt lists. A word is the longest
+match within 255 UTF-16 units; if nothing matches, one character is skipped.
 """
 
 import re
@@ -17,11 +17,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 DATA = Path(__file__).with_name("word_break.txt")
 MAX_UNITS = 255  # StandardAnalyzer.DEFAULT_MAX_TOKEN_LENGTH: longer words are cut
 
-# A letter a class, in the order of Lucene's numbers (tests/helpers_lucene.py compares the two):
-#   - in no word   Q double quote   # # and *   ' single quote   , joins digits   . joins letters, and digits   9 ASCII digit
-#   : joins letters   A letter   _ connector   P pictograph   x mark or format sign   H Hebrew   N other digit
-#   T Thai, Lao, Khmer, Myanmar   t their marks   G Hangul   z zero-width joiner   k keycap   L letter and emoji (ℹ Ⓜ)
-#   C Han   K Katakana   R Hiragana   v text style   V emoji style   I regional indicator   M skin tone   s tag   e end of tags
+# One letter per class, in the order of Lucene's numbers (tests/helpers_lucene.py compares the two):
+#   - in no word   Q double quote   # # and *   ' single quote   , joins digits   . joins letters, and digits
+#   9 ASCII digit   : joins letters   A letter   _ connector   P pictograph   x mark or format sign   H Hebrew
+#   N other digit   T Thai, Lao, Khmer, Myanmar   t their marks   G Hangul   z zero-width joiner   k keycap
+#   L letter and emoji (ℹ Ⓜ)   C Han   K Katakana   R Hiragana   v text style   V emoji style   I regional indicator
+#   M skin tone   s tag   e end of tags
 CLASSES = "-Q#',.9:A_PxHNTtGzkLCKRvVIMse"
 
 Expression = tuple[Any, ...]  # ("set", letters), ("cat", a, b), ("alt", frozenset of expressions), ("star", a)
@@ -64,11 +65,9 @@ def maybe(part: Expression) -> Expression:
 
 
 def grammar() -> Expression:
-    """What Lucene takes for one token."""
-    marks, unstyled = (
-        star(one("xtzkvVseM")),
-        star(one("xtzkseM")),
-    )  # WB4: marks, format signs and joiners belong to what they follow
+    """One token of Lucene."""
+    # WB4: marks, format signs and joiners belong to what they follow
+    marks, unstyled = star(one("xtzkvVseM")), star(one("xtzkseM"))
 
     def each(letters: str) -> Expression:
         return cat(one(letters), marks)
@@ -103,7 +102,7 @@ def ends(expression: Expression) -> bool:
 
 @cache
 def after(expression: Expression, letter: str) -> Expression:
-    """Brzozowski's derivative: what may follow ``letter``. There are finitely many, so they are the states of a machine."""
+    """Brzozowski's derivative: what may follow ``letter``. It has finitely many values, the states of a machine."""
     kind, *parts = expression
     if kind == "set":
         return EMPTY if letter in parts[0] else NOTHING
@@ -118,11 +117,12 @@ def after(expression: Expression, letter: str) -> Expression:
 
 @cache
 def machine() -> tuple[list[dict[str, int]], list[bool]]:
-    """The grammar as a table: of each state, class letter -> next state (absent where no token goes on so), and whether it ends one."""
+    """The grammar as a table: per state, class letter -> next state (absent if no token goes on so), and if it ends
+    one."""
     states = [grammar()]
     steps: list[dict[str, int]] = []
     numbers = {states[0]: 0}
-    for state in states:  # grows while it is walked
+    for state in states:  # the list grows during the loop
         steps.append({})
         for letter in CLASSES:
             target = after(state, letter)
@@ -135,7 +135,7 @@ def machine() -> tuple[list[dict[str, int]], list[bool]]:
 
 
 class _Classes(dict[str, str]):
-    """Character -> class letter, filled as characters are met."""
+    """Character -> class letter, filled when a character is first seen."""
 
     def __init__(self) -> None:
         rows = [line.split() for line in DATA.read_text(encoding="ascii").splitlines() if line.startswith("class ")]
@@ -144,9 +144,8 @@ class _Classes(dict[str, str]):
 
     def __missing__(self, character: str) -> str:
         code = ord(character)
-        last, letter = self._runs[
-            bisect_right(self._firsts, code) - 1
-        ]  # the first run starts below every other character in a word
+        # the first run starts below every other character that is in a word
+        last, letter = self._runs[bisect_right(self._firsts, code) - 1]
         self[character] = letter if self._firsts[0] <= code <= last else "-"
         return self[character]
 
@@ -156,18 +155,18 @@ _classes = cache(_Classes)
 
 @cache
 def lower_table() -> dict[int, int]:
-    """Code point -> its lower case, one to one, as java.lang.Character.toLowerCase has it in Java 21."""
+    """Code point -> its lower case, one to one, as java.lang.Character.toLowerCase in Java 21."""
     rows = [line.split()[1:] for line in DATA.read_text(encoding="ascii").splitlines() if line.startswith("lower ")]
     runs = [(int(first, 16), int(last, 16), int(step), int(shift)) for first, last, step, shift in rows]
     return {code: code + shift for first, last, step, shift in runs for code in range(first, last + 1, step)}
 
 
 def tokens(text: str, inside: bool = False) -> Iterator[str]:
-    """The words of a text, as they stand in it; ``inside``: more text follows, after a space.
+    """The words of a text, unchanged; ``inside``: more text follows, after a space.
 
     ``list(tokens("naïve 3,5 東京 👍🏽")) == ["naïve", "3,5", "東", "京", "👍🏽"]``
     """
-    if _SURROGATE.search(text):  # halves that stand as two characters are one sign in Java
+    if _SURROGATE.search(text):  # two halves of a pair are one character in Java
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
         if not inside and "\ud800" <= text[-1] <= "\udbff":
             yield from _tokens_before_half_a_pair(text)
@@ -181,7 +180,7 @@ def tokens(text: str, inside: bool = False) -> Iterator[str]:
 
 
 def _match(text: str, start: int) -> int:
-    """Where the longest word from ``start`` ends; ``start`` where none begins."""
+    """Where the longest word from ``start`` ends; ``start`` if none begins there."""
     steps, final = machine()
     classes = _classes()
     state, end, units = 0, start, 0
@@ -198,10 +197,10 @@ def _match(text: str, start: int) -> int:
 
 
 def _tokens_before_half_a_pair(text: str) -> Iterator[str]:
-    """The same where the last character is the first half of a surrogate pair.
+    """``tokens`` if the last character is the first half of a surrogate pair.
 
-    Lucene's reader takes the text for finished when it meets that half while it fills its buffer of 255 units: the word at
-    hand is cut there, and what begins there is lost. So the buffer has to be followed.
+    When Lucene's reader meets that half while it fills its buffer of 255 units, it takes the text for finished: it cuts
+    the current word there, and loses what begins there. So this function has to follow the buffer.
     """
     steps, final = machine()
     classes = _classes()

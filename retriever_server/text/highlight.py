@@ -1,15 +1,15 @@
-"""Which words of a passage answer a query: by the analyzer, so that "running" answers "runs" and "cat" does not answer "category"."""
+"""Which words of a passage match a query, by the analyzer: "running" matches "runs", "cat" not "category"."""
 
 from retriever_server.text import word_break
 from retriever_server.text.analyzer import analyze
 
 
 def marked(query: str, text: str) -> list[tuple[str, bool]]:
-    """The text in pieces that together are it, each with whether it is a word whose index terms the query has.
+    """The text in consecutive pieces, each with whether it is a word whose index terms are in the query.
 
     ``marked("dogs run", "A dog, running")`` is ``[("A ", False), ("dog", True), (", ", False), ("running", True)]``
     """
-    text = text.encode("utf-8", "replace").decode("utf-8")  # half surrogate pairs have no place on a page
+    text = text.encode("utf-8", "replace").decode("utf-8")  # a page cannot show half surrogate pairs
     terms = set(analyze(query))
     pieces: list[tuple[str, bool]] = []
     end = written = 0
