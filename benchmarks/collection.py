@@ -12,7 +12,6 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks import add_source
 from convsearch.cli import command_parser, run
@@ -71,8 +70,7 @@ def generate(output: Path, num_passages: int, num_queries: int, source: Path | N
                 parts = [draw.choice(passage)]
                 while len(analyze(" ".join(parts))) < QUERY_TERMS:
                     parts.append(draw.choice(pool))
-                record: dict[str, Any] = {"query": " ".join(parts), "gold_docids": [docid]}
-                queries.write(json.dumps(record, ensure_ascii=False) + "\n")
+                queries.write(json.dumps({"query": " ".join(parts), "gold_docids": [docid]}, ensure_ascii=False) + "\n")
 
 
 def kept_collection(work: Path, num_passages: int, num_queries: int, source: Path | None) -> Path:

@@ -17,6 +17,8 @@ import random
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from benchmarks import add_source, timed
 from benchmarks.collection import passages, sentences
 from convsearch.cli import command_parser, run
@@ -80,25 +82,22 @@ def compare(args: argparse.Namespace) -> str:
     similarity = Similarity.of(Encoder.load(args.model or minilm(), args.device))
     similarity.gains(items[:8])
     one_by_one(similarity, items[:2])
-    batched_s, warm_s, singly_s, singly = 0.0, 0.0, 0.0, []
+    seconds, singly = np.zeros(3), []
     for turn in range(args.rounds):  # in turns, so that other work on the machine slows all three alike
         fresh = Similarity(similarity._encode, similarity.name)
-        batched, taken = timed(partial(fresh.gains, items))
-        batched_s += taken / args.rounds
-        warm, taken = timed(partial(fresh.gains, items))
-        warm_s += taken / args.rounds
+        (batched, batched_s), (warm, warm_s) = timed(partial(fresh.gains, items)), timed(partial(fresh.gains, items))
         part = items[turn * len(items) // args.rounds : (turn + 1) * len(items) // args.rounds]
-        found, taken = timed(partial(one_by_one, similarity, part))
+        found, part_s = timed(partial(one_by_one, similarity, part))
         singly += found
-        singly_s += taken
+        seconds += part_s, batched_s / args.rounds, warm_s / args.rounds
     positives = f"{args.positives} positives of {args.positive_words}"
     questions = f"{args.samples} per question of {args.question_words} words with {positives}"
     print(f"{len(items)} outputs of {args.words} words, {questions}; {similarity.name}")
-    times = {"one by one": singly_s, "batched": batched_s, "batched, questions and positives known": warm_s}
-    for name, taken in times.items():
-        print(f"{name:<40}{taken:>8.2f} s{singly_s / taken:>8.1f} x")
+    names = ("one by one", "batched", "batched, questions and positives known")
+    for name, taken in zip(names, seconds, strict=True):
+        print(f"{name:<40}{taken:>8.2f} s{seconds[0] / taken:>8.1f} x")
     difference = max(10 * abs(a - b) for a, b in zip([*batched, *warm], [*singly, *singly], strict=True))
-    return f"ratio={singly_s / batched_s:.1f} max_abs_diff={difference:.1e}"
+    return f"ratio={seconds[0] / seconds[1]:.1f} max_abs_diff={difference:.1e}"
 
 
 def main() -> None:

@@ -105,8 +105,7 @@ def rows(tasks: list[Task], golds: dict[str, list[str]], placed: dict[str, str])
         names = ("qid", "conv_id", "turn_id", "question", "context", "answer")
         record: dict[str, Any] = {name: getattr(task, name) for name in names}
         record |= {"gold_docids": list(dict.fromkeys(golds[task.qid])), "domain": task.domain}
-        if task.rewrite is not None:
-            record["rewrite"] = task.rewrite
+        record |= {"rewrite": task.rewrite} if task.rewrite is not None else {}
         yield Row(placed[task.conv_id], record, task.where)
         yield Row(ALL, record, task.where)
 

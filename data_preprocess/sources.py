@@ -276,17 +276,11 @@ def find_sources(place: Path) -> list[Source]:
     Raises:
         ValueError: there is no such folder or zip file, or a zip file is damaged.
     """
-    if place.is_dir():
-        paths = sorted(path for path in place.rglob("*") if path.is_file())
-    elif place.is_file():
-        paths = [place]
-    else:
+    if not place.exists():
         raise ValueError(f"{place}: no such file or folder")
-    sources = [Source(path) for path in paths]
-    for path in paths:
-        if path.suffix == ".zip":
-            sources += [Source(path, name) for name in zip_members(path)]
-    return sources
+    paths = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    inside = [Source(path, name) for path in paths if path.suffix == ".zip" for name in zip_members(path)]
+    return [*map(Source, paths), *inside]
 
 
 def zip_members(path: Path) -> list[str]:
@@ -319,11 +313,8 @@ def locate(
 
 def pick(sources: list[Source], *endings: str) -> Source | None:
     """The first source whose path ends with one of ``endings``, on a folder boundary; earlier endings win."""
-    for ending in endings:
-        for source in sources:
-            if f"/{source.suffix_path}".endswith(f"/{ending}"):
-                return source
-    return None
+    pairs = ((source, ending) for ending in endings for source in sources)
+    return next((source for source, ending in pairs if f"/{source.suffix_path}".endswith(f"/{ending}")), None)
 
 
 def _short(value: object) -> str:

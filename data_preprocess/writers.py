@@ -29,6 +29,7 @@ UNANSWERABLE = "UNANSWERABLE"
 COLLECTION = "collection.jsonl"
 Counts = dict[str, Any]
 Passages = Iterable[tuple[str, str]]  # (id, contents)
+Make = Callable[[BadRecords], Counts]  # makes the files of a step; gets the budget of malformed records
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,9 @@ class Row:
     split: str
     record: dict[str, Any]
     where: str
+
+
+Rows = Callable[[BadRecords], Iterable[Row]]
 
 
 def parquet_schema(with_positives: bool = False) -> Any:
@@ -222,10 +226,10 @@ class OutputFolder:
         return cls(arguments.output, arguments.skip_bad, prompt)
 
     def _steps(self) -> dict[str, Any]:
-        if not self._manifest_path.exists():
-            return {}
         try:
             manifest = json.loads(self._manifest_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
         except ValueError:
             print(f"{self._manifest_path} is damaged: everything is made again", file=sys.stderr)
             return {}
@@ -259,16 +263,11 @@ class OutputFolder:
             self._save(steps)
 
     def step(
-        self,
-        name: str,
-        files: Sequence[str],
-        inputs: Iterable[Source],
-        options: dict[str, Any],
-        make: Callable[[BadRecords], Counts],
+        self, name: str, files: Sequence[str], inputs: Iterable[Source], options: dict[str, Any], make: Make
     ) -> None:
         """Runs ``make`` or reuses its files, and prints which, with the counts.
 
-        ``make`` gets the budget of malformed records. The manifest loses the step's entry before the files change, and
+        The manifest loses the step's entry before the files change, and
         gets it back when all are whole, so that a broken run never passes for a finished one.
         """
         key = json.loads(json.dumps({"inputs": [source.stamp() for source in inputs], "options": options}))
@@ -290,13 +289,7 @@ class OutputFolder:
             print(f"skipped a malformed record: {message}", file=sys.stderr)
 
     def splits_step(
-        self,
-        name: str,
-        splits: Sequence[str],
-        inputs: Iterable[Source],
-        options: dict[str, Any],
-        rows: Callable[[BadRecords], Iterable[Row]],
-        data_source: str,
+        self, name: str, splits: list[str], inputs: list[Source], options: dict[str, Any], rows: Rows, data_source: str
     ) -> None:
         """A step that writes the splits' files."""
 
@@ -307,10 +300,10 @@ class OutputFolder:
 
     def collection_step(
         self,
-        inputs: Iterable[Source],
+        inputs: list[Source],
         options: dict[str, Any],
         passages: Callable[[BadRecords], Passages],
-        splits: Iterable[str],
+        splits: list[str],
     ) -> None:
         """The step "collection": ``passages``, which must contain the gold passages of the splits' qrels."""
 

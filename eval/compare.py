@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG")
     seeds = "one system's runs with different seeds: a row with their mean; adds mean, sd and best of n over the seeds"
     add("--seeds", nargs="+", action="append", default=[], metavar=("NAME", "RUN"), help=seeds)
-    add("--conversations", metavar="FILE", help="adds means by their turn_id, topic switch and history length")
+    add("--conversations", metavar="FILE", help="JSON lines of qid, turn_id: adds means by turn, topic switch, history")
     add("--rewrites", metavar="FILE", help="JSON lines with qid and rewrite: adds means by rewrite length")
     add("--by", nargs="+", default=[], metavar="FIELD", help="adds means by these fields of the conversations")
     add("--per-query", metavar="FILE", help="also write the values, tab-separated: queries x (runs and measures)")
@@ -31,10 +31,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--confidence", type=float, default=0.95, help="of the intervals")
     add("--seed", type=int, default=1, help="seed of both")
     form = parser.add_mutually_exclusive_group().add_argument
-    form("--json", action="store_true", help="print everything as one JSON object, fractions at full precision")
-    form("--csv", action="store_true", help="print one line per run and measure")
-    form("--latex", action="store_true", help="print a LaTeX table (booktabs)")
-    form("--html", action="store_true", help="print one self-contained HTML page")
+    forms = {
+        "json": "everything as one JSON object, fractions at full precision",
+        "csv": "one line per run and measure",
+    }
+    forms |= {"latex": "a LaTeX table (booktabs)", "html": "one self-contained HTML page"}
+    for name, what in forms.items():
+        form(f"--{name}", dest="form", action="store_const", const=name, help=f"print {what}")
     return parser
 
 
@@ -77,16 +80,8 @@ def main() -> None:
     if args.per_query:
         cells = ((f"{name} {measure}", x) for name, scores in values.items() for measure, x in scores.items())
         write_per_query(args.per_query, qids, dict(cells))
-    if args.json:
-        print(json.dumps(result))
-    elif args.csv:
-        print(compare_output.as_csv(result), end="")
-    elif args.latex:
-        print(compare_output.as_latex(result))
-    elif args.html:
-        print(compare_output.as_html(result), end="")
-    else:
-        print(compare_output.as_text(result))
+    write = json.dumps if args.form == "json" else getattr(compare_output, f"as_{args.form or 'text'}")
+    print(write(result).removesuffix("\n"))
 
 
 if __name__ == "__main__":
