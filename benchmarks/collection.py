@@ -12,10 +12,9 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from benchmarks import add_source, script_parser
-from convsearch.cli import run
+from benchmarks import add_source
+from convsearch.cli import command_parser, run
 from convsearch.files import atomic_write, read_jsonl
 from data_preprocess.demo_data import find_summaries, read_articles
 from retriever_server.text.analyzer import analyze
@@ -25,7 +24,7 @@ QUERY_TERMS = 50
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("collection", __doc__)
+    parser = command_parser("benchmarks.collection", __doc__)
     parser.add_argument("--passages", type=int, default=100_000, help="how many")
     parser.add_argument("--queries", type=int, default=1000, help="how many")
     add_source(parser)
@@ -71,8 +70,7 @@ def generate(output: Path, num_passages: int, num_queries: int, source: Path | N
                 parts = [draw.choice(passage)]
                 while len(analyze(" ".join(parts))) < QUERY_TERMS:
                     parts.append(draw.choice(pool))
-                record: dict[str, Any] = {"query": " ".join(parts), "gold_docids": [docid]}
-                queries.write(json.dumps(record, ensure_ascii=False) + "\n")
+                queries.write(json.dumps({"query": " ".join(parts), "gold_docids": [docid]}, ensure_ascii=False) + "\n")
 
 
 def kept_collection(work: Path, num_passages: int, num_queries: int, source: Path | None) -> Path:

@@ -10,15 +10,14 @@ whose scores are too close in that list are ordered by the exact score.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import add_threads, script_parser
-from convsearch.cli import run
+from benchmarks import add_threads, alternate
+from convsearch.cli import command_parser, run
 from retriever_server.dense.codes import Codes
 from retriever_server.dense.device import Device
 from retriever_server.dense.flat import Flat, count_beating
@@ -42,24 +41,6 @@ def generate(passages: int, queries: int, dim: int, seed: int) -> tuple[Any, Any
     golds = rng.integers(passages, size=queries)
     spread = rng.uniform(0.2, 2.5, (queries, 1)).astype(np.float32)
     return vectors, vectors[golds] + rng.standard_normal((queries, dim), np.float32) * spread, golds
-
-
-def alternate(
-    calls: dict[str, Callable[[], Any]], repeats: int, wait: Callable[[], None] = lambda: None
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """(best seconds, last answer) of each call, made in turns after one turn that is not timed."""
-    best: dict[str, float] = {}
-    answers: dict[str, Any] = {}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            wait()
-            start = time.perf_counter()
-            answers[name] = call()
-            wait()
-            seconds = time.perf_counter() - start
-            if turn:
-                best[name] = min(seconds, best.get(name, seconds))
-    return best, answers
 
 
 def equal_ranks(scanner: Any, queries: Any, golds: Any, counts: Any, listed: Any) -> int:
@@ -99,8 +80,8 @@ def on_cpu(args: argparse.Namespace) -> str:
     ours, gold_lists = f"ours ({scanner.coarse})", golds[:, None].tolist()
     peer, searches = faiss_searches(vectors, queries, args.threads)
     calls = {ours: lambda: count_beating(scanner, queries, gold_lists, DEPTH), **searches}
-    best, answers = alternate(calls, args.repeats)
-    report(best, args.queries)
+    seconds, answers = alternate(calls, args.repeats)
+    best = report(seconds, args.queries)
     if not searches:
         brute = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :DEPTH]
         equal = equal_ranks(scanner, queries, golds, answers[ours], brute)
@@ -110,10 +91,8 @@ def on_cpu(args: argparse.Namespace) -> str:
 
 
 def on_device(args: argparse.Namespace) -> str:
-
     if not torch.cuda.is_available():
         return f"ratio=nan (torch sees no CUDA device) equal=0/{args.queries} peers=torch-{torch.__version__}"
-
     vectors, queries, golds = generate(args.passages, args.queries, args.dim, args.seed)
     scanner = Device(vectors, Codes.of(vectors), args.device)
     matrix, asked = torch.from_numpy(vectors).to(args.device), torch.from_numpy(queries).to(args.device)
@@ -124,8 +103,8 @@ def on_device(args: argparse.Namespace) -> str:
         "half product": lambda: torch.mm(half_asked, half.T),
         "read of the halves": lambda: half.view(torch.int32).amax(),
     }
-    best, answers = alternate(calls, args.repeats, torch.cuda.synchronize)
-    report(best, args.queries)
+    seconds, answers = alternate(calls, args.repeats, torch.cuda.synchronize)
+    best = report(seconds, args.queries)
     limit = max(best["half product"], best["read of the halves"])
     ours, theirs = best["ours (half)"], best["torch float32"]
     share = f"ours reaches {limit / ours:.2f} of it"
@@ -134,13 +113,16 @@ def on_device(args: argparse.Namespace) -> str:
     return f"ratio={theirs / ours:.2f} equal={equal}/{args.queries} peers=torch-{torch.__version__}"
 
 
-def report(best: dict[str, float], queries: int) -> None:
-    for name, seconds in best.items():
-        print(f"{name:<26} {seconds * 1e3:9.1f} ms {queries / seconds:10.0f} queries/s")
+def report(seconds: dict[str, list[float]], queries: int) -> dict[str, float]:
+    """Prints and returns the best time of each."""
+    best = {name: min(taken) for name, taken in seconds.items()}
+    for name, taken in best.items():
+        print(f"{name:<26} {taken * 1e3:9.1f} ms {queries / taken:10.0f} queries/s")
+    return best
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("dense_rank", "Dense gold ranks against a flat search of depth 100.")
+    parser = command_parser("benchmarks.dense_rank", "Dense gold ranks against a flat search of depth 100.")
     add = parser.add_argument
     add("--passages", type=int, default=50_000)
     add("--queries", type=int, default=64)

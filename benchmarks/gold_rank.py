@@ -11,18 +11,16 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from benchmarks import add_source, add_threads, script_parser, timed
+from benchmarks import add_source, add_threads, add_work, alternate, timed
 from benchmarks.collection import kept_collection
-from convsearch.cli import Unavailable, run
+from convsearch.cli import Unavailable, command_parser, run
 from convsearch.files import read_jsonl
 from retriever_server.bm25.build import build
 from retriever_server.bm25.index import Bm25Index
@@ -33,15 +31,14 @@ Contestant = Callable[[Sequence[str]], object]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("gold_rank", __doc__)
+    parser = command_parser("benchmarks.gold_rank", __doc__)
     add = parser.add_argument
     add("--passages", type=int, default=100_000, help="collection size")
     add("--queries", type=int, default=200, help="queries per round")
     add("--rounds", type=int, default=3, help="rounds; each contestant runs once per round")
     add_threads(parser, "threads of every contestant but rank_bm25")
     add_source(parser)
-    work = "folder that keeps collections and indexes for the next run"
-    add("--work", type=Path, default=Path("data/benchmarks"), help=work)
+    add_work(parser)
     add("--peers", nargs="*", default=[*PEERS], help="whom to run against")
     return parser
 
@@ -50,9 +47,8 @@ class Ours:
     """Bm25Index.gold_ranks."""
 
     def __init__(self, folder: Path, threads: int, golds: list[list[str]]) -> None:
-        start, collections = time.monotonic(), [folder / "collection.jsonl"]
-        build(collections, folder / "bm25", 0.9, 0.4, progress=False, processes=threads)
-        self.build_s = time.monotonic() - start
+        make = partial(build, [folder / "collection.jsonl"], folder / "bm25", 0.9, 0.4)
+        self.build_s = timed(partial(make, progress=False, processes=threads))[1]
         self.index, self.golds = Bm25Index.load(folder / "bm25", threads), golds
 
     def __call__(self, queries: Sequence[str]) -> list[int | None]:
@@ -135,38 +131,24 @@ def compare(args: argparse.Namespace) -> str:
     reason = "not asked for"
     for peer in (peer for peer in PEERS if peer in args.peers):
         try:
-            name, call = PEERS[peer](folder, args.threads)
-            contestants[name] = call
+            contestants |= [PEERS[peer](folder, args.threads)]
         except (ImportError, Unavailable, ValueError) as error:
             print(f"{peer}: not run: {error}")
             reason = str(error) if peer == "lucene" else reason
-    seconds, answers = rounds(contestants, queries, args.rounds)
-    ours_s = statistics.median(seconds["gold_ranks"])
+    seconds, answers = alternate({name: partial(call, queries) for name, call in contestants.items()}, args.rounds)
+    counts = {name: min(len(queries), 2) if name.startswith("rank_bm25") else len(queries) for name in seconds}
+    per_query = {name: statistics.median(taken) / counts[name] for name, taken in seconds.items()}
+    ours_s = per_query["gold_ranks"]
     print(f"\n{'contestant':<20}{'ms per query':>12}{'ours is faster by':>20}")
-    for name, taken in seconds.items():
-        print(f"{name:<20}{1000 * statistics.median(taken):>12.3f}{statistics.median(taken) / ours_s:>20.1f}")
+    for name, taken in per_query.items():
+        print(f"{name:<20}{1000 * taken:>12.3f}{taken / ours_s:>20.1f}")
     ranks = answers["gold_ranks"]
     reference = ranks_in(answers["lucene"], golds) if "lucene" in answers else ours.exhaustive(queries)
     equal = sum(a == b for a, b in zip(ranks, reference, strict=True))
     found = sum(rank is not None for rank in ranks)
     print(f"gold within the first {DEPTH}: {found} of {len(ranks)}, first: {ranks.count(1)}")
-    ratio = f"{statistics.median(seconds['lucene']) / ours_s:.1f}" if "lucene" in seconds else f"nan (lucene: {reason})"
+    ratio = f"{per_query['lucene'] / ours_s:.1f}" if "lucene" in per_query else f"nan (lucene: {reason})"
     return f"ratio={ratio} equal={equal}/{len(ranks)} peers={','.join(list(contestants)[1:]) or 'none'}"
-
-
-def rounds(
-    contestants: dict[str, Contestant], queries: Sequence[str], count: int
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds per query of each round, after a warm-up round; and each contestant's answers."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    answers: dict[str, Any] = {}
-    for number in range(count + 1):
-        print(f"round {number} of {count}", flush=True)
-        for name, call in contestants.items():
-            answers[name], taken = timed(partial(call, queries))
-            if number:
-                seconds[name].append(taken / min(len(queries), 2 if name.startswith("rank_bm25") else len(queries)))
-    return seconds, answers
 
 
 def main() -> None:

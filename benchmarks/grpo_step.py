@@ -19,9 +19,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import script_parser
+from benchmarks import add_work
 from benchmarks.grpo_step_work import PHASES, Work
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import read_jsonl
 from convsearch.prompts import render
 from convsearch.types import Conversation, Turn
@@ -33,11 +33,10 @@ CONTESTANTS = ("ours", "unshared", "trl")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("grpo_step", __doc__)
-    add, tiny = parser.add_argument, "tiny: a random model of two layers, 24 tokens per sample"
-    add("--size", choices=["tiny", "smollm2"], default="smollm2", help=tiny)
-    folder = "folder of SmolLM2; made if it is missing"
-    add("--model", type=Path, default=ROOT / "data" / "models" / "smollm2-135m", help=folder)
+    parser = command_parser("benchmarks.grpo_step", __doc__)
+    add, folder = parser.add_argument, ROOT / "data" / "models" / "smollm2-135m"
+    add("--size", choices=["tiny", "smollm2"], default="smollm2", help="tiny: a random model, 24 tokens per sample")
+    add("--model", type=Path, default=folder, help="folder of SmolLM2; made if it is missing")
     add("--prompts", type=int, default=4, help="prompts per step")
     add("--samples", type=int, default=4, help="samples per prompt")
     add("--rounds", type=int, default=2, help="processes of each contestant, in turns")
@@ -45,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=2, help="threads of every contestant")
     add("--trl_micro_batch", type=int, default=4, help="sequences of TRL's forward-backward passes")
     add("--contestants", nargs="*", choices=CONTESTANTS, default=list(CONTESTANTS), help="who runs")
-    add("--work", type=Path, default=Path("data/benchmarks"), help="folder for the work's description")
+    add_work(parser)
     # the child process: one contestant, answers in JSON
     add("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     add("--task", type=Path, help=argparse.SUPPRESS)

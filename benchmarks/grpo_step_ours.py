@@ -32,21 +32,17 @@ class LengthRetriever:
 def overrides(work: Work, share: bool, folder: Path) -> list[str]:
     """The configuration; a pass takes one tree, because larger passes only cost memory on a CPU."""
     count = len(work.prompts)
-    actor = {
-        "ppo_mini_batch_size": count,
-        "ppo_micro_batch_size_per_gpu": work.samples,
-        "ppo_max_token_len_per_gpu": 512 + work.tokens,
-        "kl_loss_coef": work.beta,
-        "share_prompts": str(share).lower(),
-    }
+    actor: dict[str, Any] = {"ppo_mini_batch_size": count, "ppo_micro_batch_size_per_gpu": work.samples}
+    actor |= {"ppo_max_token_len_per_gpu": 512 + work.tokens, "share_prompts": str(share).lower()}
+    lengths = {"max_prompt_length": 512, "max_response_length": work.tokens}
     keys = {
         "cluster": "cpu",
         "algorithm": "grpo",
         "data.train_files": "none",
         "data.train_batch_size": count,
-        "data.max_prompt_length": 512,
-        "data.max_response_length": work.tokens,
+        **{f"data.{key}": value for key, value in lengths.items()},
         "actor_rollout_ref.model.path": work.model,
+        "actor_rollout_ref.actor.kl_loss_coef": work.beta,
         **{f"actor_rollout_ref.actor.{key}": value for key, value in actor.items()},
         "actor_rollout_ref.rollout.n": work.samples,
         "actor_rollout_ref.rollout.temperature": work.temperature,

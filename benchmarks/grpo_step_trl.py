@@ -54,27 +54,18 @@ def reward(completions: list[Any], **_: Any) -> list[float]:
 
 def trl_config(work: Work, folder: Path) -> Any:
     """Without gradient checkpointing, which would be slower."""
-    return GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=work.trl_micro_batch,
-        gradient_accumulation_steps=len(work.prompts) * work.samples // work.trl_micro_batch,
-        num_generations=work.samples,
-        max_completion_length=work.tokens,
-        generation_kwargs={"min_new_tokens": work.tokens},
-        temperature=work.temperature,
-        beta=work.beta,
-        learning_rate=1e-6,
-        max_steps=work.steps + 1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-        model_init_kwargs={"dtype": "float32"},
-        shuffle_dataset=False,
-    )
+    quiet = {"save_strategy": "no", "report_to": "none", "logging_strategy": "no", "disable_tqdm": True}
+    cpu = {"use_cpu": True, "bf16": False, "model_init_kwargs": {"dtype": "float32"}, "gradient_checkpointing": False}
+    samples: dict[str, Any] = {
+        "num_generations": work.samples,
+        "temperature": work.temperature,
+        "max_completion_length": work.tokens,
+    }
+    samples["generation_kwargs"] = {"min_new_tokens": work.tokens}
+    passes = len(work.prompts) * work.samples // work.trl_micro_batch
+    batch = {"per_device_train_batch_size": work.trl_micro_batch, "gradient_accumulation_steps": passes}
+    steps = {"max_steps": work.steps + 1, "learning_rate": 1e-6, "beta": work.beta, "shuffle_dataset": False}
+    return GRPOConfig(output_dir=str(folder), **quiet, **cpu, **samples, **batch, **steps)
 
 
 def run_trl(work: Work, folder: Path) -> Laps:
@@ -86,12 +77,6 @@ def run_trl(work: Work, folder: Path) -> Laps:
     trainer = Timed(work.model, reward_funcs=reward, **options)
     trainer.laps, trainer.num_tokens = laps, len(work.prompts) * work.samples * work.tokens
     trainer.train()
-    return [
-        {
-            "step_s": lap["step_s"],
-            "sample_s": lap["sample_s"],
-            "reference_s": lap["scored_s"] - lap["sample_s"],
-            "update_s": lap["step_s"] - lap["scored_s"],
-        }
-        for lap in laps[1:]
-    ]
+    for lap in laps:
+        lap |= {"reference_s": lap["scored_s"] - lap["sample_s"], "update_s": lap["step_s"] - lap["scored_s"]}
+    return laps[1:]

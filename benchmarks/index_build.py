@@ -16,27 +16,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import add_source, add_threads, script_parser, timed
+from benchmarks import add_source, add_threads, add_work, timed
 from benchmarks.collection import kept_collection
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import line_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = (
-    "import sys; from retriever_server.bm25.build import build; "
-    "build(sys.argv[2:], sys.argv[1], 0.9, 0.4, progress=False, processes={})"
-)
-LUCENE = "import sys; from retriever_server.lucene import build; build(sys.argv[2:], sys.argv[1], threads={})"
+BUILD = "import sys; from retriever_server.{} import build; build(sys.argv[2:], sys.argv[1], {})"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("index_build", __doc__)
+    parser = command_parser("benchmarks.index_build", __doc__)
     parser.add_argument("--passages", type=int, default=100_000, help="collection size")
     parser.add_argument("--rounds", type=int, default=3, help="builds of each")
     add_threads(parser, "our processes, Lucene's threads, and files")
     add_source(parser)
-    work = "folder of the collection, which is kept, and of the indexes"
-    parser.add_argument("--work", type=Path, default=Path("data/benchmarks"), help=work)
+    add_work(parser)
     return parser
 
 
@@ -62,12 +57,13 @@ def main() -> None:
     args = build_parser().parse_args()
     folder = kept_collection(args.work, args.passages, 100, args.source)
     files, ours, theirs = parts(folder / "collection.jsonl", args.threads), [], []
-    peak_mib = 0.0
+    ours_code = BUILD.format("bm25.build", f"0.9, 0.4, progress=False, processes={args.threads}")
+    lucene_code, peak_mib = BUILD.format("lucene", f"threads={args.threads}"), 0.0
     for _ in range(args.rounds):
-        ours.append(seconds(OURS.format(args.threads), folder / "ours", files))
+        ours.append(seconds(ours_code, folder / "ours", files))
         # read before Lucene has been a child
         peak_mib = peak_mib or resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        theirs.append(seconds(LUCENE.format(args.threads), folder / "theirs", files))
+        theirs.append(seconds(lucene_code, folder / "theirs", files))
         print(f"ours {ours[-1]:.1f} s, Lucene {theirs[-1]:.1f} s", flush=True)
     postings = json.loads((folder / "ours" / "manifest.json").read_text())["num_postings"]
     size = sum((folder / "ours" / f"postings_{name}.npy").stat().st_size for name in ("docs", "codes"))

@@ -9,8 +9,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytrec_eval
 
-from benchmarks import script_parser, timed
+from benchmarks import alternate
+from convsearch.cli import command_parser
 from convsearch.cli import run as run_main
 from eval.measures import evaluate_files
 
@@ -36,8 +38,6 @@ def generate(folder: Path, queries: int, depth: int, seed: int) -> tuple[Path, P
 
 def reference_loop(run: Path, qrels: Path, rel_threshold: int = 1) -> dict[str, float]:
     """The reference's way: all lines into a list, split one by one into dictionaries, two passes of pytrec_eval."""
-    import pytrec_eval
-
     with run.open() as file:
         run_lines = file.readlines()
     with qrels.open() as file:
@@ -67,9 +67,8 @@ def reference_loop(run: Path, qrels: Path, rel_threshold: int = 1) -> dict[str, 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("metrics", "Our metrics against the reference's loop.")
-    queries = "queries of the generated run (QReCC's test set has 16,451)"
-    parser.add_argument("--queries", type=int, default=16_451, help=queries)
+    parser = command_parser("benchmarks.metrics", "Our metrics against the reference's loop.")
+    parser.add_argument("--queries", type=int, default=16_451, help="queries of the run, by default as many as QReCC's")
     parser.add_argument("--depth", type=int, default=100, help="passages per query")
     parser.add_argument("--repeats", type=int, default=5, help="how often each runs; the best counts")
     parser.add_argument("--seed", type=int, default=1)
@@ -83,15 +82,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run, qrels = generate(Path(folder), args.queries, args.depth, args.seed)
         print(f"{args.queries * args.depth:,} run lines, {run.stat().st_size / 1e6:.0f} MB")
-        theirs_s, ours_s = [], []
-        for _ in range(args.repeats):
-            theirs, seconds = timed(lambda: reference_loop(run, qrels))
-            theirs_s.append(seconds)
-            ours, seconds = timed(lambda: evaluate_files(run, qrels, MEASURES).means())
-            ours_s.append(seconds)
-            print(f"reference's loop {theirs_s[-1]:.3f} s, eval.metrics {ours_s[-1]:.3f} s")
+        calls = {"theirs": lambda: reference_loop(run, qrels), "ours": lambda: evaluate_files(run, qrels, MEASURES)}
+        seconds, answers = alternate(calls, args.repeats)
+    theirs, ours = answers["theirs"], answers["ours"].means()
+    theirs_s, ours_s = min(seconds["theirs"]), min(seconds["ours"])
+    print(f"reference's loop {theirs_s:.3f} s, eval.metrics {ours_s:.3f} s")
     equal = theirs.keys() == ours.keys() and all(abs(ours[name] - value) <= 1e-12 for name, value in theirs.items())
-    print(f"ratio={min(theirs_s) / min(ours_s):.1f} equal={equal}")
+    print(f"ratio={theirs_s / ours_s:.1f} equal={equal}")
 
 
 if __name__ == "__main__":

@@ -11,16 +11,15 @@ sharing.
 import argparse
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from benchmarks import script_parser
+from benchmarks import alternate
 from convsearch.algorithms.loss import grpo_loss
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.config import load_grpo_config
 from convsearch.model.attention import NAME
 from convsearch.model.batch import Branch, MicroBatch, Tree, pack, unshared
@@ -42,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("policy_update", __doc__)
+    parser = command_parser("benchmarks.policy_update", __doc__)
     add = parser.add_argument
     add("--shape", choices=list(SHAPES), default="qwen2.5-3b", help="whose shape the random model has")
     add("--device", default="auto", help="auto: cuda if there is one")
@@ -54,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=3, help="measured updates, after one that warms up")
     add("--unshared", action="store_true", help="a copy of the prompt for every sample")
     add("--padded", action="store_true", help="one padded row per tree instead of packed rows")
-    kernels, attention = ["auto", "sdpa", "flex", "flash"], "attention; auto: see convsearch.model.attention"
-    add("--kernel", choices=kernels, default="auto", help=attention)
+    kernels = ["auto", "sdpa", "flex", "flash"]
+    add("--kernel", choices=kernels, default="auto", help="attention; auto: see convsearch.model.attention")
     add("--fp32", action="store_true", help="arithmetic in float32")
     add("--no_checkpointing", action="store_true", help="keep the activations instead of computing them again")
     add("--param_offload", action="store_true", help="weights, gradients and Adam's state in CPU memory")
@@ -100,26 +99,13 @@ def forward_flops(shape: dict[str, Any], trees: Sequence[Tree]) -> float:
 def ceiling(device: torch.device, dtype: torch.dtype, side: int) -> float:
     """FLOP/s of a square matrix product, the median of ten."""
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = timed(device, lambda: left @ right, 10)
-    rate: float = 2.0 * side**3 / statistics.median(seconds)
-    return rate
+    return 2.0 * side**3 / median_s(device, lambda: left @ right, 10)
 
 
-def timed(device: torch.device, call: Callable[[], object], times: int) -> list[float]:
-    """Seconds of each call, after one that warms up; on a GPU until its work is done."""
-
-    def finished() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    seconds = []
-    for number in range(times + 1):
-        start = finished()
-        call()
-        if number:
-            seconds.append(finished() - start)
-    return seconds
+def median_s(device: torch.device, call: Callable[[], object], times: int) -> float:
+    """The median seconds of some calls, after one that warms up; on a GPU until its work is done."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return statistics.median(alternate({"": call}, times, wait)[0][""])
 
 
 def build(args: argparse.Namespace, device: torch.device) -> LocalPolicy:
@@ -128,14 +114,9 @@ def build(args: argparse.Namespace, device: torch.device) -> LocalPolicy:
     shape = Qwen2Config(**SHAPES[args.shape])
     with torch.device("cpu" if args.param_offload else device):
         model = AutoModelForCausalLM.from_config(shape, attn_implementation=NAME, dtype=torch.float32)
-    policy = LocalPolicy(
-        model,
-        device,
-        gradient_checkpointing=not args.no_checkpointing,
-        bf16=not args.fp32,
-        param_offload=args.param_offload,
-        optimizer_offload=args.optimizer_offload,
-    )
+    offload = {"param_offload": args.param_offload, "optimizer_offload": args.optimizer_offload}
+    checkpointing = not args.no_checkpointing
+    policy = LocalPolicy(model, device, gradient_checkpointing=checkpointing, bf16=not args.fp32, **offload)
     policy.module.kernel = args.kernel
     return policy
 
@@ -159,10 +140,8 @@ def measure(args: argparse.Namespace) -> str:
             policy.forward_backward(micro, loss)
         assert policy.optim_step(1e-6)["skipped"] == 0
 
-    seconds = {
-        "log-probs": statistics.median(timed(device, lambda: [policy.logprobs(micro) for micro in micros], args.steps)),
-        "update": statistics.median(timed(device, update, args.steps)),
-    }
+    calls = {"log-probs": lambda: [policy.logprobs(micro) for micro in micros], "update": update}
+    seconds = {name: median_s(device, call, args.steps) for name, call in calls.items()}
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
     positions, needed = sum(map(len, trees)), forward_flops(SHAPES[args.shape], trees)
     alone = sum(len(tree.prompt_ids) + len(branch.token_ids) for tree in trees for branch in tree.branches)

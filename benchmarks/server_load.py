@@ -27,10 +27,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks import script_parser
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 
-HEADERS = {"content-type": "application/json"}
 SEEDS = ("who wrote the book", "history of the city", "what is the population", "first album of the band",
          "how does it work", "battle of the war")  # fmt: skip
 TRUTH_S = 600  # for the ranks before the load
@@ -51,15 +49,14 @@ class Connection:
 
     def post(self, path: str, body: bytes) -> tuple[int, float, Any]:
         """(status, Retry-After in seconds, answer)."""
-        self._http.request("POST", path, body, HEADERS)
+        self._http.request("POST", path, body, {"content-type": "application/json"})
         response = self._http.getresponse()
         content = response.read()
         return response.status, float(response.headers.get("retry-after") or 0), json.loads(content)
 
-    def get(self, path: str) -> tuple[int, str]:
+    def get(self, path: str) -> str:
         self._http.request("GET", path)
-        response = self._http.getresponse()
-        return response.status, response.read().decode()
+        return self._http.getresponse().read().decode()
 
     def close(self) -> None:
         self._http.close()
@@ -89,7 +86,7 @@ def memory_mib(connection: Connection, pid: int | None) -> tuple[float, float]:
         status = Path(f"/proc/{pid}/status").read_text()
         total, anonymous = (int(re.findall(rf"{name}:\s+(\d+)", status)[0]) / 1024 for name in ("VmRSS", "RssAnon"))
         return total, anonymous
-    found = re.findall(r"^process_resident_memory_bytes (\S+)", connection.get("/metrics")[1], re.MULTILINE)
+    found = re.findall(r"^process_resident_memory_bytes (\S+)", connection.get("/metrics"), re.MULTILINE)
     return (float(found[0]) / 2**20 if found else float("nan")), float("nan")
 
 
@@ -192,7 +189,7 @@ def report(args: argparse.Namespace, tallies: list[Tally], took_s: float, memory
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("server_load", "Many clients at one server.")
+    parser = command_parser("benchmarks.server_load", "Many clients at one server.")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--url", help="a running server")
     where.add_argument("--index", metavar="DIR", help="start a server of this index folder")
@@ -214,10 +211,9 @@ def main() -> None:
     if min(args.clients, args.items, args.words, args.depth, args.requests) < 1 or args.seconds <= 0:
         raise ValueError("--clients, --items, --words, --depth, --requests and --seconds must be above 0")
     if args.url:
-        load(args.url, None, args)
-        return
+        return load(args.url, None, args)
     with own_server(args.index, args.server.split()) as (url, pid):
-        load(url, pid, args)
+        return load(url, pid, args)
 
 
 if __name__ == "__main__":

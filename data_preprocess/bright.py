@@ -18,11 +18,10 @@ from data_preprocess.releases import BRIGHT_TASKS
 
 def build_parser() -> argparse.ArgumentParser:
     parser = data_parser("bright", __doc__)
-    folder = "folder with documents/, long_documents/, examples/"
-    parser.add_argument("--input", type=Path, required=True, metavar="DIR", help=folder)
     add, names = parser.add_argument, [*BRIGHT_TASKS]
-    add("--task", nargs="+", choices=names, default=names, metavar="TASK", help="some of the 12 tasks (default: all)")
-    parser.add_argument("--long", action="store_true", help="the unsplit documents")
+    add("--input", type=Path, required=True, metavar="DIR", help="folder with documents/, long_documents/, examples/")
+    add("--task", nargs="+", choices=names, default=names, metavar="TASK", help="some of the 12 tasks")
+    add("--long", action="store_true", help="the unsplit documents")
     return parser
 
 

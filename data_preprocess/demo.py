@@ -4,18 +4,16 @@ import argparse
 from pathlib import Path
 
 from convsearch import cli
-from data_preprocess.options import PromptOptions, add_prompt_options, data_parser
+from data_preprocess.options import conversations_parser
 
 CONVERSATIONS = Path(__file__).resolve().parents[1] / "assets" / "demo"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = data_parser("demo", "The embedded demo -> conversations, collection, qrels, parquet.")
+    parser = conversations_parser("demo", "The embedded demo")
     add, folder = parser.add_argument, "train.jsonl, validation.jsonl, test.jsonl"
     add("--conversations", type=Path, default=CONVERSATIONS, metavar="DIR", help=folder)
-    summaries = "the Wikipedia summaries (default: those of the installed package)"
-    add("--summaries", type=Path, metavar="JSON", help=summaries)
-    add_prompt_options(parser)
+    add("--summaries", type=Path, metavar="JSON", help="Wikipedia summaries (default: of the installed package)")
     return parser
 
 
@@ -24,8 +22,7 @@ def main() -> None:
     from data_preprocess.demo_data import convert, find_summaries
     from data_preprocess.writers import OutputFolder
 
-    folder = OutputFolder(arguments.output, arguments.skip_bad)
-    convert(arguments.conversations, arguments.summaries or find_summaries(), folder, PromptOptions.of(arguments))
+    convert(arguments.conversations, arguments.summaries or find_summaries(), OutputFolder.of(arguments))
 
 
 if __name__ == "__main__":

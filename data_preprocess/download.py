@@ -196,9 +196,7 @@ def list_releases() -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_preprocess.download", description="Fetches the public data sets."
-    )
+    parser = cli.command_parser("data_preprocess.download", "Fetches the public data sets.")
     parser.add_argument("dataset", nargs="?", choices=sorted(RELEASES), help="what to fetch")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder to fetch into")
     parser.add_argument("--list", action="store_true", help="print the table of files and stop")

@@ -4,19 +4,17 @@ import argparse
 from pathlib import Path
 
 from convsearch import cli
-from data_preprocess.options import PromptOptions, add_prompt_options, add_split_options, data_parser
+from data_preprocess.options import add_split_options, conversations_parser
 
 FRACTIONS = {"train": 0.6, "validation": 0.1, "test": 0.3}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = data_parser("mtrag", "MTRAG -> conversations, collection, qrels, parquet.")
+    parser = conversations_parser("mtrag", "MTRAG")
     add, place = parser.add_argument, "queries.jsonl, corpus.jsonl, qrels.trec; or IBM's repository"
     add("--input", type=Path, required=True, metavar="DIR", help=place)
     for split, fraction in FRACTIONS.items():
-        share = f"share of conversations for {split} (default: {fraction})"
-        add(f"--{split}-fraction", type=float, default=fraction, metavar="F", help=share)
-    add_prompt_options(parser)
+        add(f"--{split}-fraction", type=float, default=fraction, metavar="F", help="share of the conversations")
     add_split_options(parser)
     return parser
 
@@ -27,8 +25,7 @@ def main() -> None:
     from data_preprocess.writers import OutputFolder
 
     fractions = {split: getattr(arguments, f"{split}_fraction") for split in FRACTIONS}
-    folder = OutputFolder(arguments.output, arguments.skip_bad)
-    convert(arguments.input, folder, PromptOptions.of(arguments), fractions, arguments.seed)
+    convert(arguments.input, OutputFolder.of(arguments), fractions, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from data_preprocess import mtrag_ibm
 from data_preprocess.mtrag_ibm import Task, without_marker
-from data_preprocess.options import PromptOptions
 from data_preprocess.sources import BadRecords, RecordError, Source, read_records
 from data_preprocess.splits import partition
 from data_preprocess.writers import OutputFolder, Row, split_files, write_splits
@@ -40,8 +39,7 @@ def find_layout(folder: Path) -> Layout:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    repository = mtrag_ibm.find_repository(folder)
-    if repository is not None:
+    if (repository := mtrag_ibm.find_repository(folder)) is not None:
         return repository
     queries, corpus, qrels = (_file(folder, name) for name in FLAT)
     if queries is None or corpus is None or qrels is None:
@@ -72,24 +70,15 @@ class FlatFiles:
         for line in read_records(self.queries, bad, "mtrag queries"):
             with bad.tolerate():
                 qid = line.text("_id")
-                match = _QID.fullmatch(qid)
-                if match is None:
+                if (match := _QID.fullmatch(qid)) is None:
                     raise line.error("_id", f"must look like <conversation><::><turn>, got {qid!r}")
                 context = [without_marker(text) for text in line.texts("history")]
                 if len(context) % 2:
                     raise line.error("history", f"must alternate question and answer, got {len(context)} strings")
-                rewrite = without_marker(line.optional_text("rewrite") or "")
-                yield Task(
-                    qid=qid,
-                    conv_id=match["conversation"],
-                    turn_id=int(match["turn"]),
-                    domain=line.text("domain"),
-                    context=context,
-                    question=without_marker(line.text("query")),
-                    answer=line.text("response", blank=True),
-                    rewrite=rewrite or None,
-                    where=line.where,
-                )
+                place = qid, match["conversation"], int(match["turn"]), line.text("domain")
+                question, answer = without_marker(line.text("query")), line.text("response", blank=True)
+                rewrite = without_marker(line.optional_text("rewrite") or "") or None
+                yield Task(*place, context, question, answer, rewrite, line.where)
 
     def qrels(self, bad: BadRecords) -> dict[str, list[str]]:
         """TREC qrels as {query id: relevant passages}, in the order of the file."""
@@ -116,15 +105,12 @@ def rows(tasks: list[Task], golds: dict[str, list[str]], placed: dict[str, str])
         names = ("qid", "conv_id", "turn_id", "question", "context", "answer")
         record: dict[str, Any] = {name: getattr(task, name) for name in names}
         record |= {"gold_docids": list(dict.fromkeys(golds[task.qid])), "domain": task.domain}
-        if task.rewrite is not None:
-            record["rewrite"] = task.rewrite
+        record |= {"rewrite": task.rewrite} if task.rewrite is not None else {}
         yield Row(placed[task.conv_id], record, task.where)
         yield Row(ALL, record, task.where)
 
 
-def convert(
-    folder_in: Path, folder: OutputFolder, prompt: PromptOptions, fractions: dict[str, float], seed: int
-) -> None:
+def convert(folder_in: Path, folder: OutputFolder, fractions: dict[str, float], seed: int) -> None:
     """Writes the splits whose fraction is above 0, ``all``, and the collection."""
     layout = find_layout(folder_in)
     splits = [split for split, fraction in fractions.items() if fraction > 0]
@@ -133,18 +119,17 @@ def convert(
         golds = layout.qrels(bad)
         tasks = list(layout.tasks(bad))
         judged = [task for task in tasks if task.qid in golds]
-        unknown = sorted(set(golds) - {task.qid for task in tasks})
-        if unknown:
+        if unknown := sorted(set(golds) - {task.qid for task in tasks}):
             found = f"{len(unknown)} queries that are not among the queries, the first {unknown[0]!r}"
             bad.add(RecordError(f"{folder_in}: the qrels judge {found}"))
         placed = partition({task.conv_id for task in judged}, {split: fractions[split] for split in splits}, seed)
         turns = rows(judged, golds, placed)
-        counts = write_splits(folder.path, [*splits, ALL], turns, "mtrag", prompt, bad, without_parquet=[ALL])
+        counts = write_splits(folder.path, [*splits, ALL], turns, "mtrag", folder.prompt, bad, without_parquet=[ALL])
         counts["queries_without_gold"] = len(tasks) - len(judged)
         counts["queries_whose_history_lacks_answers"] = sum("" in task.context for task in judged)
         return counts
 
     files = [*split_files(*splits), *split_files(ALL, with_parquet=False)]
-    options = prompt.as_dict() | {"fractions": fractions, "seed": seed}
+    options = folder.prompt.as_dict() | {"fractions": fractions, "seed": seed}
     folder.step("splits", files, layout.inputs(), options, make_splits)
     folder.collection_step(layout.inputs(), {}, layout.passages, [ALL])

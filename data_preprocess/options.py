@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from convsearch.cli import command_parser
 from convsearch.prompts import STYLES, PromptStyle
 
 DEFAULT_SEED = 13
@@ -17,39 +18,37 @@ class PromptOptions:
     style: PromptStyle = "paper"
     max_history_turns: int | None = None
 
-    @classmethod
-    def of(cls, arguments: argparse.Namespace) -> "PromptOptions":
-        return cls(arguments.prompt_style, arguments.max_history_turns)
-
     def as_dict(self) -> dict[str, Any]:
         return {"prompt_style": self.style, "max_history_turns": self.max_history_turns}
 
 
+DEFAULT_PROMPT = PromptOptions()
+
+
 def data_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser of ``python -m data_preprocess.<name>`` with --output and --skip-bad."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(f"python -m data_preprocess.{name}", None, description, formatter_class=form)
-    output = "folder to write to; what is up to date in it is reused"
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=output)
-    skip = "leave out and list at most N malformed records (default: 0)"
-    parser.add_argument("--skip-bad", type=count, default=0, metavar="N", help=skip)
+    """The parser of ``python -m data_preprocess.<name>``, with --output and --skip-bad."""
+    parser = command_parser(f"data_preprocess.{name}", description)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write to; what is up to date is reused")
+    add("--skip-bad", type=count, default=0, metavar="N", help="leave out and list at most N malformed records (0)")
     return parser
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
-    style = "wording of the prompt in the parquet files (default: paper)"
-    parser.add_argument("--prompt-style", choices=STYLES, default="paper", help=style)
-    turns = "keep only the newest N turns of the history in the prompt (default: all)"
-    parser.add_argument("--max-history-turns", type=count, metavar="N", help=turns)
+def conversations_parser(name: str, title: str) -> argparse.ArgumentParser:
+    """A parser with --output, --skip-bad and the flags of ``PromptOptions``."""
+    parser = data_parser(name, f"{title} -> conversations, collection, qrels, parquet.")
+    add = parser.add_argument
+    add("--prompt-style", choices=STYLES, default="paper", help="wording of the prompt in the parquet files")
+    add("--max-history-turns", type=count, metavar="N", help="newest turns to keep in the prompt (default: all)")
+    return parser
 
 
 def add_split_options(parser: argparse.ArgumentParser, validation_conversations: int | None = None) -> None:
     """Adds --seed and, with the default ``validation_conversations``, the flag of that name."""
-    seed = f"seed of the split by conversation (default: {DEFAULT_SEED})"
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help=seed)
+    add, held_out = parser.add_argument, "conversations of TRAIN to hold out; 0: none"
+    add("--seed", type=int, default=DEFAULT_SEED, help="seed of the split by conversation")
     if (default := validation_conversations) is not None:
-        held_out = f"conversations of TRAIN to hold out (default: {default}; 0: none)"
-        parser.add_argument("--validation-conversations", type=count, default=default, metavar="N", help=held_out)
+        add("--validation-conversations", type=count, default=default, metavar="N", help=held_out)
 
 
 def count(text: str) -> int:

@@ -5,15 +5,15 @@ passages.zip, which is read as a stream. Passages keep their own ids (URL and pa
 collection, as in the reference, and are counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_preprocess.options import PromptOptions
-from data_preprocess.sources import BadRecords, Record, Source, find_sources, pick, read_records, zip_members
+from data_preprocess.sources import BadRecords, Record, Source, locate, read_records, zip_members
 from data_preprocess.splits import held_out_conversations
 from data_preprocess.writers import UNANSWERABLE, OutputFolder, Row
 
@@ -21,40 +21,31 @@ TURNS_URL = "https://zenodo.org/records/5543685 (scai-qrecc21-training-turns.jso
 PASSAGES_URL = "https://zenodo.org/records/5115890 (passages.zip, 27.5 GB)"
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
-    """The raw files; None for one that is missing or not needed."""
+Files = Mapping[str, Source]  # some of the files of NAMES
+NAMES = {  # flag -> the file's name in the public releases
+    "train": ("scai-qrecc21-training-turns.json",),
+    "test": ("scai-qrecc21-test-turns.json",),
+    "passages": ("passages.zip",),
+}
 
-    train: Source | None
-    test: Source | None
-    archive: Path | None
 
-    @classmethod
-    def locate(cls, place: Path | None, train: Path | None, test: Path | None, archive: Path | None) -> "Files":
-        """The given files; the others by their public names in the folder ``place``."""
-        sources = find_sources(place) if place else []
-        found = pick(sources, "passages.zip")
-        return cls(
-            Source(train) if train else pick(sources, "scai-qrecc21-training-turns.json"),
-            Source(test) if test else pick(sources, "scai-qrecc21-test-turns.json"),
-            archive or (found.path if found else None),
+def find_files(
+    place: Path | None, given: Mapping[str, Path | None], without_train: bool, without_collection: bool
+) -> Files:
+    """The given files; the others by their public names in the folder ``place``.
+
+    Raises:
+        ValueError: one is missing that the flags do not leave out; says which, and where to get it.
+    """
+    left_out = {"train": without_train, "test": False, "passages": without_collection}
+    names = {flag: name for flag, name in NAMES.items() if not left_out[flag]}
+    files = locate(place, given, names)
+    if missing := ", ".join(f"--{flag}" for flag in names if flag not in files):
+        raise ValueError(
+            f"QReCC lacks {missing}: get the turns from {TURNS_URL} and the passages from {PASSAGES_URL} "
+            "(or all by python -m data_preprocess.download qrecc), or pass --without-train or --without-collection"
         )
-
-    def needed(self, without_train: bool, without_collection: bool) -> "Files":
-        """The files without those that the flags leave out.
-
-        Raises:
-            ValueError: one is missing; says which, and where to get it.
-        """
-        train, archive = self.train or without_train, self.archive or without_collection
-        present = {"--train": train, "--test": self.test, "--passages": archive}
-        missing = ", ".join(flag for flag, value in present.items() if not value)
-        if missing:
-            raise ValueError(
-                f"QReCC lacks {missing}: get the turns from {TURNS_URL} and the passages from {PASSAGES_URL} "
-                "(or all by python -m data_preprocess.download qrecc), or pass --without-train or --without-collection"
-            )
-        return Files(None if without_train else self.train, self.test, None if without_collection else self.archive)
+    return files
 
 
 @dataclass
@@ -139,26 +130,20 @@ def passages(archive: Path, bad: BadRecords) -> Iterator[tuple[str, str]]:
                     yield passage.docid("id"), passage.text("contents", blank=True)
 
 
-def convert(files: Files, folder: OutputFolder, prompt: PromptOptions, held_out: int, seed: int) -> None:
+def convert(files: Files, folder: OutputFolder, held_out: int, seed: int) -> None:
     """Writes what there are files for: train, ``held_out`` validation conversations from it, test, the collection."""
-    train, test, archive = files.train, files.test, files.archive
+    turns = [files[name] for name in ("train", "test") if name in files]
     splits = ["train", "validation"] if held_out else ["train"]
-    if train is not None:
+    if train := files.get("train"):
 
         def train_rows(bad: BadRecords) -> Iterator[Row]:
             title, is_query = "qrecc conversations", lambda turn: any(turn.texts("Truth_passages"))
-            validation = held_out_conversations(train, title, is_query, held_out, seed)
-            return turn_rows(train, "train", validation, bad)
+            return turn_rows(train, "train", held_out_conversations(train, title, is_query, held_out, seed), bad)
 
         options = {"validation_conversations": held_out, "seed": seed}
-        folder.splits_step("train", splits, [train], options, train_rows, "qrecc", prompt)
-    if test is not None:
-
-        def test_rows(bad: BadRecords) -> Iterator[Row]:
-            return turn_rows(test, "test", frozenset(), bad)
-
-        folder.splits_step("test", ["test"], [test], {}, test_rows, "qrecc", prompt)
-    if archive is not None:
-        inputs = [Source(archive)] + [source for source in (train, test) if source is not None]
+        folder.splits_step("train", splits, [train], options, train_rows, "qrecc")
+    if test := files.get("test"):
+        folder.splits_step("test", ["test"], [test], {}, partial(turn_rows, test, "test", frozenset()), "qrecc")
+    if archive := files.get("passages"):
         written = (splits if train else []) + (["test"] if test else [])
-        folder.collection_step(inputs, {}, lambda bad: passages(archive, bad), written)
+        folder.collection_step([archive, *turns], {}, partial(passages, archive.path), written)

@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-MAX_CELL_CHARS = (
-    1 << 20
-)  # a longer cell of a .tsv file means an unclosed quote, which would take in the rest of the file
+MAX_CELL_CHARS = 1 << 20  # a longer cell of a .tsv file means an unclosed quote, which takes in the rest of the file
 _TICK_RECORDS = 256
 _PARQUET_ROWS = 1024  # per block
 
@@ -278,17 +276,11 @@ def find_sources(place: Path) -> list[Source]:
     Raises:
         ValueError: there is no such folder or zip file, or a zip file is damaged.
     """
-    if place.is_dir():
-        paths = sorted(path for path in place.rglob("*") if path.is_file())
-    elif place.is_file():
-        paths = [place]
-    else:
+    if not place.exists():
         raise ValueError(f"{place}: no such file or folder")
-    sources = [Source(path) for path in paths]
-    for path in paths:
-        if path.suffix == ".zip":
-            sources += [Source(path, name) for name in zip_members(path)]
-    return sources
+    paths = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    inside = [Source(path, name) for path in paths if path.suffix == ".zip" for name in zip_members(path)]
+    return [*map(Source, paths), *inside]
 
 
 def zip_members(path: Path) -> list[str]:
@@ -306,13 +298,23 @@ def zip_members(path: Path) -> list[str]:
         raise ValueError(f"{path}: the archive is damaged ({error}); fetch it again") from error
 
 
+def locate(
+    place: Path | None, given: Mapping[str, Path | None], names: Mapping[str, Sequence[str]]
+) -> dict[str, Source]:
+    """The ``given`` files; the others by their public names in the folder (and its zip files) or zip file ``place``.
+
+    Args:
+        names: what a file is -> the endings of its path, as ``pick`` takes them. A file that is not found is left out.
+    """
+    sources = find_sources(place) if place else []
+    found = {key: Source(path) if (path := given.get(key)) else pick(sources, *names[key]) for key in names}
+    return {key: source for key, source in found.items() if source is not None}
+
+
 def pick(sources: list[Source], *endings: str) -> Source | None:
     """The first source whose path ends with one of ``endings``, on a folder boundary; earlier endings win."""
-    for ending in endings:
-        for source in sources:
-            if f"/{source.suffix_path}".endswith(f"/{ending}"):
-                return source
-    return None
+    pairs = ((source, ending) for ending in endings for source in sources)
+    return next((source for source, ending in pairs if f"/{source.suffix_path}".endswith(f"/{ending}")), None)
 
 
 def _short(value: object) -> str:

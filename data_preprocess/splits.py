@@ -14,16 +14,16 @@ def _shuffled(conv_ids: Iterable[object], seed: int) -> list[str]:
     return sorted({str(conv_id) for conv_id in conv_ids}, key=lambda conv_id: conversation_hash(conv_id, seed))
 
 
-def hold_out(conv_ids: Iterable[object], count: int, seed: int) -> frozenset[str]:
+def hold_out(conv_ids: Iterable[object], count: int, seed: int, what: str = "conversation") -> frozenset[str]:
     """``count`` conversations (as strings) for validation. A larger count keeps those of a smaller one.
 
     Raises:
-        ValueError: nothing would be left to train on.
+        ValueError: nothing would be left to train on; ``what`` is the noun of the message.
     """
     shuffled = _shuffled(conv_ids, seed)
     if count < 0 or (count and count >= len(shuffled)):
-        problem = f"leaves no conversation to train on (there are {len(shuffled)})"
-        raise ValueError(f"--validation-conversations {count} {problem}; hold out fewer")
+        problem = f"leaves no {what} to train on (there are {len(shuffled)})"
+        raise ValueError(f"--validation-{what}s {count} {problem}; hold out fewer")
     return frozenset(shuffled[:count])
 
 

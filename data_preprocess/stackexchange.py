@@ -23,24 +23,19 @@ SITES = ("stackoverflow", "biology", "chemistry", "codereview", "cs", "earthscie
 
 def build_parser() -> argparse.ArgumentParser:
     parser = data_parser("stackexchange", __doc__)
-    add, places = parser.add_argument, "folder of parquet shards, or files of a form above"
-    add("--input", type=Path, nargs="+", required=True, metavar="PLACE", help=places)
-    positives = "whose answers are the positives (default: accepted)"
-    add("--answers", choices=("accepted", "model"), default="accepted", help=positives)
+    add = parser.add_argument
+    add("--input", type=Path, nargs="+", required=True, metavar="PLACE", help="folder, or files of a form above")
+    add("--answers", choices=("accepted", "model"), default="accepted", help="whose answers are the positives")
     add("--endpoint", metavar="URL", help="OpenAI-compatible, ending in /v1; the key is $OPENAI_API_KEY")
     add("--model", help="the model that answers")
-    add("--max-tokens", type=count, default=8192, metavar="N", help="of an answer (default: 8192)")
-    add("--parallel", type=count, default=8, metavar="N", help="requests at a time (default: 8)")
-    sites = f"first words of their addresses (default: {' '.join(SITES)})"
-    add("--sites", nargs="+", default=[*SITES], metavar="SITE", help=sites)
-    most = "at most N questions per site (default: 1200; 0: all)"
-    add("--max-per-site", type=count, default=1200, metavar="N", help=most)
-    longest = "at most N characters per question (default: 16000)"
-    add("--max-chars", type=count, default=16_000, metavar="N", help=longest)
-    held_out = "questions held out (default: 64; 0: none)"
-    add("--validation-questions", type=count, default=64, metavar="N", help=held_out)
+    add("--max-tokens", type=count, default=8192, metavar="N", help="of an answer")
+    add("--parallel", type=count, default=8, metavar="N", help="requests at a time")
+    add("--sites", nargs="+", default=[*SITES], metavar="SITE", help="first words of their addresses")
+    add("--max-per-site", type=count, default=1200, metavar="N", help="at most N questions per site; 0: all")
+    add("--max-chars", type=count, default=16_000, metavar="N", help="at most N characters per question")
+    add("--validation-questions", type=count, default=64, metavar="N", help="questions held out; 0: none")
     add("--think", action="store_true", help="prompt for <think>..</think> <answer>..</answer> (form=answer)")
-    add("--seed", type=int, default=DEFAULT_SEED, help=f"seed of sample and split (default: {DEFAULT_SEED})")
+    add("--seed", type=int, default=DEFAULT_SEED, help="seed of sample and split")
     return parser
 
 

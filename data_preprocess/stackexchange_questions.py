@@ -15,9 +15,7 @@ from data_preprocess.splits import conversation_hash
 
 ANY_SITE = "unnamed"  # of files without site names; --sites does not apply to them
 # The reference's question texts contain its instruction; our prompt adds it again.
-_INSTRUCTION = re.compile(
-    r"\AInstructions:\n1\. Identify the essential problem\.\n.*?\n(?:Query|Question): ", re.DOTALL
-)
+_INSTRUCTION = re.compile(r"(?s)\AInstructions:\n1\. Identify the essential problem\.\n.*?\n(?:Query|Question): ")
 
 
 @dataclass(frozen=True, slots=True)

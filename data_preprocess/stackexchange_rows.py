@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,8 @@ def positives(question: Question) -> dict[str, str]:
     return {f"{question.qid}-{number}": answer for number, answer in enumerate(question.answers)}
 
 
-def rows(questions: list[Question], held_out: frozenset[str]) -> list[Row]:
+def rows(questions: list[Question], held_out: frozenset[str]) -> Iterator[Row]:
     """One turn per question; the positives are its gold passages too."""
-    made = []
     for question in questions:
         record = {
             "qid": question.qid,
@@ -50,15 +50,14 @@ def rows(questions: list[Question], held_out: frozenset[str]) -> list[Row]:
             "positives": [*question.answers],
             "site": question.site,
         }
-        made.append(Row("validation" if question.qid in held_out else "train", record, question.qid))
-    return made
+        yield Row("validation" if question.qid in held_out else "train", record, question.qid)
 
 
 def convert(arguments: argparse.Namespace) -> None:
     """Writes everything below ``--output``; ``arguments`` are the flags of data_preprocess.stackexchange."""
-    folder = OutputFolder(arguments.output, arguments.skip_bad)
-    inputs, num_held_out = find_inputs(arguments.input), arguments.validation_questions
     prompt = PromptOptions("rqr_think" if arguments.think else "rqr")
+    folder = OutputFolder(arguments.output, arguments.skip_bad, prompt)
+    inputs, num_held_out = find_inputs(arguments.input), arguments.validation_questions
     splits = ["train", "validation"] if num_held_out else ["train"]
     with_model = arguments.answers == "model"
     endpoint = Endpoint(arguments.endpoint, arguments.model, arguments.max_tokens) if with_model else None
@@ -74,10 +73,7 @@ def convert(arguments: argparse.Namespace) -> None:
         if not questions:
             places = ", ".join(map(str, arguments.input))
             raise ValueError(f"no question of {places} is left (dropped: {dict(dropped)}): is this the right input?")
-        if len(questions) <= num_held_out:
-            remedy = f"leaves none of {len(questions)} to train on; hold out fewer"
-            raise ValueError(f"--validation-questions {num_held_out} {remedy}")
-        held_out = hold_out([question.qid for question in questions], num_held_out, arguments.seed)
+        held_out = hold_out((question.qid for question in questions), num_held_out, arguments.seed, "question")
         passages = (passage for question in questions for passage in positives(question).items())
         made = folder.path, splits, rows(questions, held_out), "stackexchange", prompt, bad
         counts = write_splits(*made, passages=passages, with_positives=True)

@@ -14,17 +14,13 @@ from convsearch.files import atomic_write, read_jsonl
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_preprocess.subset",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.command_parser("data_preprocess.subset", __doc__)
     add = parser.add_argument
     add("--input", type=Path, required=True, metavar="JSON", help="conversations, one turn per line")
     add("--qrels", type=Path, required=True, metavar="TREC", help="qrels of the conversations: qid 0 docid grade")
     add("--limit", type=int, metavar="N", help="how many questions (default: all)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for <name>.json and <name>.trec")
-    add("--name", default="test", help="name of the two files (default: test)")
+    add("--name", default="test", help="name of the two files")
     return parser
 
 

@@ -6,20 +6,19 @@ data_preprocess/topiocqa_proxy.py needs only the first.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
-from data_preprocess.options import PromptOptions
-from data_preprocess.sources import BadRecords, Record, Source, find_sources, pick, read_records, read_table
+from data_preprocess.sources import BadRecords, Record, Source, read_records, read_table
 from data_preprocess.splits import held_out_conversations
 from data_preprocess.writers import OutputFolder, Row
 
 RETRIEVER_URL = "https://zenodo.org/records/6151011 (data/retriever/all_history/train.json and dev.json)"
 COLLECTION_URL = "https://zenodo.org/records/6149599 (data/wikipedia_split/full_wiki_segments.tsv)"
 DATASET_URL = "https://zenodo.org/records/7709644 (topiocqa_train.json and topiocqa_dev.json)"
-NAMES = {  # field of Files -> the file's name in the public releases
+Files = Mapping[str, Source]  # some of the files of NAMES
+NAMES = {  # the flag without dashes -> the file's name in the public releases
     "dataset_train": ("topiocqa_train.json", "topiocqa_dataset/train.json"),
     "dataset_dev": ("topiocqa_dev.json", "topiocqa_dataset/dev.json"),
     "retriever_train": ("retriever/all_history/train.json", "all_history/train.json"),
@@ -28,45 +27,34 @@ NAMES = {  # field of Files -> the file's name in the public releases
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Files:
-    """The five raw files; None for one that is missing."""
+def conversations(files: Files) -> tuple[Source, Source]:
+    """The conversations of train and dev.
 
-    dataset_train: Source | None
-    dataset_dev: Source | None
-    retriever_train: Source | None
-    retriever_dev: Source | None
-    collection: Source | None
+    Raises:
+        ValueError: one is missing; says where to get it.
+    """
+    if not {"dataset_train", "dataset_dev"} <= files.keys():
+        remedy = f"give --dataset-train and --dataset-dev, from {DATASET_URL}"
+        raise ValueError(f"TopiOCQA's conversations are missing: {remedy}")
+    return files["dataset_train"], files["dataset_dev"]
 
-    @classmethod
-    def locate(cls, place: Path | None, given: Mapping[str, Path | None]) -> "Files":
-        """The given files; the others by name in a folder (and the zip files in it) or in a zip file."""
-        sources = find_sources(place) if place else []
-        paths = {name: given.get(name) for name in NAMES}
-        return cls(**{name: Source(path) if path else pick(sources, *NAMES[name]) for name, path in paths.items()})
 
-    def conversations(self) -> tuple[Source, Source]:
-        if self.dataset_train is None or self.dataset_dev is None:
-            remedy = f"give --dataset-train and --dataset-dev, from {DATASET_URL}"
-            raise ValueError(f"TopiOCQA's conversations are missing: {remedy}")
-        return self.dataset_train, self.dataset_dev
+def golds(files: Files) -> tuple[Source, Source, Source]:
+    """The gold passages of train and dev and the collection.
 
-    def golds(self) -> tuple[Source, Source, Source]:
-        """The gold passages of train and dev and the collection.
-
-        Raises:
-            ValueError: one is missing; says which, where to get it, and that ``--proxy`` does not need it.
-        """
-        if self.retriever_train is None or self.retriever_dev is None or self.collection is None:
-            names = [name for name in ("retriever_train", "retriever_dev", "collection") if getattr(self, name) is None]
-            missing = ", ".join(f"--{name.replace('_', '-')}" for name in names)
-            raise ValueError(
-                f"TopiOCQA's conversations have no gold passages, and {missing} did not come with them: "
-                f"get the gold passages from {RETRIEVER_URL} and the collection from {COLLECTION_URL}, "
-                "by hand or by python -m data_preprocess.download topiocqa, "
-                "or pass --proxy to build pseudo-passages from the conversations alone"
-            )
-        return self.retriever_train, self.retriever_dev, self.collection
+    Raises:
+        ValueError: one is missing; says which, where to get it, and that ``--proxy`` does not need it.
+    """
+    names = ("retriever_train", "retriever_dev", "collection")
+    missing = ", ".join(f"--{name.replace('_', '-')}" for name in names if name not in files)
+    if missing:
+        raise ValueError(
+            f"TopiOCQA's conversations have no gold passages, and {missing} did not come with them: "
+            f"get the gold passages from {RETRIEVER_URL} and the collection from {COLLECTION_URL}, "
+            "by hand or by python -m data_preprocess.download topiocqa, "
+            "or pass --proxy to build pseudo-passages from the conversations alone"
+        )
+    return files["retriever_train"], files["retriever_dev"], files["collection"]
 
 
 def turn_record(turn: Record, split: str) -> dict[str, Any]:
@@ -109,13 +97,11 @@ def gold_rows(
                 found = f"fields 'conv_id' and 'turn_id' are {gold_ids[0]} and {gold_ids[1]}"
                 beside = f"the turn beside it ({turn.where}) is {ids[0]} and {ids[1]}"
                 raise ValueError(f"{gold.where}: {found}, but {beside}: {other}")
-            passages = gold.objects("positive_ctxs")
-            if not passages:
+            if not (passages := gold.objects("positive_ctxs")):
                 raise gold.error("positive_ctxs", "is empty")
             record["gold_docids"] = [passages[0].docid("passage_id")]
             record["positive_ctxs"] = [passage.data for passage in passages]
-            held_out = own_split == "train" and str(record["conv_id"]) in validation
-            yield Row("validation" if held_out else own_split, record, turn.where)
+            yield Row("validation" if str(record["conv_id"]) in validation else own_split, record, turn.where)
 
 
 def passages(collection: Source, bad: BadRecords) -> Iterator[tuple[str, str]]:
@@ -125,25 +111,20 @@ def passages(collection: Source, bad: BadRecords) -> Iterator[tuple[str, str]]:
             yield row.docid("id"), f"{row.data['title'].replace(' [SEP] ', ' ')} {row.data['text']}"
 
 
-def convert(
-    files: Files, folder: OutputFolder, prompt: PromptOptions, validation_conversations: int, seed: int
-) -> None:
-    """The whole data set: train and validation (from train), dev, collection."""
-    train, dev = files.conversations()
-    train_golds, dev_golds, collection = files.golds()
-    splits = ["train", "validation"] if validation_conversations else ["train"]
+def convert(files: Files, folder: OutputFolder, held_out: int, seed: int) -> None:
+    """The whole data set: train, ``held_out`` validation conversations from it, dev, collection."""
+    (train, dev), (train_golds, dev_golds, collection) = conversations(files), golds(files)
+    splits = ["train", "validation"] if held_out else ["train"]
     title = f"{train.suffix_path}: conversations"
 
     def train_rows(bad: BadRecords) -> Iterator[Row]:
-        validation = held_out_conversations(train, title, lambda turn: True, validation_conversations, seed)
+        validation = held_out_conversations(train, title, lambda turn: True, held_out, seed)
         return gold_rows(train, train_golds, "train", validation, bad)
 
-    def dev_rows(bad: BadRecords) -> Iterator[Row]:
-        return gold_rows(dev, dev_golds, "dev", frozenset(), bad)
-
     options = {"proxy": False}
-    train_options = options | {"validation_conversations": validation_conversations, "seed": seed}
-    folder.splits_step("train", splits, [train, train_golds], train_options, train_rows, "topiocqa", prompt)
-    folder.splits_step("dev", ["dev"], [dev, dev_golds], options, dev_rows, "topiocqa", prompt)
+    train_options = options | {"validation_conversations": held_out, "seed": seed}
+    folder.splits_step("train", splits, [train, train_golds], train_options, train_rows, "topiocqa")
+    dev_rows = partial(gold_rows, dev, dev_golds, "dev", frozenset())
+    folder.splits_step("dev", ["dev"], [dev, dev_golds], options, dev_rows, "topiocqa")
     inputs = [collection, train_golds, dev_golds]
-    folder.collection_step(inputs, options, lambda bad: passages(collection, bad), [*splits, "dev"])
+    folder.collection_step(inputs, options, partial(passages, collection), [*splits, "dev"])

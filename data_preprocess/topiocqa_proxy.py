@@ -9,10 +9,9 @@ figures must never be compared with those of the real collection.
 from collections.abc import Iterator
 from typing import Any
 
-from data_preprocess.options import PromptOptions
 from data_preprocess.sources import BadRecords, Source, read_records
 from data_preprocess.splits import hold_out
-from data_preprocess.topiocqa_data import Files, turn_record
+from data_preprocess.topiocqa_data import Files, conversations, turn_record
 from data_preprocess.writers import COLLECTION, UNANSWERABLE, OutputFolder, Row, split_files, write_splits
 
 Pair = tuple[str, str]
@@ -38,13 +37,11 @@ class PseudoPassages:
             yield self._docids[pair], " ".join([*pair, *answers])
 
 
-def answered_turns(
-    dataset: Source, own_split: str, bad: BadRecords, description: str
-) -> Iterator[tuple[dict[str, Any], str]]:
+def answered_turns(source: Source, split: str, bad: BadRecords, title: str) -> Iterator[tuple[dict[str, Any], str]]:
     """(record, where) of each turn that has an answer and so a topic."""
-    for turn in read_records(dataset, bad, description):
+    for turn in read_records(source, bad, title):
         with bad.tolerate():
-            record = turn_record(turn, own_split)
+            record = turn_record(turn, split)
             if record["answer"] == UNANSWERABLE:
                 continue
             for name in ("Topic", "Topic_section"):
@@ -52,12 +49,10 @@ def answered_turns(
             yield record, turn.where
 
 
-def convert(
-    files: Files, folder: OutputFolder, prompt: PromptOptions, validation_conversations: int, seed: int
-) -> None:
-    """Writes train and validation (from train), dev and the pseudo-passages."""
-    splits = ["train", "validation", "dev"] if validation_conversations else ["train", "dev"]
-    datasets = dict(zip(("train", "dev"), files.conversations(), strict=True))
+def convert(files: Files, folder: OutputFolder, held_out: int, seed: int) -> None:
+    """Writes train, ``held_out`` validation conversations from it, dev and the pseudo-passages."""
+    splits = ["train", "validation", "dev"] if held_out else ["train", "dev"]
+    datasets = dict(zip(("train", "dev"), conversations(files), strict=True))
 
     def make(bad: BadRecords) -> dict[str, Any]:
         pseudo, train_convs = PseudoPassages(), set[int]()
@@ -67,17 +62,17 @@ def convert(
                 pseudo.add(record)
                 if own_split == "train":
                     train_convs.add(record["conv_id"])
-        validation = hold_out(train_convs, validation_conversations, seed)
+        validation = hold_out(train_convs, held_out, seed)
 
         def rows() -> Iterator[Row]:
             for own_split, dataset in datasets.items():
                 for record, where in answered_turns(dataset, own_split, bad, f"topiocqa-proxy {own_split}"):
                     record["gold_docids"] = [pseudo.docid(record)]
-                    held_out = own_split == "train" and str(record["conv_id"]) in validation
-                    yield Row("validation" if held_out else own_split, record, where)
+                    in_validation = own_split == "train" and str(record["conv_id"]) in validation
+                    yield Row("validation" if in_validation else own_split, record, where)
 
         passages = pseudo.passages()
-        return write_splits(folder.path, splits, rows(), "topiocqa-proxy", prompt, bad, passages=passages)
+        return write_splits(folder.path, splits, rows(), "topiocqa-proxy", folder.prompt, bad, passages=passages)
 
-    options = prompt.as_dict() | {"proxy": True, "validation_conversations": validation_conversations, "seed": seed}
+    options = folder.prompt.as_dict() | {"proxy": True, "validation_conversations": held_out, "seed": seed}
     folder.step("proxy", [*split_files(*splits), COLLECTION], datasets.values(), options, make)

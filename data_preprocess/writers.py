@@ -5,6 +5,7 @@ and ``<split>.parquet`` (the rows of GRPO). A collection is ``collection.jsonl``
 records the inputs and options of each file.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,13 +20,16 @@ import pyarrow.parquet as pq
 from convsearch.files import atomic_write
 from convsearch.prompts import render
 from convsearch.types import Conversation
-from data_preprocess.options import PromptOptions
+from data_preprocess.options import DEFAULT_PROMPT, PromptOptions
 from data_preprocess.sources import BadRecords, RecordError, Source
 
 ROW_GROUP_ROWS = 1000
 FORMAT = 1  # raise it if the same input gives other output: older files are then made again
 UNANSWERABLE = "UNANSWERABLE"
 COLLECTION = "collection.jsonl"
+Counts = dict[str, Any]
+Passages = Iterable[tuple[str, str]]  # (id, contents)
+Make = Callable[[BadRecords], Counts]  # makes the files of a step; gets the budget of malformed records
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,9 @@ class Row:
     split: str
     record: dict[str, Any]
     where: str
+
+
+Rows = Callable[[BadRecords], Iterable[Row]]
 
 
 def parquet_schema(with_positives: bool = False) -> Any:
@@ -144,11 +151,11 @@ def write_splits(
     prompt: PromptOptions,
     bad: BadRecords,
     *,
-    passages: Iterable[tuple[str, str]] | None = None,
+    passages: Passages | None = None,
     without_parquet: Sequence[str] = (),
     with_positives: bool = False,
-) -> dict[str, Any]:
-    """Writes each row to its split's files, then (id, contents) of ``passages`` as the collection.
+) -> Counts:
+    """Writes each row to its split's files, then ``passages`` as the collection.
 
     Returns:
         {split: {"queries", "conversations", "qrels"}}, and the counts of ``write_collection`` under "collection".
@@ -168,7 +175,7 @@ def write_splits(
             if not files.seen_qids:
                 problem = f"no turn with a gold passage for split '{name}' of {data_source}"
                 raise ValueError(f"{problem}: is this the right input?")
-        counts: dict[str, Any] = {name: files.counts() for name, files in opened.items()}
+        counts: Counts = {name: files.counts() for name, files in opened.items()}
     if passages is not None:
         counts["collection"] = write_collection(folder / COLLECTION, passages, read_golds(folder, splits), bad)
     return counts
@@ -183,10 +190,8 @@ def read_golds(folder: Path, splits: Iterable[str]) -> set[str]:
     return golds
 
 
-def write_collection(
-    path: Path, passages: Iterable[tuple[str, str]], golds: set[str], bad: BadRecords
-) -> dict[str, Any]:
-    """Writes (id, contents) pairs; returns the counts of passages and blank passages. Memory holds one passage.
+def write_collection(path: Path, passages: Passages, golds: set[str], bad: BadRecords) -> Counts:
+    """Writes the passages; returns the counts of passages and blank passages. Memory holds one passage.
 
     Raises:
         ValueError: gold passages are missing from the collection (each counts as a malformed record), or it is empty.
@@ -210,16 +215,21 @@ def write_collection(
 class OutputFolder:
     """A data set's output folder. A step makes some of its files, unless they were made from the same inputs."""
 
-    def __init__(self, path: Path, skip_bad: int = 0) -> None:
-        self.path = path
-        self.skip_bad = skip_bad
+    def __init__(self, path: Path, skip_bad: int = 0, prompt: PromptOptions = DEFAULT_PROMPT) -> None:
+        self.path, self.skip_bad, self.prompt = path, skip_bad, prompt
         self._manifest_path = path / "manifest.json"
 
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> "OutputFolder":
+        """The folder that the flags of ``options.conversations_parser`` describe."""
+        prompt = PromptOptions(arguments.prompt_style, arguments.max_history_turns)
+        return cls(arguments.output, arguments.skip_bad, prompt)
+
     def _steps(self) -> dict[str, Any]:
-        if not self._manifest_path.exists():
-            return {}
         try:
             manifest = json.loads(self._manifest_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
         except ValueError:
             print(f"{self._manifest_path} is damaged: everything is made again", file=sys.stderr)
             return {}
@@ -253,16 +263,11 @@ class OutputFolder:
             self._save(steps)
 
     def step(
-        self,
-        name: str,
-        files: Sequence[str],
-        inputs: Iterable[Source],
-        options: dict[str, Any],
-        make: Callable[[BadRecords], dict[str, Any]],
-    ) -> dict[str, Any]:
-        """Runs ``make`` or reuses its files, prints which, and returns its counts.
+        self, name: str, files: Sequence[str], inputs: Iterable[Source], options: dict[str, Any], make: Make
+    ) -> None:
+        """Runs ``make`` or reuses its files, and prints which, with the counts.
 
-        ``make`` gets the budget of malformed records. The manifest loses the step's entry before the files change, and
+        The manifest loses the step's entry before the files change, and
         gets it back when all are whole, so that a broken run never passes for a finished one.
         """
         key = json.loads(json.dumps({"inputs": [source.stamp() for source in inputs], "options": options}))
@@ -282,42 +287,33 @@ class OutputFolder:
         print(f"{verb} {', '.join(files)} in {self.path}: {_shown(entry['counts'])}", flush=True)
         for message in entry["skipped"]:
             print(f"skipped a malformed record: {message}", file=sys.stderr)
-        result: dict[str, Any] = entry["counts"]
-        return result
 
     def splits_step(
-        self,
-        name: str,
-        splits: Sequence[str],
-        inputs: Iterable[Source],
-        options: dict[str, Any],
-        rows: Callable[[BadRecords], Iterable[Row]],
-        data_source: str,
-        prompt: PromptOptions,
+        self, name: str, splits: list[str], inputs: list[Source], options: dict[str, Any], rows: Rows, data_source: str
     ) -> None:
         """A step that writes the splits' files."""
 
-        def make(bad: BadRecords) -> dict[str, Any]:
-            return write_splits(self.path, splits, rows(bad), data_source, prompt, bad)
+        def make(bad: BadRecords) -> Counts:
+            return write_splits(self.path, splits, rows(bad), data_source, self.prompt, bad)
 
-        self.step(name, split_files(*splits), inputs, prompt.as_dict() | options, make)
+        self.step(name, split_files(*splits), inputs, self.prompt.as_dict() | options, make)
 
     def collection_step(
         self,
-        inputs: Iterable[Source],
+        inputs: list[Source],
         options: dict[str, Any],
-        passages: Callable[[BadRecords], Iterable[tuple[str, str]]],
-        splits: Iterable[str],
+        passages: Callable[[BadRecords], Passages],
+        splits: list[str],
     ) -> None:
-        """The step "collection": (id, contents) pairs, which must contain the gold passages of the splits' qrels."""
+        """The step "collection": ``passages``, which must contain the gold passages of the splits' qrels."""
 
-        def make(bad: BadRecords) -> dict[str, Any]:
+        def make(bad: BadRecords) -> Counts:
             return write_collection(self.path / COLLECTION, passages(bad), read_golds(self.path, splits), bad)
 
         self.step("collection", [COLLECTION], inputs, options, make)
 
 
-def _shown(counts: dict[str, Any]) -> str:
+def _shown(counts: Counts) -> str:
     parts = []
     for name, value in counts.items():
         if isinstance(value, dict):

@@ -8,30 +8,28 @@ The flags are those of the reference's get_metrics_using_ance.py. The passages' 
 import argparse
 from pathlib import Path
 
-from convsearch.cli import run
-from eval.queries import QUERY_TYPES, Search
+from convsearch.cli import command_parser, run
+from eval.queries import QUERY_TYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The reference's flags, and ``--server``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.ance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("eval.ance", __doc__)
     add = parser.add_argument
     add("--server", help="http://host:port of a running retriever_server with a dense index")
     add("--test_file_path", nargs="+", required=True, help="rewrites or conversations, one JSON object per line")
-    add("--test_type", default="rewrite", choices=[*QUERY_TYPES], help="which text is the query (default rewrite)")
+    add("--test_type", default="rewrite", choices=[*QUERY_TYPES], help="which text is the query")
     add("--trec_gold_qrel_file_path", required=True, help="TREC qrels")
-    add("--qrel_output_dir", default=".", help="folder for the runs (default: here)")
+    add("--qrel_output_dir", default=".", help="folder for the runs")
     add("--output_trec_file", nargs="+", required=True, help="file name of the run of each test file")
-    add("--top_k", type=int, default=100, help="passages per query (default 100)")
-    add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG (default 1)")
+    add("--top_k", type=int, default=100, help="passages per query")
+    add("--rel_threshold", type=int, default=1, help="least relevant grade, for all but NDCG")
     add("--pretrained_encoder_path", help="query encoder (default: the passages' own; not used with --server)")
     add("--passage_embeddings_dir_path", help="index folder of the passages' vectors; not used with --server")
-    add("--n_gpu", type=int, default=1, help="CUDA devices that share the vectors, if any; 0: the CPU (default 1)")
-    add("--use_gpu", default="True", help="False: the CPU (default True: a CUDA device if there is one)")
-    add("--per_gpu_test_batch_size", type=int, default=32, help="queries per forward pass (default 32)")
-    add("--max_concat_length", type=int, default=512, help="tokens of a query (default 512)")
+    add("--n_gpu", type=int, default=1, help="CUDA devices that share the vectors, if any; 0: the CPU")
+    add("--use_gpu", default="True", help="True: a CUDA device if there is one; False: the CPU")
+    add("--per_gpu_test_batch_size", type=int, default=32, help="queries per forward pass")
+    add("--max_concat_length", type=int, default=512, help="tokens of a query")
     ignored = parser.add_argument_group("accepted for the reference's command lines, without effect")
     for name, value in (("seed", 42), ("max_query_length", 64), ("max_doc_length", 384), ("max_response_length", 64)):
         ignored.add_argument(f"--{name}", type=int, default=value)
@@ -39,13 +37,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_index(args: argparse.Namespace) -> Search:
-    """A search function over the index folder.
+def index_folder(folder: str | None) -> str:
+    """The folder, if there is an index in it.
 
     Raises:
-        ValueError: there is no such folder, it is no dense index, or the encoder does not belong to it.
+        ValueError: none was given, or it is no index folder; says how to make one.
     """
-    folder = args.passage_embeddings_dir_path
     if folder is None:
         raise ValueError("dense search needs --passage_embeddings_dir_path (an index folder), or --server URL")
     if not (Path(folder) / "manifest.json").is_file():
@@ -54,18 +51,7 @@ def open_index(args: argparse.Namespace) -> Search:
             "or from the reference's pickles with "
             f"`python -m retriever_server.index import-blocks --embeddings {folder} --output DIR`"
         )
-    from retriever_server.dense.index import DenseIndex
-
-    on_gpu = args.n_gpu > 0 and str(args.use_gpu).lower() not in ("false", "0", "no", "")
-    index = DenseIndex.load(
-        folder,
-        args.pretrained_encoder_path,
-        device="auto" if on_gpu else "cpu",
-        n_gpu=args.n_gpu,
-        max_length=args.max_concat_length,
-        batch_size=args.per_gpu_test_batch_size,
-    )
-    return index.search
+    return folder
 
 
 def main() -> None:
@@ -74,7 +60,15 @@ def main() -> None:
 
     files = args.test_file_path, args.output_trec_file, Path(args.qrel_output_dir)
     job = Job(*files, args.test_type, args.top_k, args.trec_gold_qrel_file_path, args.rel_threshold, tag="ance")
-    search_and_score(through_server(args.server) if args.server is not None else open_index(args), job)
+    if args.server is not None:
+        return search_and_score(through_server(args.server), job)
+    folder = index_folder(args.passage_embeddings_dir_path)
+    from retriever_server.dense.index import DenseIndex
+
+    on_gpu = args.n_gpu > 0 and str(args.use_gpu).lower() not in ("false", "0", "no", "")
+    sizes = {"max_length": args.max_concat_length, "batch_size": args.per_gpu_test_batch_size, "n_gpu": args.n_gpu}
+    index = DenseIndex.load(folder, args.pretrained_encoder_path, device="auto" if on_gpu else "cpu", **sizes)
+    return search_and_score(index.search, job)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convsearch.files import read_jsonl
 from eval.measures import Floats
 
@@ -26,17 +24,11 @@ def means_by(
     for index, qid in enumerate(qids):
         rows.setdefault(groups.get(qid), []).append(index)
     return [
-        {
-            "group": group,
-            "queries": len(chosen),
-            "run": name,
-            "measure": measure,
-            "mean": float(np.mean(scores[chosen])),
-        }
+        {"group": group, "queries": len(chosen), "run": run, "measure": measure, "mean": float(x[chosen].mean())}
         for group, chosen in rows.items()
         if chosen
-        for name, measured in values.items()
-        for measure, scores in measured.items()
+        for run, measured in values.items()
+        for measure, x in measured.items()
     ]
 
 

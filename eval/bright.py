@@ -8,24 +8,18 @@ paths contain {task} (earth_science) or {name} (earth-science).
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-from convsearch.cli import run
-from convsearch.files import write_jsonl
+from convsearch.cli import command_parser, run
 from eval.bright_table import TASKS, table
-from eval.queries import Search
 
 MEASURES = "nDCG@10 R@10 R@100 MRR"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.bright", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("eval.bright", __doc__)
     add = parser.add_argument
-    tasks = [*TASKS, "all"]
-    add("--task", nargs="+", required=True, choices=tasks, metavar="TASK", help="one task, several, or all 12")
+    add("--task", nargs="+", required=True, choices=[*TASKS, "all"], metavar="TASK", help="one, several, or all 12")
     documents = "parquet, JSON lines or JSON list of {id, contents or content}; or TheoremQA's own JSON"
     add("--documents", required=True, help=documents)
     add("--topics", required=True, help="parquet or JSON lines of {id, query, excluded_ids}, gzipped or not")
@@ -34,47 +28,21 @@ def build_parser() -> argparse.ArgumentParser:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--replace", action="store_true", help="search for the reasoned query alone (default)")
     how.add_argument("--join", action="store_true", help="search for the original query followed by the reasoned one")
-    weights = "Lucene's, or BM25 weights on the query's terms too, as in the published figures (default lucene)"
+    weights = "Lucene's, or BM25 weights on the query's terms too, as in the published figures"
     add("--bm25", default="lucene", choices=("lucene", "query-weighted"), help=weights)
-    add("--k1", type=float, default=0.9, help="BM25's term saturation (default 0.9)")
-    add("--b", type=float, default=0.4, help="BM25's length normalisation (default 0.4)")
+    add("--k1", type=float, default=0.9, help="BM25's term saturation")
+    add("--b", type=float, default=0.4, help="BM25's length normalisation")
     add("--encoder", help="a dense encoder instead of BM25: an ANCE or sentence-transformers folder, or a hub name")
     add("--query_prefix", default="", help="put before each query, for a dense encoder that needs an instruction")
-    add("--max_length", type=int, default=512, help="tokens of a query or document for the encoder (default 512)")
+    add("--max_length", type=int, default=512, help="tokens of a query or document for the encoder")
     add("--excluded", help="excluded ids, instead of the topics': JSON {qid: [ids]}, or records of {id, excluded_ids}")
-    add("--top_k", type=int, default=1000, help="documents per query, without the excluded ones (default 1000)")
-    add("--measures", default=MEASURES, help=f"measures of eval.metrics (default {MEASURES!r})")
+    add("--top_k", type=int, default=1000, help="documents per query, without the excluded ones")
+    add("--measures", default=MEASURES, help="measures of eval.metrics")
     add("--work", help="folder that keeps the indexes for the next run (default: none is kept)")
     add("--output_trec_file", help="also write the run; with several tasks the path contains {task}")
     form = "print one object {measure: fraction}; for several tasks the means, and each task's under 'tasks'"
     add("--json", action="store_true", help=form)
     return parser
-
-
-def open_search(args: argparse.Namespace, documents: Mapping[str, str], folder: Path) -> Search:
-    """A search function over the documents; its index is written below ``folder``."""
-    if args.encoder is None and args.bm25 == "query-weighted":
-        from eval.query_weighted import QueryWeightedBm25
-
-        return QueryWeightedBm25(documents.items(), args.k1, args.b).search
-    collection = folder / "collection.jsonl"
-    write_jsonl(collection, ({"id": docid, "contents": text} for docid, text in documents.items()))
-    if args.encoder is None:
-        from retriever_server.bm25.build import build
-        from retriever_server.bm25.index import Bm25Index
-
-        build([collection], folder / "bm25", args.k1, args.b, overwrite=True, progress=sys.stderr.isatty())
-        return Bm25Index.load(folder / "bm25").search
-    from retriever_server.dense import build as dense_build
-    from retriever_server.dense.index import DenseIndex
-
-    place, settings = (
-        folder / f"dense-{Path(args.encoder).name}",
-        dense_build.Settings(max_length=args.max_length, overwrite=True),
-    )
-    dense_build.build([collection], place, args.encoder, settings)
-    index = DenseIndex.load(place, args.encoder, max_length=args.max_length)
-    return lambda queries, k: index.search([args.query_prefix + query for query in queries], k)
 
 
 def main() -> None:
@@ -89,7 +57,7 @@ def main() -> None:
 
     outcomes = {}
     for task in tasks:
-        outcomes[task] = evaluate_task(args, task, open_search)
+        outcomes[task] = evaluate_task(args, task)
         print(f"{task}: {outcomes[task].notes}", file=sys.stderr)
     if args.json:
         by_task = {task: dict(outcome.means) for task, outcome in outcomes.items()}

@@ -1,19 +1,41 @@
 """One task of BRIGHT: searches for its queries, takes out the documents that a query excludes, and measures."""
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from convsearch.files import write_jsonl
 from eval.bright_data import Topic, read_documents, read_excluded, read_reasoned, read_topics
 from eval.bright_table import Outcome
 from eval.measures import evaluate, notes, parse_measures
 from eval.queries import Hits, Search
+from eval.query_weighted import QueryWeightedBm25
 from eval.runs import decreasing, from_mapping, read_qrels, write_run
+from retriever_server.bm25 import build as bm25_build
+from retriever_server.bm25.index import Bm25Index
+from retriever_server.dense import build as dense_build
+from retriever_server.dense.index import DenseIndex
 
 BATCH = 128  # queries per search
-OpenSearch = Callable[[argparse.Namespace, Mapping[str, str], Path], Search]  # (args, documents, folder for indexes)
+
+
+def open_search(args: argparse.Namespace, documents: Mapping[str, str], folder: Path) -> Search:
+    """A search function over the documents; its index is written below ``folder``."""
+    if args.encoder is None and args.bm25 == "query-weighted":
+        return QueryWeightedBm25(documents.items(), args.k1, args.b).search
+    collection = folder / "collection.jsonl"
+    write_jsonl(collection, ({"id": docid, "contents": text} for docid, text in documents.items()))
+    if args.encoder is None:
+        bm25_build.build([collection], folder / "bm25", args.k1, args.b, overwrite=True, progress=sys.stderr.isatty())
+        return Bm25Index.load(folder / "bm25").search
+    place = folder / f"dense-{Path(args.encoder).name}"
+    settings = dense_build.Settings(max_length=args.max_length, overwrite=True)
+    dense_build.build([collection], place, args.encoder, settings)
+    index = DenseIndex.load(place, args.encoder, max_length=args.max_length)
+    return lambda queries, k: index.search([args.query_prefix + query for query in queries], k)
 
 
 def texts_of(topics: Sequence[Topic], queries: str | None, join: bool) -> tuple[list[str], int]:
@@ -52,7 +74,7 @@ def search_topics(
     return found
 
 
-def evaluate_task(args: argparse.Namespace, task: str, open_search: OpenSearch) -> Outcome:
+def evaluate_task(args: argparse.Namespace, task: str) -> Outcome:
     """Everything for one task; ``args`` are the flags of eval.bright.
 
     Raises:

@@ -182,7 +182,6 @@ def _normalised(raw: Any) -> bytes:
 
 def _are_words(ids: Any) -> bool:
     """Whether no string is empty, too long, not UTF-8, or has white space or control characters."""
-
     lengths = pc.min_max(pc.binary_length(ids)).as_py()
     if lengths["min"] == 0 or lengths["max"] > ID_LIMIT:
         return False

@@ -10,41 +10,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convsearch.cli import run
-
-DEFAULT_MEASURES = "MRR NDCG@3 R@10 R@100"
+from convsearch.cli import command_parser, run
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.compare", description="Compares runs with the first of them, query by query."
-    )
+    parser = command_parser("eval.compare", "Compares runs with the first of them, query by query.")
     add = parser.add_argument
     add("qrels", help="qrels, as eval.metrics reads them")
     add("runs", nargs="+", help="two runs or more; the first is the baseline")
     add("--names", nargs="+", help="a name for each run (default: the file names)")
-    names = f"as in eval.metrics (default: {DEFAULT_MEASURES})"
-    add("--measures", nargs="+", default=[DEFAULT_MEASURES], help=names)
-    relevant = "least relevant grade, for all but nDCG (1)"
-    add("--rel-threshold", "--rel_threshold", type=int, default=1, help=relevant)
+    add("--measures", nargs="+", default=["MRR NDCG@3 R@10 R@100"], help="as in eval.metrics")
+    add("--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG")
     seeds = "one system's runs with different seeds: a row with their mean; adds mean, sd and best of n over the seeds"
     add("--seeds", nargs="+", action="append", default=[], metavar=("NAME", "RUN"), help=seeds)
-    turns = "JSON lines with qid and turn_id: adds means by turn, topic switch and history length"
-    add("--conversations", metavar="FILE", help=turns)
+    add("--conversations", metavar="FILE", help="JSON lines of qid, turn_id: adds means by turn, topic switch, history")
     add("--rewrites", metavar="FILE", help="JSON lines with qid and rewrite: adds means by rewrite length")
-    by = "fields of the conversations, for example `domain`: adds means by each"
-    add("--by", nargs="+", default=[], metavar="FIELD", help=by)
-    table = "also write every query's values, tab-separated, one column per run and measure"
-    add("--per-query", metavar="FILE", help=table)
-    draws = "bootstrap samples, and sign flips of the permutation test (10,000)"
-    add("--draws", type=int, default=10_000, help=draws)
-    add("--confidence", type=float, default=0.95, help="of the intervals (0.95)")
-    add("--seed", type=int, default=1, help="seed of both (1)")
+    add("--by", nargs="+", default=[], metavar="FIELD", help="adds means by these fields of the conversations")
+    add("--per-query", metavar="FILE", help="also write the values, tab-separated: queries x (runs and measures)")
+    add("--draws", type=int, default=10_000, help="bootstrap samples, and sign flips of the permutation test")
+    add("--confidence", type=float, default=0.95, help="of the intervals")
+    add("--seed", type=int, default=1, help="seed of both")
     form = parser.add_mutually_exclusive_group().add_argument
-    form("--json", action="store_true", help="print everything as one JSON object, fractions at full precision")
-    form("--csv", action="store_true", help="print one line per run and measure")
-    form("--latex", action="store_true", help="print a LaTeX table (booktabs)")
-    form("--html", action="store_true", help="print one self-contained HTML page")
+    forms = {
+        "json": "everything as one JSON object, fractions at full precision",
+        "csv": "one line per run and measure",
+    }
+    forms |= {"latex": "a LaTeX table (booktabs)", "html": "one self-contained HTML page"}
+    for name, what in forms.items():
+        form(f"--{name}", dest="form", action="store_const", const=name, help=f"print {what}")
     return parser
 
 
@@ -87,16 +80,8 @@ def main() -> None:
     if args.per_query:
         cells = ((f"{name} {measure}", x) for name, scores in values.items() for measure, x in scores.items())
         write_per_query(args.per_query, qids, dict(cells))
-    if args.json:
-        print(json.dumps(result))
-    elif args.csv:
-        print(compare_output.as_csv(result), end="")
-    elif args.latex:
-        print(compare_output.as_latex(result))
-    elif args.html:
-        print(compare_output.as_html(result), end="")
-    else:
-        print(compare_output.as_text(result))
+    write = json.dumps if args.form == "json" else getattr(compare_output, f"as_{args.form or 'text'}")
+    print(write(result).removesuffix("\n"))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from eval.runs import read_qrels, read_unchecked_run
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Kind = Literal["RR", "nDCG", "R", "AP", "P", "Success"]
-
-
 _KINDS: dict[str, Kind] = {
     "rr": "RR", "mrr": "RR", "recip_rank": "RR", "ndcg": "nDCG", "ndcg_cut": "nDCG", "r": "R", "recall": "R",
     "ap": "AP", "map": "AP", "map_cut": "AP", "p": "P", "success": "Success",
@@ -141,7 +139,6 @@ def ranks(run: Columns, rows: Ints) -> Ints:
 
 def _trec_order(run: Columns, query: npt.NDArray[np.int32], score: npt.NDArray[np.float32]) -> Ints:
     """The permutation that sorts the rows; docids are compared only between rows with equal scores."""
-
     order: Ints = np.lexsort((-score, query)).astype(np.int64)
     tied = (query[order][1:] == query[order][:-1]) & (score[order][1:] == score[order][:-1])
     places = np.flatnonzero(np.concatenate([tied, [False]]) | np.concatenate([[False], tied]))

@@ -9,21 +9,18 @@ import argparse
 import json
 import sys
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from eval import DEFAULT_MEASURES
 from eval.tables import measure_table
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.metrics", description="Measures of a TREC run. Percent in the table, fractions in --json."
-    )
+    parser = command_parser("eval.metrics", "Measures of a TREC run. Percent in the table, fractions in --json.")
     add = parser.add_argument
     add("--run", required=True, help="run: 6 or 7 columns, or JSON {qid: {docid: score}}; gzipped or not")
     add("--qrels", required=True, help="qrels: qid 0 docid grade, or JSON {qid: {docid: grade}}; gzipped or not")
-    relevant = "least relevant grade, for all but nDCG (1)"
-    add("--rel-threshold", "--rel_threshold", type=int, default=1, help=relevant)
-    names = f"MRR[@k] NDCG[@k] MAP[@k] R@k P@k Success@k, or ir_measures' names (default: {DEFAULT_MEASURES})"
+    add("--rel-threshold", "--rel_threshold", type=int, default=1, help="least relevant grade, for all but nDCG")
+    names = "MRR[@k] NDCG[@k] MAP[@k] R@k P@k Success@k, or ir_measures' names"
     add("--measures", nargs="+", default=[DEFAULT_MEASURES], help=names)
     add("--skip-unanswerable", action="store_true", help="leave queries without a relevant passage out of the mean")
     add("--json", action="store_true", help="print one object {measure: value}, fractions at full precision")

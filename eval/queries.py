@@ -36,9 +36,8 @@ def read_queries(path: str | Path, query_type: str) -> tuple[dict[str, str], int
             raise ValueError(f"{where}: query {qid!r} has no field 'question'")
         text = QUERY_TYPES[query_type](record)
         if not isinstance(text, str):
-            raise ValueError(
-                f"{where}: query {qid!r} has no field 'rewrite': run convsearch.infer, or choose another --query_type"
-            )
+            remedy = "run convsearch.infer, or choose another --query_type"
+            raise ValueError(f"{where}: query {qid!r} has no field 'rewrite': {remedy}")
         queries[qid] = text
         fallbacks += query_type == "rewrite" and record.get("fallback") is True
     if not queries:

@@ -8,14 +8,12 @@ beside it.
 import argparse
 from pathlib import Path
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import atomic_write
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("eval.readme", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders of the same job with different seeds")
     parser.add_argument("--write", type=Path, metavar="FILE", help="Markdown file for the table (default: print it)")
     return parser

@@ -51,7 +51,5 @@ def replaced(text: str, table: str, name: str) -> str:
         ValueError: the text does not have both marks, once each and in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(
-            f"{name} needs one line {BEGIN.strip()} and, below it, one line {END}: the table goes between them"
-        )
+        raise ValueError(f"{name} needs one line {BEGIN.strip()} and below it one line {END}: the table goes between")
     return text[: text.index(BEGIN) + len(BEGIN)] + table + text[text.index(END) :]

@@ -8,21 +8,19 @@ measured again from the folder's runs.
 import argparse
 from pathlib import Path
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import atomic_write
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.report", description="Writes one self-contained HTML page about a run."
-    )
+    parser = command_parser("eval.report", "Writes one self-contained HTML page about a run.")
     add = parser.add_argument
     add("run", help="run folder, as scripts/quickstart.sh or convsearch.grpo writes it")
     add("--output", help="HTML file to write (default: report.html in the run folder)")
     add("--index", help="index folder of the runs: adds the passages' text")
-    add("--cases", type=int, default=20, help="wins and losses to show, each (20)")
-    add("--draws", type=int, default=10_000, help="of the intervals and tests, as in eval.compare (10,000)")
-    add("--seed", type=int, default=1, help="seed of both (1)")
+    add("--cases", type=int, default=20, help="wins and losses to show, each")
+    add("--draws", type=int, default=10_000, help="of the intervals and tests, as in eval.compare")
+    add("--seed", type=int, default=1, help="seed of both")
     return parser
 
 

@@ -130,7 +130,6 @@ def read_metrics(folder: Path) -> list[Record]:
 
 def rank_shares(folder: Path, most: int = 60) -> list[tuple[str, list[float]]]:
     """Shares of BUCKETS among the samples: ("step 12", shares); ("steps 1 - 10", shares) beyond ``most`` dumps."""
-
     files = sorted((folder / "grpo" / "rollouts").glob("*.parquet")) or sorted((folder / "rollouts").glob("*.parquet"))
     per = -(-len(files) // most) if files else 1
     columns = []

@@ -68,7 +68,6 @@ def paired_tests(differences: Floats, draws: int, seed: int) -> PairedTests:
 
 
 def _t_test(effect: Floats, queries: int) -> Floats:
-
     p: Floats = 2 * stdtr(queries - 1, -np.abs(effect) * np.sqrt(queries))
     return p
 

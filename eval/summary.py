@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convsearch.cli import run
+from convsearch.cli import command_parser, run
 from convsearch.files import atomic_write
 from eval.tables import aligned, percent
 
@@ -35,9 +35,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.summary", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("eval.summary", __doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="a name for the table and its TREC run")
     parser.add_argument("--qrels", required=True, help="TREC qrels of the questions")
     parser.add_argument("--output", required=True, help="JSON file to write")

@@ -74,21 +74,32 @@ def test_two_files_are_searched_and_measured(folder: Path, monkeypatch: pytest.M
         assert metrics["MRR"] == pytest.approx(np.mean([0 if rank is None else 1 / rank for rank in golds]))
 
 
-def test_queries_are_cut_at_max_concat_length(folder: Path) -> None:
-    short = ance.open_index(ance.build_parser().parse_args(flags(folder, "--max_concat_length", "4")[1:]))
-    assert short(["who wrote hamlet"], 3) == short(["who wrote"], 3)
-    whole = ance.open_index(ance.build_parser().parse_args(flags(folder, "--use_gpu", "False")[1:]))
-    assert whole(["who wrote hamlet"], 3) != whole(["who wrote"], 3)
+def test_queries_are_cut_at_max_concat_length(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", flags(folder, "--max_concat_length", "4"))
+    ance.main()
+    lines = [line.split() for line in (folder / "runs" / "a.trec").read_text().splitlines()][:2]
+    index = DenseIndex.load(folder / "index", device="cpu")
+    cut, whole = index.search(["who wrote", "who wrote hamlet"], 2)
+    found = [(line[2], float(line[4])) for line in lines]
+    assert found == [(docid, pytest.approx(score, rel=1e-5)) for docid, score in cut]
+    assert found != [(docid, pytest.approx(score, rel=1e-5)) for docid, score in whole]
 
 
-def test_other_folders_are_refused_with_what_to_do(folder: Path, tmp_path: Path) -> None:
-    for more, sentence in (
-        (["--passage_embeddings_dir_path", str(tmp_path)], "import-blocks --embeddings"),
-        (["--pretrained_encoder_path", str(tmp_path / "none")], "there is no folder"),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            ance.open_index(ance.build_parser().parse_args(flags(folder, *more)[1:]))
-    args = ance.build_parser().parse_args(flags(folder)[1:])
-    args.passage_embeddings_dir_path = None
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--passage_embeddings_dir_path", "{}"), "import-blocks --embeddings"),
+        (("--pretrained_encoder_path", "{}/none"), "there is no folder"),
+    ],
+)
+def test_other_folders_are_refused_with_what_to_do(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], sentence: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", flags(folder, *(word.format(tmp_path) for word in more)))
+    with pytest.raises(ValueError, match=sentence):
+        ance.main()
+
+
+def test_an_index_folder_is_needed() -> None:
     with pytest.raises(ValueError, match="needs --passage_embeddings_dir_path"):
-        ance.open_index(args)
+        ance.index_folder(None)
