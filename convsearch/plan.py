@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 
 from convsearch.cli import command_parser, run
 from convsearch.config import GrpoConfig, SftConfig, config_dir, load_grpo_config, load_sft_config
+from convsearch.config.base import TrainerSection
 from convsearch.model.shapes import Shape, shape_of
 
 GIB = 2**30
@@ -175,7 +176,7 @@ def sft_figures(cfg: SftConfig, shape: Shape | None, rows: int | None, ranks: in
         tokens = cfg.data.micro_batch_size_per_gpu * cfg.data.max_length
         memory = memory_of(shape, ranks, tokens, recompute=cfg.model.enable_gradient_checkpointing)
         yield from _memory_lines(memory, gpu_gib)
-        yield from _checkpoint_lines(shape, cfg.trainer.keep_checkpoints, cfg.trainer.best_metric is not None)
+        yield _checkpoint_line(shape, cfg.trainer)
 
 
 def grpo_figures(cfg: GrpoConfig, shape: Shape | None, rows: int | None, gpu_gib: float) -> Iterator[str]:
@@ -190,7 +191,7 @@ def grpo_figures(cfg: GrpoConfig, shape: Shape | None, rows: int | None, gpu_gib
     yield f"tokens per step: {sampled}, at most {prompts:,} of prompts"
     if shape:
         yield from _memory_lines(grpo_memory(cfg, shape, gpu_gib * GIB), gpu_gib)
-        yield from _checkpoint_lines(shape, cfg.trainer.keep_checkpoints, cfg.trainer.best_metric is not None)
+        yield _checkpoint_line(shape, cfg.trainer)
     if steps:
         rollouts = steps * (10 * likely + 2 * n * prompts) / GIB
         yield f"disk: at most about {rollouts:.1f} GiB of rollouts, before compression"
@@ -209,17 +210,18 @@ def _memory_lines(memory: Memory, gpu_gib: float) -> Iterator[str]:
         yield f"WARNING: {memory.peak / GIB:.1f} GiB is above the {gpu_gib:g} GiB of the GPU: {remedy}"
 
 
-def _checkpoint_lines(shape: Shape, keep: int, best: bool) -> Iterator[str]:
+def _checkpoint_line(shape: Shape, trainer: TrainerSection) -> str:
+    most = trainer.keep_checkpoints + 1 + (trainer.best_metric is not None)
     one, model = 12.0 * shape.parameters / GIB, 4.0 * shape.parameters / GIB
-    yield f"disk: {one:.1f} GiB per checkpoint, at most {keep + 1 + best} at a time; {model:.1f} GiB for model/"
+    return f"disk: {one:.1f} GiB per checkpoint, at most {most} at a time; {model:.1f} GiB for model/"
 
 
-def index_figures(arguments: Sequence[str], passages: int) -> Iterator[str]:
+def index_figure(arguments: Sequence[str], passages: int) -> str:
+    disk = "6 bytes per posting, and the texts (docs/retrievers.md)"
     if "dense" in arguments:
-        vectors, codes = 4.0 * passages * DENSE_NUMBERS / GIB, 1.0 * passages * DENSE_NUMBERS / GIB
-        yield f"{passages:,} passages; disk: {vectors:.1f} GiB of vectors in float32, {codes:.1f} of codes"
-    else:
-        yield f"{passages:,} passages; disk: 6 bytes per posting, and the texts (docs/retrievers.md)"
+        codes = 1.0 * passages * DENSE_NUMBERS / GIB
+        disk = f"{4 * codes:.1f} GiB of vectors in float32, {codes:.1f} of codes"
+    return f"{passages:,} passages; disk: {disk}"
 
 
 def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, name: str = "") -> None:
@@ -244,7 +246,7 @@ def describe(stages: Sequence[Stage], gpus: int, nodes: int, gpu_gib: float, nam
                 if cfg.trainer.nnodes != nodes:
                     raise ValueError(f"stage {stage.name}: trainer.nnodes={cfg.trainer.nnodes} on {nodes} nodes")
             elif module == "retriever_server.index" and sizes:
-                stage.figures += index_figures(arguments, sizes.passages)
+                stage.figures.append(index_figure(arguments, sizes.passages))
             elif module in ("convsearch.distill", "convsearch.infer") and sizes and number + 1 == len(stage.commands):
                 questions = sizes.train if module == "convsearch.distill" else sizes.test
                 stage.figures.append(f"{questions:,} questions, one sample each, one process on each of {gpus} GPUs")

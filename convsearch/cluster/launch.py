@@ -26,9 +26,8 @@ from convsearch.policy.build import grpo_policy
 from convsearch.sampling.base import Sampler
 from convsearch.sampling.build import hf_sampler
 
-STORE_BYTES = (
-    1 << 30
-)  # Ray's object store in a CPU run: micro-batches, samples, and weights on their way to the samplers
+# Ray's object store in a CPU run: micro-batches, samples, and weights on their way to the samplers.
+STORE_BYTES = 1 << 30
 INSTALL = "Ray is not installed: pip install ray==2.60.0 (it comes with .[gpu] and .[cluster])"
 # The environment variables that workers inherit.
 PASSED_ON = ("GLOO_", "HF_", "NCCL_", "OMP_", "TOKENIZERS_", "VLLM_", "TORCH", "PYTHONPATH")

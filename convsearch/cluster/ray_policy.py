@@ -23,9 +23,8 @@ from convsearch.model.loading import pick_device
 from convsearch.policy.base import T
 from convsearch.policy.build import grpo_policy
 
-Share = tuple[
-    MicroBatch, Tensor
-]  # one process's rows, and the positions of their response tokens in the micro-batch [R']
+# One process's rows, and the positions of their response tokens in the micro-batch [R'].
+Share = tuple[MicroBatch, Tensor]
 
 
 def shares(micro: MicroBatch, processes: int) -> list[Share]:

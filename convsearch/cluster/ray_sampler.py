@@ -103,6 +103,5 @@ class RaySampler:
         self._all("stamp", version)
 
     def _all(self, verb: str, *arguments: Any) -> None:
-        get_all(
-            [getattr(worker, verb).remote(*arguments) for worker in self.workers], f"sampler {verb}", self.timeout_s
-        )
+        calls = [getattr(worker, verb).remote(*arguments) for worker in self.workers]
+        get_all(calls, f"sampler {verb}", self.timeout_s)

@@ -82,9 +82,8 @@ def open_sender(
             return [ParamMeta(name, wire(value), tuple(value.shape)) for name, value in kept.items()]
 
         def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            for name, whole in lora.merged(
-                policy.named_parameters(), lora.scaling_of(policy.module), distributed.whole
-            ):
+            scaling = lora.scaling_of(policy.module)
+            for name, whole in lora.merged(policy.named_parameters(), scaling, distributed.whole):
                 yield name, whole.to(policy.device, wire(whole))
 
     def wire(value: Tensor) -> torch.dtype:
@@ -99,6 +98,5 @@ def open_sender(
 
         world_size = 1 + len(samplers) * workers_per_sampler
         info = NCCLTrainerInitInfo(master_address=master[0], master_port=master[1], world_size=world_size, rank=rank)
-    return WeightTransferTrainerFactory.trainer_init(
-        info, client=SamplerClient(samplers, workers_per_sampler), source=Source()
-    )
+    client = SamplerClient(samplers, workers_per_sampler)
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source())

@@ -16,21 +16,9 @@ from convsearch.types import Completion, Conversation
 Record = dict[str, Any]
 
 # What the lines of an output depend on: a file is never continued under other settings.
-SETTINGS = (
-    "model_name_or_path",
-    "model_name",
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_tokens",
-    "repetition_penalty",
-    "seed",
-    "prompt_style",
-    "max_history_turns",
-    "scaffold",
-    "think_tokens",
-    "rewrite_tokens",
-    "dtype",
+SETTINGS = (  # names of options
+    "model_name_or_path model_name temperature top_p top_k max_tokens repetition_penalty seed prompt_style "
+    "max_history_turns scaffold think_tokens rewrite_tokens dtype"
 )
 
 
@@ -89,9 +77,8 @@ class ResumableLines:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise ValueError(
-                    f"{where}: not a line of JSON ({error}); delete the line, or name another output"
-                ) from error
+                remedy = "delete the line, or name another output"
+                raise ValueError(f"{where}: not a line of JSON ({error}); {remedy}") from error
             if not isinstance(record, dict) or "qid" not in record or written not in record:
                 raise ValueError(f"{where}: not a line that this command writes; name another output")
             if record["qid"] not in qids:
@@ -103,12 +90,12 @@ class ResumableLines:
     def _check_settings(self) -> None:
         """Writes ``<path>.settings.json`` beside a new output; compares it if lines are there."""
         beside = self.path.with_name(f"{self.path.name}.settings.json")
-        now = {name: getattr(self.args, name) for name in SETTINGS}
+        now = {name: getattr(self.args, name) for name in SETTINGS.split()}
         if self.path.is_file() and self.path.stat().st_size and beside.is_file():
             before = {"repetition_penalty": 1.0, **json.loads(beside.read_text(encoding="utf-8"))}
-            for name in SETTINGS:
-                if before.get(name) != now[name]:
-                    differ = f"was sampled with --{name} {before.get(name)}, now it is {now[name]}"
+            for name, value in now.items():
+                if before.get(name) != value:
+                    differ = f"was sampled with --{name} {before.get(name)}, now it is {value}"
                     remedy = "set it back, delete the file, or name another output"
                     raise ValueError(f"{self.path} {differ}: {remedy}")
             return

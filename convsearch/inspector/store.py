@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,7 @@ class Filter:
             parts.append(pc.greater_equal(table["reward"], self.reward_min))
         if self.reward_max is not None:
             parts.append(pc.less_equal(table["reward"], self.reward_max))
-        mask = None
-        for part in parts:
-            mask = part if mask is None else pc.and_(mask, part)
-        return None if mask is None else pc.fill_null(mask, False)
+        return pc.fill_null(reduce(pc.and_, parts), False) if parts else None
 
 
 def phrases(text: str) -> list[str]:
@@ -103,23 +101,22 @@ class Run:
         path = self.folder / "metrics.jsonl"
         try:
             with path.open("rb") as file:
-                now = file.fileno()
-                about = _stat(now)
-                reset = version != about[0] or offset > about[1]
+                about = os.fstat(file.fileno())
+                inode = f"{about.st_dev}-{about.st_ino}"
+                reset = version != inode or offset > about.st_size
                 file.seek(0 if reset else offset)
                 whole, _, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             return {"version": "", "offset": 0, "reset": version != "", "records": []}
         start = 0 if reset else offset
         records = [json.loads(line, parse_constant=lambda _: None) for line in whole.split(b"\n") if line]
-        return {"version": about[0], "offset": start + len(whole) + bool(whole), "reset": reset, "records": records}
+        return {"version": inode, "offset": start + len(whole) + bool(whole), "reset": reset, "records": records}
 
     def steps(self) -> list[Step]:
         """The existing dumps, by number."""
+        dumps = sorted((self.folder / "rollouts").glob("*.parquet"))
         with self._lock:
-            return [
-                Step(int(path.stem), self._size(path)) for path in sorted((self.folder / "rollouts").glob("*.parquet"))
-            ]
+            return [Step(int(path.stem), self._size(path)) for path in dumps]
 
     def _size(self, path: Path) -> int:
         about = path.stat()
@@ -150,12 +147,10 @@ class Run:
         ends = [*firsts[1:], len(qids)]
         groups = []
         for first, end in list(zip(firsts, ends, strict=True))[start : start + count]:
-            samples = [
-                _sample(step, first + i, record) for i, record in enumerate(table.slice(first, end - first).to_pylist())
-            ]
-            groups.append(
-                {"qid": qids[first], "reward": sum(s["reward"] for s in samples) / len(samples), "samples": samples}
-            )
+            records = table.slice(first, end - first).to_pylist()
+            samples = [_sample(step, row, record) for row, record in enumerate(records, start=first)]
+            reward = sum(sample["reward"] for sample in samples) / len(samples)
+            groups.append({"qid": qids[first], "reward": reward, "samples": samples})
         return {"step": step, "start": start, "total": len(firsts), "groups": groups}
 
     def find(self, wanted: Filter, cursor: str = "", size: int = 50) -> Record:
@@ -201,37 +196,26 @@ class Run:
         prompt_ids, token_ids, logprobs = record.pop("prompt_ids"), record.pop("token_ids"), record.pop("logprobs")
         qids = table["qid"].to_pylist()
         record["group"] = [i for i, qid in enumerate(qids) if qid == record["qid"]]
-        record |= {
-            "prompt": None,
-            "prompt_tokens": len(prompt_ids),
-            "tokens": [[f"#{i}", p] for i, p in zip(token_ids, logprobs, strict=True)],
-        }
-        tokenizer = self._tokenizer()
+        prompt, pieces, tokenizer = None, [f"#{i}" for i in token_ids], self._tokenizer()
         if tokenizer is not None:
-            record["prompt"] = tokenizer.decode(prompt_ids, skip_special_tokens=False)
+            prompt = tokenizer.decode(prompt_ids, skip_special_tokens=False)
             pieces = [tokenizer.decode([i], skip_special_tokens=False) for i in token_ids]
-            record["tokens"] = [list(pair) for pair in zip(pieces, logprobs, strict=True)]
-        return _sample(step, row, record)
+        tokens = [list(pair) for pair in zip(pieces, logprobs, strict=True)]
+        return _sample(step, row, record | {"prompt": prompt, "prompt_tokens": len(prompt_ids), "tokens": tokens})
 
     def _tokenizer(self) -> Any:
         paths = [*sorted(self.folder.glob("global_step_*/tokenizer.json")), self.folder / "model" / "tokenizer.json"]
         path = next((path for path in paths if path.is_file()), None)
-        if path is None:
-            return None
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path)) if path else None
 
     def rewards(self) -> Mapping[str, tuple[int, float]]:
         """query id -> (rollouts, mean reward), of two columns of every dump."""
         tables = [self._read(step.number, ("qid", "reward")) for step in self.steps()]
         if not tables:
             return {}
-        means = (
-            pa.concat_tables(tables).group_by("qid").aggregate([("reward", "count"), ("reward", "mean")]).to_pydict()
-        )
-        return {
-            qid: (n, mean)
-            for qid, n, mean in zip(means["qid"], means["reward_count"], means["reward_mean"], strict=True)
-        }
+        by_query = pa.concat_tables(tables).group_by("qid")
+        means = by_query.aggregate([("reward", "count"), ("reward", "mean")]).to_pylist()
+        return {row["qid"]: (row["reward_count"], row["reward_mean"]) for row in means}
 
 
 def compare(one: Run, other: Run, most: int = 25) -> Record:
@@ -241,14 +225,10 @@ def compare(one: Run, other: Run, most: int = 25) -> Record:
     names = [name for name in ends[0] if name in ends[1] and name != "step"]
     a, b = one.rewards(), other.rewards()
     shared = sorted((qid for qid in a if qid in b), key=lambda qid: (-abs(b[qid][1] - a[qid][1]), qid))
-    queries = [
-        {"qid": qid, "rollouts": [a[qid][0], b[qid][0]], "reward": [a[qid][1], b[qid][1]]} for qid in shared[:most]
-    ]
-    return {
-        "metrics": [{"name": name, "values": [end[name] for end in ends]} for name in names],
-        "shared": len(shared),
-        "queries": queries,
-    }
+    pairs = [(qid, zip(a[qid], b[qid], strict=True)) for qid in shared[:most]]
+    queries = [{"qid": qid, "rollouts": list(counts), "reward": list(means)} for qid, (counts, means) in pairs]
+    metrics = [{"name": name, "values": [end[name] for end in ends]} for name in names]
+    return {"metrics": metrics, "shared": len(shared), "queries": queries}
 
 
 def _ends(records: Sequence[Record]) -> dict[str, float]:
@@ -271,8 +251,3 @@ def _position(cursor: str) -> tuple[int, int]:
         raise ValueError(f"cursor {cursor!r} is not STEP:ROW")
     step, row = cursor.split(":")
     return int(step), int(row)
-
-
-def _stat(descriptor: int) -> tuple[str, int]:
-    about = os.fstat(descriptor)
-    return f"{about.st_dev}-{about.st_ino}", about.st_size

@@ -70,8 +70,7 @@ def shard(module: Any, device: torch.device, *, bf16: bool = False, offload: boo
 
     Args:
         bf16: a sharded module gathers and multiplies parameters in bfloat16 and reduces gradients in float32; the
-        shards
-            stay in float32.
+            shards stay in float32.
         offload: between uses the shards, their gradients and Adam's state are in CPU memory, where the optimizer steps.
             On a GPU, a single rank then has its own mesh; on a CPU this changes nothing.
     """

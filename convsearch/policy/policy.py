@@ -181,24 +181,16 @@ class LocalPolicy:
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of ``optimizer_state``, with any number of processes."""
         assert self.optimizer is not None
-        adapters = {
-            name.removeprefix("adapter/"): value for name, value in state.items() if name.startswith("adapter/")
-        }
-        lora.restore(self.named_parameters(), adapters)
-        for name, parameter in self.named_parameters().items():
-            if not parameter.requires_grad:
-                continue
-            entries = {
-                moment: state[f"{moment}/{name}"]
-                for moment in ("step", "exp_avg", "exp_avg_sq")
-                if f"{moment}/{name}" in state
-            }
-            self.optimizer.state[parameter] = {
-                moment: value.to(parameter.device, copy=True)
-                if moment == "step"
-                else distributed.like(parameter, value)
-                for moment, value in entries.items()
-            }
+        parameters, prefix = self.named_parameters(), "adapter/"
+        lora.restore(parameters, {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
+        for name, parameter in parameters.items():
+            if parameter.requires_grad:
+                moments = self.optimizer.state[parameter] = {}
+                if f"step/{name}" in state:
+                    moments["step"] = state[f"step/{name}"].to(parameter.device, copy=True)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if f"{moment}/{name}" in state:
+                        moments[moment] = distributed.like(parameter, state[f"{moment}/{name}"])
 
 
 class BaseReference:

@@ -73,10 +73,8 @@ class Stopping:
     """Saves when a checkpoint is due and ends a run early if it must; a context around the steps.
 
     Args:
-        save: ``save(done, score, last)`` writes the checkpoint after ``done`` steps. ``score`` is the validation metric
-        by which the
-            best checkpoint is kept, if there is one. ``last`` says that no step follows: the checkpoint must be
-            complete on return.
+        save: ``save(done, score, last)`` writes the checkpoint after ``done`` steps. ``score``: the validation metric
+            by which the best one is kept, if any. ``last``: no step follows, so it must be complete on return.
         save_every: steps between checkpoints; 0: only at the end.
     """
 

@@ -12,28 +12,10 @@ from collections.abc import Mapping, Sequence
 from convsearch.model.shapes import Shape, shape_of
 
 # 10^12 operations per second in dense bfloat16 (float16 for a device without bfloat16), from the makers' data sheets.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100": 989.4,
-    "H100 PCIe": 756.5,
-    "H100 NVL": 835.0,
-    "H800": 989.4,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A40": 149.7,
-    "A30": 165.0,
-    "A10": 125.0,
-    "A6000": 154.8,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "4090": 165.2,
-    "3090": 71.0,
-    "V100": 125.0,
-    "T4": 65.0,
-}
+_HOPPER = {"H200": 989.4, "H100": 989.4, "H100 PCIe": 756.5, "H100 NVL": 835.0, "H800": 989.4, "H20": 148.0}
+_AMPERE = {"A100": 312.0, "A800": 312.0, "A40": 149.7, "A30": 165.0, "A10": 125.0, "A6000": 154.8, "3090": 71.0}
+_ADA = {"L40S": 362.0, "L40": 181.0, "L4": 121.0, "4090": 165.2}
+PEAK_TFLOPS = {"B200": 2250.0, **_HOPPER, **_AMPERE, **_ADA, "V100": 125.0, "T4": 65.0}
 
 
 def peak_of(device_name: str) -> float | None:
