@@ -201,7 +201,7 @@ def test_a_broken_run_goes_on(
     printed = distilled(
         form_llama, conversations, broken, "", "--rank_limit", 3
     )  # all is there: no server is needed to filter anew
-    assert "18 of 18 conversations are there already" in printed
+    assert "18 of 18 lines are there already" in printed
     strict, loose = (json.loads((folder / "yield.json").read_text())["rows"] for folder in (whole, broken))
     assert loose > strict
 
