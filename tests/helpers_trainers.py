@@ -189,6 +189,8 @@ def grpo_overrides(model: Path, train: Path, run_dir: Path, url: str, **changed:
         "data.max_prompt_length": 64,
         "data.max_response_length": 40,
         "actor_rollout_ref.model.path": model,
+        "actor_rollout_ref.model.dtype": "fp32",  # exact, and the same on every machine
+        "actor_rollout_ref.rollout.dtype": "fp32",
         "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 4,
         "actor_rollout_ref.actor.optim.lr": 1e-3,
@@ -213,6 +215,7 @@ def sft_overrides(model: Path, train: Path, run_dir: Path, **changed: Any) -> li
         "data.micro_batch_size_per_gpu": 4,
         "data.max_length": 128,
         "model.partial_pretrain": model,
+        "model.dtype": "fp32",
         "optim.lr": 1e-3,
         "trainer.default_local_dir": run_dir,
         "trainer.total_training_steps": 4,

@@ -50,7 +50,8 @@ Betas = Annotated[tuple[float, float], BeforeValidator(_pair)]
 Loggers = Annotated[tuple[Literal["console", "jsonl", "wandb", "tensorboard"], ...], BeforeValidator(_as_tuple)]
 """Where metrics go; one name, a list of names, or null for nowhere."""
 Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["auto", "fp32", "bf16"]
+"""auto: bf16 on a GPU or CPU that multiplies it, else fp32; the trainers write what they chose into config.json."""
 CountOrMinusOne = Annotated[int, Field(ge=-1), AfterValidator(_not_zero)]
 """A positive number, or -1, whose meaning the key describes."""
 

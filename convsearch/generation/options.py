@@ -27,6 +27,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None
     add("--scaffold", action="store_true", help="write the tags for the model (for small models; not in the paper)")
     add("--think_tokens", type=int, default=24, help="with --scaffold: limit of the thinking, in tokens")
     add("--rewrite_tokens", type=int, default=32, help="with --scaffold: limit of the rewrite, in tokens")
-    add("--dtype", default="fp32", choices=("fp32", "bf16"), help="type of the arithmetic")
+    types = "type of the arithmetic; auto: bf16 if the processor multiplies it, else fp32"
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help=types)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     add("--threads", type=int, default=None, help="CPU threads; default: torch decides")

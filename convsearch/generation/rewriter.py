@@ -9,6 +9,7 @@ import torch
 
 from convsearch.generation.answers import Generate
 from convsearch.model.loading import encode_chat, load_model, load_tokenizer, pick_device, stop_token_ids
+from convsearch.model.precision import pick_dtype
 from convsearch.prompts import PromptStyle, render, with_worked_example
 from convsearch.sampling.base import SamplingConfig
 from convsearch.sampling.hf import HfSampler
@@ -35,12 +36,13 @@ class Rewriter:
         scaffold: Scaffold | None = None,
         max_turns: int | None = None,
         device: str = "auto",
-        bf16: bool = False,
+        dtype: str = "auto",
     ):
         self.tokenizer: Any = load_tokenizer(path)
-        model = load_model(path).to(pick_device(device))
+        where = pick_device(device)
+        model = load_model(path, pick_dtype(dtype, where)).to(where)
         stop_ids = stop_token_ids(model, self.tokenizer)
-        self.sampler = HfSampler(model, self.tokenizer, sampling, stop_ids, scaffold, bf16=bf16)
+        self.sampler = HfSampler(model, self.tokenizer, sampling, stop_ids, scaffold)
         self.style, self.example, self.max_turns = style, example, max_turns
         limit = model.config.max_position_embeddings
         self.max_prompt_tokens = limit - sampling.max_tokens
@@ -82,7 +84,7 @@ def build_rewriter(args: argparse.Namespace) -> Rewriter:
         scaffold=Scaffold.rewrite_form(args.think_tokens, args.rewrite_tokens) if args.scaffold else None,
         max_turns=args.max_history_turns,
         device=args.device,
-        bf16=args.dtype == "bf16",
+        dtype=args.dtype,
     )
 
 

@@ -52,50 +52,92 @@ class TreeContext:
         return key, value
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One tree in a row: the prompt is at ``start`` to ``prompt_end``, its branches follow until ``end``.
+
+    The branches are padded to one length ``_L`` to be attended together; ``G`` counts them.
+    """
+
+    row: int
+    start: int
+    prompt_end: int
+    end: int
+    index_GL: Tensor  # position in the row of each token of each branch; padding repeats the last position
+    kept_GL: Tensor  # false for padding
+    mask_LK: Tensor  # what a branch sees of the prompt and itself
+
+    @classmethod
+    def of(cls, row: int, start: int, branch_T: Tensor) -> "Segment":
+        """The layout of a tree whose tokens have the branch numbers ``branch_T`` (0: prompt)."""
+        sizes = branch_T.bincount()
+        prompt, end = int(sizes[0]), start + len(branch_T)
+        sizes_G = sizes[1:]
+        steps_L = torch.arange(int(sizes_G.max()) if len(sizes_G) else 0, device=branch_T.device)
+        first_G = start + prompt + sizes_G.cumsum(0) - sizes_G
+        index_GL = (first_G[:, None] + steps_L).clamp(max=end - 1)
+        mask_LK = torch.ones(len(steps_L), prompt + len(steps_L), dtype=torch.bool, device=branch_T.device)
+        kept_GL = steps_L < sizes_G[:, None]
+        return cls(row, start, start + prompt, end, index_GL, kept_GL, mask_LK.tril(diagonal=prompt))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query [B, H*g, T, D], key, value [B, H, T, D] -> [H*g, length of the tree, D].
+
+        The prompt attends causally to itself, each branch to the prompt and itself: nothing is computed for pairs of
+        different branches, which one masked product over the tree would do.
+        """
+        options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+        q, k, v = (tensor[self.row : self.row + 1, :, self.start : self.prompt_end] for tensor in (query, key, value))
+        on_prompt = scaled_dot_product_attention(q, k, v, is_causal=True, **options)[0]
+        if self.prompt_end == self.end:
+            return on_prompt
+        branches = len(self.index_GL)
+        q_G, k_G, v_G = (tensor[self.row, :, self.index_GL].transpose(0, 1) for tensor in (query, key, value))
+        k_G, v_G = (torch.cat((x.expand(branches, -1, -1, -1), y), dim=2) for x, y in ((k, k_G), (v, v_G)))
+        out_GHLD = scaled_dot_product_attention(q_G, k_G, v_G, attn_mask=self.mask_LK, **options)
+        on_branches = out_GHLD.transpose(1, 2)[self.kept_GL].transpose(0, 1)
+        return torch.cat((on_prompt, on_branches), dim=1)
+
+
 @dataclass(slots=True)
 class PackedContext:
     """A forward pass over rows of several trees that do not see each other.
 
-    One of three: SDPA for one tree at a time under its own small mask; FlexAttention, whose block mask skips what is
-    not seen (GPU); flash-attn's kernel for sequences of different lengths, if every tree has one branch (GPU, half
-    precision).
+    One of three: SDPA for one tree at a time; FlexAttention, whose block mask skips what is not seen (GPU);
+    flash-attn's kernel for sequences of different lengths, if every tree has one branch (GPU, half precision).
     """
 
-    segments: list[tuple[int, int, int, Tensor]]  # row, start, end, mask [1, 1, length, length]
+    segments: list[Segment] = field(default_factory=list)
     block_mask: Any = None
+    spans: list[tuple[int, slice]] = field(default_factory=list)  # flash-attn: row and positions of each tree
     cu_seqlens: Tensor | None = None  # [trees + 1] int32: start of each tree in the flattened rows
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query [B, H*g, T, D], key, value [B, H, T, D] -> [B, H*g, T, D]; padding is 0 (FlexAttention: undefined)."""
-        grouped, kind = query.shape[1] != key.shape[1], query.device.type
-        if (self.cu_seqlens is not None or self.block_mask is not None) and torch.is_autocast_enabled(kind):
-            # Autocast covers only SDPA: rotary embeddings leave queries and keys in float32.
-            query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
         if self.cu_seqlens is not None:
             return self._flash(query, key, value, scaling)
         if self.block_mask is not None:
+            grouped = query.shape[1] != key.shape[1]
             flexed: Tensor = flex()(query, key, value, block_mask=self.block_mask, scale=scaling, enable_gqa=grouped)
             return flexed
         rows: list[list[Tensor]] = [[] for _ in range(len(query))]
-        for row, start, end, mask in self.segments:
-            q, k, v = (tensor[row : row + 1, :, start:end] for tensor in (query, key, value))
-            rows[row].append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped))
-        whole = [torch.cat(pieces, dim=2) for pieces in rows]
-        return torch.cat([pad(row, (0, 0, 0, query.shape[2] - row.shape[2])) for row in whole])
+        for segment in self.segments:
+            rows[segment.row].append(segment.attend(query, key, value, scaling))
+        whole = [torch.cat(pieces, dim=1) for pieces in rows]
+        return torch.stack([pad(row, (0, 0, 0, query.shape[2] - row.shape[1])) for row in whole])
 
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
         assert self.cu_seqlens is not None
         # There is padding between rows: the kernel gets only the positions of the trees.
-        kept = [(row, slice(start, end)) for row, start, end, _ in self.segments]
-        pieces = ([tensor[row, :, span] for row, span in kept] for tensor in (query, key, value))
+        pieces = ([tensor[row, :, span] for row, span in self.spans] for tensor in (query, key, value))
         flat = [torch.cat(piece, dim=1).transpose(0, 1) for piece in pieces]
-        longest = max(span.stop - span.start for _, span in kept)
+        longest = max(span.stop - span.start for _, span in self.spans)
         seqlens = (self.cu_seqlens, self.cu_seqlens, longest, longest)
         found = flash_attn_varlen_func(*flat, *seqlens, softmax_scale=scaling, causal=True).transpose(0, 1)
         out, begin = torch.zeros_like(query), 0
-        for row, span in kept:
+        for row, span in self.spans:
             out[row, :, span] = found[:, begin : begin + span.stop - span.start]
             begin += span.stop - span.start
         return out
@@ -131,17 +173,13 @@ def packed_context(micro: MicroBatch, kernel: Kernel = "auto", half: bool = Fals
             return (q >= k) & related(branch_BT[b, q], branch_BT[b, k])
 
         rows, length = branch_BT.shape
-        return PackedContext([], block_masks()(visible, rows, None, length, length, device=branch_BT.device))
+        return PackedContext(block_mask=block_masks()(visible, rows, None, length, length, device=branch_BT.device))
     if kernel == "flash":
-        lengths = torch.tensor([0, *(end - start for _, start, end in micro.segments)], device=branch_BT.device)
-        empty = torch.empty(0, device=branch_BT.device)
-        return PackedContext([(*span, empty) for span in micro.segments], cu_seqlens=lengths.cumsum(0).to(torch.int32))
-    segments = []
-    for row, start, end in micro.segments:
-        branch_T = branch_BT[row, start:end]
-        mask_TT = related(branch_T[:, None], branch_T[None]).tril()
-        segments.append((row, start, end, mask_TT[None, None]))
-    return PackedContext(segments)
+        spans = [(row, slice(start, end)) for row, start, end in micro.segments]
+        lengths = torch.tensor([0, *(span.stop - span.start for _, span in spans)], device=branch_BT.device)
+        return PackedContext(spans=spans, cu_seqlens=lengths.cumsum(0).to(torch.int32))
+    trees = ((row, start, branch_BT[row, start:end] % STRIDE) for row, start, end in micro.segments)
+    return PackedContext([Segment.of(*tree) for tree in trees])
 
 
 @dataclass(slots=True)

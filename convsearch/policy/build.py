@@ -7,6 +7,7 @@ import torch
 from convsearch.config import GrpoConfig, SftConfig
 from convsearch.model import distributed, lora
 from convsearch.model.loading import load_model
+from convsearch.model.precision import pick_dtype
 from convsearch.policy.base import Reference
 from convsearch.policy.policy import SFT_KNOBS, BaseReference, LocalPolicy
 from convsearch.runs import checkpoint
@@ -24,7 +25,7 @@ def sft_policy(cfg: SftConfig, run_dir: Path, device: torch.device) -> tuple[int
         weight_decay=cfg.optim.weight_decay,
         grad_clip=cfg.optim.clip_grad,
         gradient_checkpointing=cfg.model.enable_gradient_checkpointing,
-        bf16=cfg.model.dtype == "bf16",
+        bf16=pick_dtype(cfg.model.dtype, device) == torch.bfloat16,
         memory_knobs=SFT_KNOBS,
     )
     cfg.check_context(policy.causal_lm.config.max_position_embeddings)
@@ -36,7 +37,7 @@ def grpo_policy(cfg: GrpoConfig, run_dir: Path, device: torch.device) -> tuple[i
     model, actor = cfg.actor_rollout_ref.model, cfg.actor_rollout_ref.actor
     found = checkpoint.latest(run_dir) if cfg.trainer.resume_mode == "auto" else None
     source = model.path if model.lora_rank else checkpoint.model_folder(found, model.path)
-    temperature, bf16 = cfg.actor_rollout_ref.rollout.temperature, model.dtype == "bf16"
+    temperature, bf16 = cfg.actor_rollout_ref.rollout.temperature, pick_dtype(model.dtype, device) == torch.bfloat16
     causal_lm = load_model(source, trust_remote_code=model.trust_remote_code)
     if model.lora_rank:  # the base does not change; a checkpoint's adapters are stored with the optimizer's state
         lora.add_adapters(causal_lm, model.lora_rank, model.lora_alpha, model.target_modules, cfg.trainer.seed)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from convsearch.model import distributed, lora
+from convsearch.model import distributed, lora, precision
 from convsearch.model.attention import Kernel, packed_context
 from convsearch.model.batch import Loss, MicroBatch
+from convsearch.model.logprobs import ChosenLogprobs
 from convsearch.policy.base import T
 
 GRPO_KNOBS = (
@@ -50,8 +51,7 @@ class ResponseLogprobs(nn.Module):
         self.kernel: Kernel = "auto"
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        autocast = torch.is_autocast_enabled(micro.branch_BT.device.type)
-        half = autocast or self.causal_lm.lm_head.weight.dtype == torch.bfloat16
+        half = self.causal_lm.lm_head.weight.dtype == torch.bfloat16
         context = packed_context(micro, self.kernel, half)
         hidden_BTX = self.causal_lm.model(
             input_ids=micro.token_ids_BT, position_ids=micro.position_ids_BT, use_cache=False, context=context
@@ -65,9 +65,9 @@ class ResponseLogprobs(nn.Module):
         return torch.cat([logprobs_R for logprobs_R, _ in scored]), torch.cat([entropy_R for _, entropy_R in scored])
 
     def _score(self, hidden_RX: Tensor, target_ids_R: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs_RV = (self.causal_lm.lm_head(hidden_RX).float() / self.temperature).log_softmax(dim=-1)
-        chosen_R = logprobs_RV.gather(1, target_ids_R[:, None])[:, 0]
-        return chosen_R, -(logprobs_RV.exp() * logprobs_RV).sum(dim=-1)
+        logits_RV = self.causal_lm.lm_head(hidden_RX)
+        chosen_R, entropy_R = ChosenLogprobs.apply(logits_RV, target_ids_R, self.temperature)  # type: ignore[no-untyped-call]
+        return chosen_R, entropy_R
 
 
 class LocalPolicy:
@@ -75,7 +75,8 @@ class LocalPolicy:
 
     Args:
         temperature: log-probs are those of the distribution that the sampler draws from.
-        bf16: arithmetic in bfloat16, by autocast or, if sharded, by FSDP2; weights and Adam's moments stay in float32.
+        bf16: arithmetic in bfloat16, by ``model.precision`` or, if sharded, by FSDP2; weights and Adam's moments stay
+            in float32.
         param_offload: weights, gradients and Adam's state are in CPU memory; layers move to the GPU when used.
         optimizer_offload: Adam's state is in CPU memory and moves to the GPU for each step.
         memory_knobs: advice for an out-of-memory error.
@@ -104,14 +105,18 @@ class LocalPolicy:
         scorer = ResponseLogprobs(causal_lm, temperature)
         self.module = distributed.shard(scorer, device, bf16=bf16, offload=param_offload)
         self.module.train()
-        mixed = bf16 and not distributed.is_sharded(self.module)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=mixed)
+        self.masters: precision.Masters | None = None
+        if bf16 and not distributed.is_sharded(self.module):
+            if self._trained():
+                self.masters = precision.Masters(self.module)
+            else:
+                precision.cast(self.module)
         options: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "fused": True}
         trained = self._trained()
         self.optimizer = torch.optim.AdamW(trained, **options) if trained else None  # a frozen reference has none
 
     def _trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.named_parameters().values() if parameter.requires_grad]
 
     def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """``function(self, *arguments)``: this is the policy's only process."""
@@ -120,7 +125,7 @@ class LocalPolicy:
     @torch.no_grad()
     def logprobs(self, micro: MicroBatch) -> Tensor:
         """[R], on the CPU."""
-        with memory_advice(f"the log-probs of {micro.num_tokens} positions", self.memory_knobs), self.autocast:
+        with memory_advice(f"the log-probs of {micro.num_tokens} positions", self.memory_knobs):
             logprobs_R, _ = self.module(micro.to(self.device))
         distributed.reshard(self.module)
         return logprobs_R.float().cpu()  # type: ignore[no-any-return]
@@ -129,8 +134,7 @@ class LocalPolicy:
         """Adds the micro-batch's gradient. FSDP2 averages over processes, so the sum is multiplied by their number."""
         with memory_advice(f"a forward and backward pass over {micro.num_tokens} positions", self.memory_knobs):
             micro = micro.to(self.device)
-            with self.autocast:
-                logprobs_R, entropy_R = self.module(micro)
+            logprobs_R, entropy_R = self.module(micro)
             weighted, report = loss(micro, logprobs_R, entropy_R)
             torch.autograd.backward(weighted * distributed.world_size())
         return report
@@ -146,9 +150,14 @@ class LocalPolicy:
             with memory_advice("the optimizer's step", self.memory_knobs):
                 self._move_moments(self.device)
                 self.optimizer.step()
+                self._publish()
             self._move_moments(torch.device("cpu"))
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": float(norm), "lr": lr, "skipped": float(not finite)}
+
+    def _publish(self) -> None:
+        if self.masters is not None:
+            self.masters.publish()
 
     def _move_moments(self, device: torch.device) -> None:
         """Moves Adam's moments, under ``optimizer_offload``."""
@@ -160,7 +169,8 @@ class LocalPolicy:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """By Hugging Face name (with adapters: peft's names); tied weights once."""
-        return {name.removeprefix("causal_lm."): parameter for name, parameter in self.module.named_parameters()}
+        named = self.module.named_parameters() if self.masters is None else self.masters.named.items()
+        return {name.removeprefix("causal_lm."): parameter for name, parameter in named}
 
     def weights(self) -> dict[str, Tensor]:
         """Full tensors on the CPU, in every process, by Hugging Face name; adapters are merged."""
@@ -183,6 +193,7 @@ class LocalPolicy:
         assert self.optimizer is not None
         parameters, prefix = self.named_parameters(), "adapter/"
         lora.restore(parameters, {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
+        self._publish()
         for name, parameter in parameters.items():
             if parameter.requires_grad:
                 moments = self.optimizer.state[parameter] = {}

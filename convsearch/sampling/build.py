@@ -3,19 +3,29 @@
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import torch
 from transformers import GenerationConfig
 
 from convsearch.config import GrpoConfig
 from convsearch.model.loading import load_model, load_tokenizer, pick_device, stop_token_ids
+from convsearch.model.precision import pick_dtype
 from convsearch.sampling.base import SamplingConfig
 from convsearch.sampling.hf import HfSampler
 from convsearch.sampling.vllm import VllmSampler
 
 
 def hf_sampler(cfg: GrpoConfig, causal_lm: Any, tokenizer: Any) -> HfSampler:
-    """A sampler around a loaded model, for example the one that is trained."""
-    bf16 = cfg.actor_rollout_ref.rollout.dtype == "bf16"
-    return HfSampler(causal_lm, tokenizer, _sampling(cfg), stop_token_ids(causal_lm, tokenizer), bf16=bf16)
+    """A sampler around a loaded model, for example the one that is trained; it computes in the model's type.
+
+    Raises:
+        ValueError: that is not ``rollout.dtype``.
+    """
+    asked = cfg.actor_rollout_ref.rollout.dtype
+    if pick_dtype(asked, causal_lm.device) != causal_lm.dtype:
+        shared = "the sampler hf computes with the policy's weights"
+        remedy = "set actor_rollout_ref.model.dtype to the same"
+        raise ValueError(f"actor_rollout_ref.rollout.dtype={asked}, but {shared} in {causal_lm.dtype}: {remedy}")
+    return HfSampler(causal_lm, tokenizer, _sampling(cfg), stop_token_ids(causal_lm, tokenizer))
 
 
 def build_engine(cfg: GrpoConfig, transfer: Literal["ipc", "nccl"] | None) -> HfSampler | VllmSampler:
@@ -24,7 +34,8 @@ def build_engine(cfg: GrpoConfig, transfer: Literal["ipc", "nccl"] | None) -> Hf
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     device = pick_device(cfg.trainer.device)
     if rollout.name == "hf":
-        return hf_sampler(cfg, load_model(model.path, trust_remote_code=model.trust_remote_code).to(device), tokenizer)
+        causal_lm = load_model(model.path, pick_dtype(rollout.dtype, device), trust_remote_code=model.trust_remote_code)
+        return hf_sampler(cfg, causal_lm.to(device), tokenizer)
     try:
         ends = SimpleNamespace(generation_config=GenerationConfig.from_pretrained(model.path))
     except OSError:  # a folder without one
@@ -36,7 +47,7 @@ def build_engine(cfg: GrpoConfig, transfer: Literal["ipc", "nccl"] | None) -> Hf
         stop_token_ids(ends, tokenizer),
         model_len=cfg.max_tokens,
         device="cuda" if device.type == "cuda" else "cpu",
-        bf16=rollout.dtype == "bf16",
+        bf16=pick_dtype(rollout.dtype, device) == torch.bfloat16,
         stop=rollout.stop,
         tensor_parallel=rollout.tensor_model_parallel_size,
         memory_share=rollout.gpu_memory_utilization,

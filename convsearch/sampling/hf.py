@@ -30,11 +30,9 @@ class HfSampler:
         config: SamplingConfig,
         stop_ids: tuple[int, ...],
         scaffold: Scaffold | None = None,
-        bf16: bool = False,
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.stop_ids, self.version = frozenset(stop_ids), 0
-        self._autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=bf16)
         self._script = Script(tokenizer, scaffold, model.config.vocab_size, self.stop_ids) if scaffold else None
         if self._script is not None and self._script.max_tokens > config.max_tokens:
             limits = f"max_tokens = {config.max_tokens} is below the {self._script.max_tokens} tokens of the scaffold"
@@ -72,8 +70,7 @@ class HfSampler:
             for start in range(0, len(order), per_chunk):
                 chunk = order[start : start + per_chunk]
                 batch, batch_keys = [prompts[p] for p in chunk], [keys[p] if keys else p for p in chunk]
-                with self._autocast:
-                    groups = self._generate_chunk(batch, batch_keys, n, seed)
+                groups = self._generate_chunk(batch, batch_keys, n, seed)
                 yield dict(zip(chunk, groups, strict=True))
         finally:
             self.model.train(was_training)

@@ -13,6 +13,7 @@ from convsearch.cluster.launch import open_cluster, with_restarts
 from convsearch.config import GrpoConfig
 from convsearch.model import distributed
 from convsearch.model.loading import load_tokenizer, pick_device
+from convsearch.model.precision import settled
 from convsearch.policy.policy import LocalPolicy
 from convsearch.retriever.client import RetrieverClient
 from convsearch.retriever.embedded import open_retriever
@@ -34,7 +35,7 @@ def train(cfg: GrpoConfig) -> None:
     run_dir, model = Path(cfg.trainer.default_local_dir), cfg.actor_rollout_ref.model
     replay_from = cfg.actor_rollout_ref.rollout.replay_from
     url = "" if replay_from else cfg.retriever.resolved_url()
-    pick_device(cfg.trainer.device)  # an error now rather than in a worker
+    cfg = with_dtypes(cfg)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     examples = read(cfg, tokenizer, cfg.data.train_files)
     held_out = read(cfg, tokenizer, cfg.data.val_files) if cfg.data.val_files and not replay_from else []
@@ -63,6 +64,17 @@ def train(cfg: GrpoConfig) -> None:
 
         with_restarts(cfg.trainer.max_restarts, run_once)
     print(f"trained {total_steps} steps; the model is in {run_dir / 'model'}")
+
+
+def with_dtypes(cfg: GrpoConfig) -> GrpoConfig:
+    """``dtype=auto`` of policy and sampler becomes what it means on this machine.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    device, parts = pick_device(cfg.trainer.device), cfg.actor_rollout_ref
+    chosen = {"model": settled(parts.model, device), "rollout": settled(parts.rollout, device)}
+    return cfg.model_copy(update={"actor_rollout_ref": parts.model_copy(update=chosen)})
 
 
 def read(cfg: GrpoConfig, tokenizer: Any, paths: Sequence[str]) -> list[Example]:

@@ -21,6 +21,7 @@ from convsearch.config.sft import SftDataConfig
 from convsearch.model import distributed
 from convsearch.model.batch import Branch, MicroBatch, Tree, collate
 from convsearch.model.loading import encode_chat, load_tokenizer, pick_device
+from convsearch.model.precision import settled
 from convsearch.policy.build import sft_policy
 from convsearch.policy.policy import LocalPolicy
 from convsearch.runs import checkpoint, folder
@@ -127,6 +128,7 @@ def train(cfg: SftConfig) -> None:
         torch.set_num_threads(cfg.trainer.num_threads)
     device = distributed.start(pick_device(cfg.trainer.device))
     cfg.check_world(distributed.world_size())
+    cfg = cfg.model_copy(update={"model": settled(cfg.model, device)})
     run_dir, size = Path(cfg.trainer.default_local_dir), cfg.data.train_batch_size
     tokenizer = load_tokenizer(cfg.model.partial_pretrain, trust_remote_code=cfg.model.trust_remote_code)
     rows = read_rows(cfg.data, cfg.data.train_files, tokenizer)

@@ -1,0 +1,54 @@
+"""Log-probability and entropy of chosen tokens from logits over a large vocabulary, with little memory."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 16  # scored at a time: their logits stay in a CPU's cache
+
+
+class ChosenLogprobs(torch.autograd.Function):
+    """logits [R, V], target ids [R], temperature -> log-probability [R] and entropy [R] in float32.
+
+    It keeps the logits as they are and one normaliser per row, and computes the probabilities again in the backward
+    pass, ``ROWS`` rows at a time. Plain operations would keep several float32 tensors [R, V].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_RV: Tensor, target_ids_R: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        normaliser_R = torch.empty(len(logits_RV), dtype=torch.float32, device=logits_RV.device)
+        chosen_R, entropy_R = torch.empty_like(normaliser_R), torch.empty_like(normaliser_R)
+        for rows in _chunks(logits_RV):
+            scaled = logits_RV[rows].float() / temperature
+            normaliser_R[rows] = normaliser = scaled.logsumexp(dim=-1)
+            chosen_R[rows] = scaled.gather(1, target_ids_R[rows, None])[:, 0] - normaliser
+            probs = (scaled - normaliser[:, None]).exp_()
+            entropy_R[rows] = normaliser - probs.mul_(scaled).sum(dim=-1)
+        ctx.save_for_backward(logits_RV, target_ids_R, normaliser_R, entropy_R)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return chosen_R, entropy_R
+
+    @staticmethod
+    def backward(ctx: Any, grad_chosen_R: Tensor | None, grad_entropy_R: Tensor | None) -> Any:
+        logits_RV, target_ids_R, normaliser_R, entropy_R = ctx.saved_tensors
+        grad_RV = torch.zeros_like(logits_RV)
+        for rows in _chunks(logits_RV):
+            logprobs = (logits_RV[rows].float() / ctx.temperature).sub_(normaliser_R[rows, None])
+            probs = logprobs.exp()
+            if grad_entropy_R is not None:
+                share = (logprobs + entropy_R[rows, None]).mul_(probs).mul_(-grad_entropy_R[rows, None])
+            if grad_chosen_R is not None:
+                slope = grad_chosen_R[rows, None]
+                total = probs.mul_(-slope).scatter_add_(1, target_ids_R[rows, None], slope)
+                if grad_entropy_R is not None:
+                    total += share
+            else:
+                total = share
+            grad_RV[rows] = total.div_(ctx.temperature)
+        return grad_RV, None, None
+
+
+def _chunks(rows: Tensor) -> list[slice]:
+    return [slice(start, start + ROWS) for start in range(0, len(rows), ROWS)]
