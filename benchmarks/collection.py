@@ -36,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
 def sentences(source: Path | None) -> list[str]:
     """Distinct sentences of 4 to 60 words, in order of appearance."""
     if source is None:
-        texts: Iterator[str] = (article.contents for article in read_articles(find_summaries()).values())
+        articles = read_articles(find_summaries()).values()
+        texts: Iterator[str] = (" ".join([article.title, *article.sentences]) for article in articles)
     else:
         texts = (record["contents"] for _, record in read_jsonl(source))
     found = dict.fromkeys(

