@@ -19,9 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--server", help="http://host:port of a running retriever_server, instead of --index_dir_path")
     add("--query_file", "--test_file_path", nargs="+", required=True, help="JSON lines of rewrites or conversations")
     add("--query_type", "--test_type", default="rewrite", choices=[*QUERY_TYPES], help="the query")
-    add(
-        "--fuse", default="none", choices=FUSIONS, help="rrf: search all rewrites of infer --n, fuse by reciprocal rank"
-    )
+    fusion = "rrf: search all rewrites of infer --n, fuse by reciprocal rank"
+    add("--fuse", default="none", choices=FUSIONS, help=fusion)
     add("--gold_qrel_file_path", "--trec_gold_qrel_file_path", help="TREC qrels, or else --not_perform_evaluation")
     add("--not_perform_evaluation", action="store_true", help="write the run alone")
     add("--top_n", "--top_k", type=int, default=100, help="passages per query")
