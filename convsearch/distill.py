@@ -25,6 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--drop_first_turns", action="store_true", help="leave out questions without a history: they need no rewrite")
     copies = "leave out rewrites that only repeat the question although it has a history (not in the paper)"
     add("--drop_copies", action="store_true", help=copies)
+    complete = "a question that reaches the rank limit, with no better sample, stays as it is (not in the paper)"
+    add("--keep_complete", action="store_true", help=complete)
     shuffled = "shuffle the questions with this seed before --limit; default: file order"
     add("--shuffle_seed", type=int, default=None, help=shuffled)
     add_sampling_flags(parser, max_tokens=1024)

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from convsearch.cli import command_parser, run
-from eval.queries import QUERY_TYPES
+from eval.queries import FUSIONS, QUERY_TYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,6 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--server", help="http://host:port of a running retriever_server with a dense index")
     add("--test_file_path", nargs="+", required=True, help="rewrites or conversations, one JSON object per line")
     add("--test_type", default="rewrite", choices=[*QUERY_TYPES], help="which text is the query")
+    fusion = "rrf: search all rewrites of infer --n, fuse by reciprocal rank"
+    add("--fuse", default="none", choices=FUSIONS, help=fusion)
     add("--trec_gold_qrel_file_path", required=True, help="TREC qrels")
     add("--qrel_output_dir", default=".", help="folder for the runs")
     add("--output_trec_file", nargs="+", required=True, help="file name of the run of each test file")
@@ -59,7 +61,8 @@ def main() -> None:
     from eval.search import Job, search_and_score, through_server
 
     files = args.test_file_path, args.output_trec_file, Path(args.qrel_output_dir)
-    job = Job(*files, args.test_type, args.top_k, args.trec_gold_qrel_file_path, args.rel_threshold, tag="ance")
+    what = args.test_type, args.top_k, args.trec_gold_qrel_file_path, args.rel_threshold
+    job = Job(*files, *what, tag="ance", fuse=args.fuse)
     if args.server is not None:
         return search_and_score(through_server(args.server), job)
     folder = index_folder(args.passage_embeddings_dir_path)

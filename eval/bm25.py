@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from convsearch.cli import command_parser, run
-from eval.queries import QUERY_TYPES
+from eval.queries import FUSIONS, QUERY_TYPES
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,6 +19,8 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--server", help="http://host:port of a running retriever_server, instead of --index_dir_path")
     add("--query_file", "--test_file_path", nargs="+", required=True, help="JSON lines of rewrites or conversations")
     add("--query_type", "--test_type", default="rewrite", choices=[*QUERY_TYPES], help="the query")
+    fusion = "rrf: search all rewrites of infer --n, fuse by reciprocal rank"
+    add("--fuse", default="none", choices=FUSIONS, help=fusion)
     add("--gold_qrel_file_path", "--trec_gold_qrel_file_path", help="TREC qrels, or else --not_perform_evaluation")
     add("--not_perform_evaluation", action="store_true", help="write the run alone")
     add("--top_n", "--top_k", type=int, default=100, help="passages per query")
@@ -41,7 +43,7 @@ def main() -> None:
 
     files = args.query_file, args.output_file_name, Path(args.retrieval_output_path)
     qrels = None if args.not_perform_evaluation else args.gold_qrel_file_path
-    job = Job(*files, args.query_type, args.top_n, qrels, args.rel_threshold, args.max_seq_length)
+    job = Job(*files, args.query_type, args.top_n, qrels, args.rel_threshold, args.max_seq_length, fuse=args.fuse)
     if args.server:
         return search_and_score(through_server(args.server), job)
     from retriever_server.bm25.index import Bm25Index

@@ -8,23 +8,28 @@ from convsearch.files import read_jsonl
 
 Record = dict[str, Any]
 Hits = list[tuple[str, float]]  # (docid, score) of one query, best first
+FUSIONS = ("none", "rrf")
 Search = Callable[[Sequence[str], int], list[Hits]]  # (queries, k) -> the best k passages of each
 
 QUERY_TYPES: dict[str, Callable[[Record], Any]] = {
     "rewrite": lambda record: record.get("rewrite"),
     "question": lambda record: record.get("question"),
     "previous": lambda record: " ".join([*record.get("context", [])[-2:], record["question"]]),
+    "previous_question": lambda record: " ".join([*record.get("context", [])[-2:-1], record["question"]]),
+    "previous_answer": lambda record: " ".join([*record.get("context", [])[-1:], record["question"]]),
     "all_history": lambda record: " ".join([*record.get("context", []), record["question"]]),
 }
 
 
-def read_queries(path: str | Path, query_type: str) -> tuple[dict[str, str], int]:
-    """Query id -> text to search for, and how many rewrites fell back to the raw question.
+def read_queries(path: str | Path, query_type: str, fused: bool = False) -> tuple[dict[str, list[str]], int]:
+    """Query id -> texts to search for, and how many rewrites fell back to the raw question.
+
+    A query has one text; ``fused``: those of the field ``rewrites``.
 
     Raises:
-        ValueError: a line has no qid or no text, or a qid occurs twice; names file and line.
+        ValueError: a line has no qid or no texts, or a qid occurs twice; names file and line.
     """
-    queries: dict[str, str] = {}
+    queries: dict[str, list[str]] = {}
     fallbacks = 0
     for number, record in read_jsonl(path):
         where, qid = f"{path}:{number}", record.get("qid")
@@ -34,11 +39,13 @@ def read_queries(path: str | Path, query_type: str) -> tuple[dict[str, str], int
             raise ValueError(f"{where}: query {qid!r} occurs twice")
         if query_type != "rewrite" and not isinstance(record.get("question"), str):
             raise ValueError(f"{where}: query {qid!r} has no field 'question'")
-        text = QUERY_TYPES[query_type](record)
-        if not isinstance(text, str):
-            remedy = "run convsearch.infer, or choose another --query_type"
-            raise ValueError(f"{where}: query {qid!r} has no field 'rewrite': {remedy}")
-        queries[qid] = text
+        texts = record.get("rewrites") if fused else [QUERY_TYPES[query_type](record)]
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            field, remedy = "rewrite", "run convsearch.infer, or choose another --query_type"
+            if fused:
+                field, remedy = "rewrites", "run convsearch.infer with --n 2 or more, or leave --fuse out"
+            raise ValueError(f"{where}: query {qid!r} has no field {field!r}: {remedy}")
+        queries[qid] = texts
         fallbacks += query_type == "rewrite" and record.get("fallback") is True
     if not queries:
         raise ValueError(f"{path}: no queries")

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.report_data import REWRITERS, SYSTEMS, Results, read_results
+from eval.measures import Floats
+from eval.report_data import Results, read_results
+from eval.systems import REWRITERS, SYSTEMS, best_rule, kept_words, rule_row
 
 MEASURES = ("MRR", "NDCG@3", "R@10")
 BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->"
 
 
 def markdown(folders: Sequence[Path]) -> str:
-    """One row per system, in percent.
+    """One row per system, in percent, and one for the best constant rule if the folder has its validation runs.
 
     A system whose queries a model wrote has mean ± standard deviation (n - 1) over the folders, the others one value.
 
@@ -32,16 +34,25 @@ def markdown(folders: Sequence[Path]) -> str:
             rule = "the runs of a table may differ in their seed alone"
             raise ValueError(f"{folder} has other questions or systems than {folders[0]}: {rule}")
         found.append(results)
-    written = {SYSTEMS[stem] for stem in REWRITERS}
-    lines = [f"| | {' | '.join(MEASURES)} |", f"|{'---|' * (1 + len(MEASURES))}"]
+    validation = sorted((folders[0] / "validation").glob("*.trec"))
+    best = best_rule(folders[0] / "validation.trec", validation) if validation else None
+    lines = [f"| | {' | '.join(MEASURES)} | kept words |", f"|{'---|' * (2 + len(MEASURES))}"]
+    stems = {name: stem for stem, name in SYSTEMS.items()}
     for system in found[0].values:
-        cells = []
-        for measure in MEASURES:
-            means = 100 * np.array([results.values[system][measure].mean() for results in found])
-            spread = f" ± {means.std(ddof=1):.1f}" if len(means) > 1 and system in written else ""
-            cells.append(f"{means.mean():.1f}{spread}")
-        lines.append(f"| {system} | {' | '.join(cells)} |")
+        stem = stems.get(system, system)
+        columns = [[results.values[system][measure].mean() for results in found] for measure in MEASURES]
+        rewrites = [folder / ("test.json" if stem == "written" else f"{stem}.jsonl") for folder in folders]
+        if all(path.is_file() for path in rewrites):
+            columns.append([kept_words(*pair) for pair in zip(rewrites, (r.qids for r in found), strict=True)])
+        cells = [_cell(100 * np.array(column), spread=stem in REWRITERS) for column in columns]
+        row = " | ".join([*cells, "-"][: 1 + len(MEASURES)])
+        lines += [f"| {name} | {row} |" for name in (system, *([rule_row(system)] if stem == best else []))]
     return "\n".join(lines) + "\n"
+
+
+def _cell(values: Floats, spread: bool) -> str:
+    deviation = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 and spread else ""
+    return f"{values.mean():.1f}{deviation}"
 
 
 def replaced(text: str, table: str, name: str) -> str:

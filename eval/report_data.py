@@ -13,19 +13,10 @@ from convsearch.files import read_jsonl
 from eval.columns import Columns
 from eval.measures import Floats, evaluate, parse_measures
 from eval.runs import read_qrels, read_run
+from eval.systems import REWRITERS, SYSTEMS
 
 Record = dict[str, Any]
 MEASURES = "MRR NDCG@3 R@10 R@100"
-# file stem -> the name it has in results.json, in the order of the table; other runs follow under their file names
-SYSTEMS = {
-    "raw": "raw question",
-    "previous": "previous turn + question",
-    "history": "all history",
-    "zero_shot": "base model, zero-shot",
-    "sft": "after SFT",
-    "grpo": "after GRPO",
-}
-REWRITERS = ("grpo", "sft", "zero_shot")  # the report looks into the first that has both a run and its rewrites
 BUCKETS = ("rank 1", "2 - 10", "11 - 100", "not found", "no rewrite")  # of samples; a run has the first four
 _UPPER = (1, 10, 100)
 
@@ -80,7 +71,7 @@ def read_results(folder: Path) -> Results | None:
     """
     if not (folder / "test.trec").is_file():
         return None
-    paths = {path.stem: path for path in sorted(folder.glob("*.trec")) if path.stem != "test"}
+    paths = {path.stem: path for path in sorted(folder.glob("*.trec")) if path.stem not in ("test", "validation")}
     stems = [*(stem for stem in SYSTEMS if stem in paths), *(stem for stem in paths if stem not in SYSTEMS)]
     if not stems:
         return None

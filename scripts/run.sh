@@ -153,27 +153,41 @@ stage_grpo() {
   run "$py" -m convsearch.grpo "${composed[@]}" "${more[@]}" retriever.url="$url" \
     trainer.default_local_dir="$out/grpo" "${keys[@]}"
 }
-rewrite() { # FILE RESULT MODEL
+rewrite() { # FILE RESULT MODEL FLAGS
   each_process "$1" "$2" "$py" -m convsearch.infer --model_name_or_path "$3" --input_path INPUT --output_path OUTPUT \
-    --seed "$seed" $generation $prompt $infer
+    --seed "$seed" $generation $prompt $infer $4
   [ $dry = 1 ] || [ "$processes" = 1 ] || cat $(parts "$2") > "$2"
 }
-# What is searched: the text of a conversation, or the rewrites of a model; with its name in the table.
-declare -A text=([raw]=question [previous]=previous [history]=all_history)
-declare -A model=([zero_shot]=$base [sft]=$out/sft/model [grpo]=$out/grpo/model)
-declare -A label=([raw]="raw question" [previous]="previous turn + question" [history]="all history"
-  [zero_shot]="base model, zero-shot" [sft]="after SFT" [grpo]="after GRPO")
+# What is searched: a text of the test file, or the rewrites of a model. eval/systems.py has the names of the table.
+declare -A text=([raw]=question [previous_question]=previous_question [previous_answer]=previous_answer
+  [previous]=previous [history]=all_history [written]=rewrite)
+declare -A model=([zero_shot]=$base [sft]=$out/sft/model [grpo]=$out/grpo/model
+  [grpo_sample]=$out/grpo/model [grpo_fused]=$out/grpo/model)
+declare -A sampling=([grpo_sample]="--temperature 0.7" [grpo_fused]="--temperature 0.7 --n 4")
+declare -A fusion=([grpo_fused]="--fuse rrf")
+rules="" # the constant rules among the runs, if the best of them is asked for
+if [[ " $runs " == *" constant "* ]]; then
+  runs=${runs/constant/}
+  for name in $runs; do [ "${text[$name]:-rewrite}" = rewrite ] || rules+=" $name"; done
+fi
 stage_infer() {
   local name
   for name in $bright; do
-    rewrite "$bright_folder/$name/topics.jsonl" "$out/reasoned/$name.jsonl" "$out/grpo/model"
+    rewrite "$bright_folder/$name/topics.jsonl" "$out/reasoned/$name.jsonl" "$out/grpo/model" ""
   done
   [ -n "$runs" ] || return 0
   run "$py" -m data_preprocess.subset --input "$data/$test.json" --qrels "$data/$test.trec" \
     ${test_questions:+--limit "$test_questions"} --output "$out"
+  [ -z "$rules" ] || run "$py" -m data_preprocess.subset --input "$data/validation.json" \
+    --qrels "$data/validation.trec" --name validation --output "$out"
   for name in $runs; do
-    [ -z "${model[$name]:-}" ] || rewrite "$out/test.json" "$out/$name.jsonl" "${model[$name]}"
+    [ -z "${model[$name]:-}" ] ||
+      rewrite "$out/test.json" "$out/$name.jsonl" "${model[$name]}" "${sampling[$name]:-}"
   done
+}
+search() { # NAME FILE QRELS FOLDER: writes FOLDER/NAME.trec
+  run "$py" -m "${searcher[@]}" --test_file_path "$2" --test_type "${text[$1]:-rewrite}" ${fusion[$1]:-} \
+    --trec_gold_qrel_file_path "$3" --qrel_output_dir "$4" --output_trec_file "$1.trec"
 }
 stage_eval() {
   local name file searcher=(eval.ance --passage_embeddings_dir_path "$index_folder" --n_gpu "$processes")
@@ -182,18 +196,24 @@ stage_eval() {
   for name in $runs; do
     file=$out/$name.jsonl
     [ -z "${text[$name]:-}" ] || file=$out/test.json
-    run "$py" -m "${searcher[@]}" --test_file_path "$file" --test_type "${text[$name]:-rewrite}" \
-      --trec_gold_qrel_file_path "$out/test.trec" --qrel_output_dir "$out" --output_trec_file "$name.trec"
+    search "$name" "$file" "$out/test.trec" "$out"
   done
+  for name in $rules; do search "$name" "$out/validation.json" "$out/validation.trec" "$out/validation"; done
   [ -z "$bright" ] || run "$py" -m eval.bright --task all --documents "$bright_folder/{task}/collection.jsonl" \
     --topics "$bright_folder/{task}/topics.jsonl" --qrels "$bright_folder/{task}/qrels.trec" \
     --queries "$out/reasoned/{task}.jsonl" --bm25 query-weighted
 }
 stage_report() {
-  local name table=()
+  local name table=() validation=()
   run "$py" -m convsearch.plots "$out/grpo" --output "$out/curves.png"
-  for name in $runs; do table+=("${label[$name]}=$out/$name.trec"); done
-  [ -z "$runs" ] || run "$py" -m eval.summary --qrels "$out/test.trec" --output "$out/results.json" "${table[@]}"
+  for name in $runs; do
+    table+=("$out/$name.trec")
+    [ -z "${model[$name]:-}" ] || table[-1]+=@$out/$name.jsonl
+    [ "$name" != written ] || table[-1]+=@$out/test.json
+  done
+  for name in $rules; do validation+=("$out/validation/$name.trec"); done
+  [ -z "$runs" ] || run "$py" -m eval.summary --qrels "$out/test.trec" --output "$out/results.json" "${table[@]}" \
+    ${rules:+--rules "$out/validation.trec" "${validation[@]}"}
 }
 
 for stage in ${chosen:-$stages}; do

@@ -3,7 +3,8 @@
 1. k samples a conversation, each with the rank that the server gives it; the same whatever the batches and breaks.
 2. Kept is what parses and has its gold passage within the rank limit; the best first, no output twice, at most
    --max_kept.
-3. The SFT parquet has the zero-shot prompt and trains; the yield adds up by reason and by turn.
+3. With --keep_complete, a question that no sample beats stays as it is, and is counted apart.
+4. The SFT parquet has the zero-shot prompt and trains; the yield adds up by reason and by turn.
 """
 
 import json
@@ -83,6 +84,9 @@ def test_samples_ranks_filter_and_parquet(
     assert list(samples) == [row["qid"] for row in ROWS]
     assert {len(rows) for rows in samples.values()} == {6}
     index = Bm25Index.load(toy_index)
+    question_ranks = [line["question_rank"] for line in helpers.read_jsonl(output / "samples.jsonl")]
+    texts, golds = [row["question"] for row in ROWS], [row["gold_docids"] for row in ROWS]
+    assert question_ranks == index.gold_ranks(texts, golds, 100)
     for row in ROWS:
         for sample in samples[row["qid"]]:
             parsed = parse_rewrite(sample["output"])
@@ -175,11 +179,56 @@ SAMPLES = {
     ],
 )
 def test_the_filter_by_hand(flags: dict[str, Any], kept: list[str], reasons: dict[str, int]) -> None:
-    args = Namespace(**({"rank_limit": 1, "max_kept": 1, "drop_copies": False} | flags))
-    rows, summary = distill.select(args, RECORDS, SAMPLES)
+    args = Namespace(**({"rank_limit": 1, "max_kept": 1, "drop_copies": False, "keep_complete": False} | flags))
+    lines = {qid: {"question_rank": 1, "samples": samples} for qid, samples in SAMPLES.items()}
+    rows, summary = distill.select(args, RECORDS, lines)
     assert [row["output"] for row in rows] == kept
     assert summary["by_reason"] == reasons
     assert {turn: counts["samples"] for turn, counts in summary["by_turn"].items()} == {"1": 5, "2": 5}
+
+
+@pytest.mark.parametrize(
+    ("question_rank", "rank_limit", "complete"),
+    [(None, 3, []), (1, 1, ["a", "b"]), (2, 1, []), (2, 3, ["b"]), (3, 3, []), (1, 3, ["a", "b"])],
+)
+def test_complete_questions_stay_as_they_are(question_rank: int | None, rank_limit: int, complete: list[str]) -> None:
+    """The best samples of a have rank 1, those of b rank 2: a question of rank 2 is complete for b alone."""
+    args = Namespace(rank_limit=rank_limit, max_kept=2, drop_copies=False, keep_complete=True)
+    lines = {qid: {"question_rank": question_rank, "samples": samples} for qid, samples in SAMPLES.items()}
+    rows, summary = distill.select(args, RECORDS, lines)
+    other, _ = distill.select(Namespace(**vars(args) | {"keep_complete": False}), RECORDS, lines)
+    for record in RECORDS:
+        of_question = [row for row in rows if row["record"] is record]
+        if record["qid"] not in complete:
+            assert of_question == [row for row in other if row["record"] is record]
+            continue
+        [row] = of_question
+        assert row["output"] == f"<think>The question is complete.</think>\n<rewrite>{record['question']}</rewrite>"
+        assert parse_rewrite(row["output"]).text == record["question"]
+        assert row["rank"] == question_rank
+    counts = summary["by_turn"].values()
+    assert sum(row["questions_complete"] for row in counts) == len(complete)
+    kept = len({row["record"]["qid"] for row in rows}) - len(complete)
+    assert sum(row["questions_kept"] for row in counts) == kept
+
+
+def test_ranks_of_questions_are_needed_for_complete_ones(
+    form_llama: Path, conversations: Path, toy_server: str, tmp_path: Path
+) -> None:
+    printed = distilled(form_llama, conversations, tmp_path, toy_server, "--rank_limit", 20, "--keep_complete")
+    summary = json.loads((tmp_path / "yield.json").read_text())
+    complete = sum(row["questions_complete"] for row in summary["by_turn"].values())
+    assert 0 < complete < len(ROWS)
+    assert "complete as they are" in printed
+    answers = [line["extra_info"]["answer"] for line in pq.read_table(tmp_path / "sft.parquet").to_pylist()]
+    assert sum("The question is complete." in answer for answer in answers) == complete
+    lines = helpers.read_jsonl(tmp_path / "samples.jsonl")
+    old = [{key: value for key, value in line.items() if key != "question_rank"} for line in lines]
+    helpers.write_jsonl(tmp_path / "samples.jsonl", old)
+    assert "samples.jsonl has no question_rank for c0_1" in failed(
+        form_llama, conversations, tmp_path, toy_server, "--keep_complete"
+    )
+    distilled(form_llama, conversations, tmp_path, toy_server, "--rank_limit", 20)
 
 
 @pytest.mark.slow

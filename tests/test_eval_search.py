@@ -11,6 +11,7 @@ from helpers_retriever import build_bm25
 
 from convsearch.retriever.embedded import open_retriever
 from eval import ance, bm25
+from eval.queries import read_queries
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSAGES = {
@@ -111,6 +112,41 @@ def test_a_server_gives_the_run_of_its_index(folder: Path) -> None:
     assert (folder / "ance.trec").read_text() == (folder / "local.trec").read_text().replace("bm25", "ance")
 
 
+def test_rewrites_of_a_line_are_fused_by_reciprocal_rank(folder: Path, tmp_path: Path) -> None:
+    """The first list is d1, d2; twice the second, d2: d2 has 1/62 + 2/61, d1 has 1/61."""
+    file = tmp_path / "many.jsonl"
+    rewrites = ["who wrote Hamlet, William Shakespeare", "Anne Hathaway", "Anne Hathaway"]
+    file.write_text(json.dumps({"qid": "q2", "question": "?", "rewrite": rewrites[0], "rewrites": rewrites}) + "\n")
+    runs = {}
+    for name, flags in (
+        ("one", ["--fuse", "none"]),
+        ("fused", ["--fuse", "rrf"]),
+        ("top", ["--fuse", "rrf", "--top_n", "1"]),
+    ):
+        done = call("eval.bm25", folder, *bm25_flags(folder, f"{name}.trec", *flags), "--query_file", str(file))
+        assert done.returncode == 0, done.stderr
+        runs[name] = [line.split()[2::2] for line in (folder / f"{name}.trec").read_text().splitlines()]
+    assert [docid for docid, _ in runs["one"]] == ["d1", "d2"]
+    assert [docid for docid, _ in runs["fused"]] == ["d2", "d1"]
+    assert [float(score) for _, score in runs["fused"]] == pytest.approx([1 / 62 + 2 / 61, 1 / 61])
+    assert runs["top"] == runs["fused"][:1]
+
+
+def test_queries_of_the_constant_rules(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    lines = [
+        {"qid": "1", "question": "e?", "context": ["a?", "b.", "c?", "d."]},
+        {"qid": "2", "question": "a?", "context": []},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = {
+        "question": "e?", "previous": "c? d. e?", "previous_question": "c? e?", "previous_answer": "d. e?",
+        "all_history": "a? b. c? d. e?",
+    }  # fmt: skip
+    for query_type, text in expected.items():
+        assert read_queries(file, query_type) == ({"1": [text], "2": ["a?"]}, 0)
+
+
 def test_the_original_ance_command_is_accepted_and_says_what_is_missing(folder: Path) -> None:
     args = ance.build_parser().parse_args(shlex.split(ANCE_COMMAND))
     assert args.test_file_path == ["path/to/rewrite/file/gennerated/by/rewriter"]
@@ -131,6 +167,8 @@ def test_the_original_ance_command_is_accepted_and_says_what_is_missing(folder: 
         (["--bm25_k1", "0.82"], "was built with k1=0.9"),
         (["--top_n", "0"], "must be at least 1"),
         (["--output_file_name", "a.trec", "b.trec"], "give one name per file"),
+        (["--fuse", "rrf"], "query 'q1' has no field 'rewrites': run convsearch.infer with --n 2 or more"),
+        (["--fuse", "rrf", "--query_type", "question"], "--fuse rrf fuses rewrites, not the query type question"),
     ],
 )
 def test_mistakes_are_one_sentence(folder: Path, more: list[str], sentence: str) -> None:

@@ -3,7 +3,8 @@
 1. Every input line comes out once, in order, with its own fields; what does not parse falls back to the raw question
    and is counted.
 2. A line depends on seed and query alone: not on batches, --limit, or how often the command was broken off.
-3. Finished lines are kept as they are; a half-written one is made again; a file of other data is left alone.
+3. Of n samples the texts that parse are kept; the line is that of the first of them.
+4. Finished lines are kept as they are; a half-written one is made again; a file of other data is left alone.
 """
 
 import json
@@ -181,6 +182,37 @@ def test_mistakes_are_one_sentence(form_llama: Path, conversations: Path, tmp_pa
     assert not fresh.exists()
 
 
+def test_several_samples_keep_the_texts_that_parse(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    one, _ = rewritten(form_llama, conversations, tmp_path / "one.jsonl", "--temperature", 1)
+    many, _ = rewritten(form_llama, conversations, tmp_path / "many.jsonl", "--temperature", 1, "--n", 3)
+    small, _ = rewritten(
+        form_llama, conversations, tmp_path / "s.jsonl", "--temperature", 1, "--n", 3, "--batch_size", 1
+    )
+    assert many == small
+    assert not any("rewrites" in line for line in one)
+    for single, line in zip(one, many, strict=True):  # the first of the samples is the single one
+        assert line["rewrite"] == line["rewrites"][0]
+        assert single["fallback"] or {**line, "rewrites": 0} == {**single, "rewrites": 0}
+    assert sum(line["fallback"] for line in many) < sum(line["fallback"] for line in one)
+    assert {len(line["rewrites"]) for line in many} > {1}
+    assert "--n 1, now it is 3" in failed(
+        form_llama, conversations, tmp_path / "one.jsonl", "--temperature", 1, "--n", 3
+    )
+    for flags, words in ((("--n", 0), "--n is 0"), (("--n", 2, "--temperature", 0), "raise --temperature above 0")):
+        status, printed = helpers.call(command_line.main, command(form_llama, conversations, tmp_path / "x", *flags))
+        assert status == 2
+        assert words in printed
+
+
+def test_the_line_of_several_samples_by_hand() -> None:
+    texts = ["no tags", "<think>a</think><rewrite>one</rewrite>", "<think>b</think><rewrite>two</rewrite>"]
+    completions = [Completion((), (), text, "stop") for text in texts]
+    line = infer.outcome({"qid": "1", "question": "q?"}, completions)
+    assert (line["rewrite"], line["rewrites"], line["reasoning_content"]) == ("one", ["one", "two"], "a")
+    line = infer.outcome({"qid": "1", "question": "q?"}, [completions[0]] * 2)
+    assert (line["rewrite"], line["rewrites"], line["rewrite_error"]) == ("q?", ["q?"], "no_tag")
+
+
 @pytest.mark.slow
 def test_kill_dash_nine_loses_nothing(form_llama: Path, tmp_path: Path) -> None:
     """Killed three times as soon as some more lines are there; the file ends as that of an undisturbed run, byte for
@@ -241,6 +273,6 @@ def test_rqr_writes_reasoned_queries_of_topics_and_goes_on_where_it_stopped(form
 
 def test_rqr_in_think_mode_searches_for_the_answer_alone() -> None:
     completion = Completion((), (), "<think>so</think>\n<answer>an answer</answer>", "stop")
-    line = infer.outcome({"qid": "1", "question": "q?"}, completion, "answer")
+    line = infer.outcome({"qid": "1", "question": "q?"}, [completion], "answer")
     assert (line["rewrite"], line["reasoning_content"], line["fallback"]) == ("an answer", "so", False)
-    assert infer.outcome({"qid": "1", "question": "q?"}, completion, "rewrite")["rewrite_error"] == "no_tag"
+    assert infer.outcome({"qid": "1", "question": "q?"}, [completion], "rewrite")["rewrite_error"] == "no_tag"

@@ -6,6 +6,8 @@
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,6 +151,59 @@ def test_launchers_and_variables_change_the_commands_they_should() -> None:
     describe(more, 8, 1, 80.0, "paper_topiocqa_qwen_bm25")
     assert "128 prompts x 16 samples" in figures(more, "grpo")
     describe(commands_of(*paper, "--device", "cpu", "model=smollm2-135m"), 1, 1, 80.0)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Scripts, code and configurations, for an experiment of the test's own."""
+    for name in ("scripts", "convsearch", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def commands_in(checkout: Path, runner: str, *stages: str, **environment: str) -> list[str]:
+    """The commands of demo_smollm2 with other values in names.runner."""
+    experiment = f"# @package _global_\ndefaults: [demo_smollm2, _self_]\nnames: {{runner: {{{runner}}}}}\n"
+    (checkout / "configs" / "experiment" / "mine.yaml").write_text(experiment)
+    variables = {"PLAN": "commands", "PYTHONPATH": f"{checkout}:{ROOT}", "OUT": "o", **environment}
+    done = bash("scripts/run.sh", "mine", "--dry-run", *stages, folder=checkout, **variables)
+    assert done.returncode == 0, done.stderr
+    stages_found = read_stages(done.stdout.splitlines())
+    describe(stages_found, 1, 1, 80.0)
+    return [shlex.join(command[2:]) for stage in stages_found for command in stage.commands]
+
+
+def test_rows_of_the_table(checkout: Path) -> None:
+    runs = "raw previous_answer constant grpo grpo_sample grpo_fused written"
+    found = commands_in(checkout, f"runs: {runs}, infer: --temperature 0, data: d", "infer", "eval", "report")
+    infer = [command for command in found if command.startswith("convsearch.infer")]
+    assert [re.findall(r"--output_path (\S+)", command) for command in infer] == [
+        ["o/grpo.jsonl"], ["o/grpo_sample.jsonl"], ["o/grpo_fused.jsonl"],
+    ]  # fmt: skip
+    assert [re.findall(r"--(?:temperature|n) \S+", command) for command in infer] == [
+        ["--temperature 0"],
+        ["--temperature 0", "--temperature 0.7"],
+        ["--temperature 0", "--temperature 0.7", "--n 4"],
+    ]
+    searches = [command.partition("--test_file_path ")[2] for command in found if command.startswith("eval.bm25")]
+    test = "--trec_gold_qrel_file_path o/test.trec --qrel_output_dir o --output_trec_file"
+    validation = "--trec_gold_qrel_file_path o/validation.trec --qrel_output_dir o/validation --output_trec_file"
+    assert searches == [
+        f"o/test.json --test_type question {test} raw.trec",
+        f"o/test.json --test_type previous_answer {test} previous_answer.trec",
+        f"o/grpo.jsonl --test_type rewrite {test} grpo.trec",
+        f"o/grpo_sample.jsonl --test_type rewrite {test} grpo_sample.trec",
+        f"o/grpo_fused.jsonl --test_type rewrite --fuse rrf {test} grpo_fused.trec",
+        f"o/test.json --test_type rewrite {test} written.trec",
+        f"o/validation.json --test_type question {validation} raw.trec",
+        f"o/validation.json --test_type previous_answer {validation} previous_answer.trec",
+    ]
+    assert found[-1].partition("results.json ")[2] == (
+        "o/raw.trec o/previous_answer.trec o/grpo.trec@o/grpo.jsonl o/grpo_sample.trec@o/grpo_sample.jsonl "
+        "o/grpo_fused.trec@o/grpo_fused.jsonl o/written.trec@o/test.json "
+        "--rules o/validation.trec o/validation/raw.trec o/validation/previous_answer.trec"
+    )
+    assert "--rules" not in commands_in(checkout, "runs: raw grpo", "report")[-1]
 
 
 def test_every_seed_and_group_has_its_own_output_folder() -> None:

@@ -16,10 +16,27 @@ def test_table_by_hand(tmp_path: Path) -> None:
     shutil.copytree(first, second)
     shutil.copy(first / "raw.trec", second / "grpo.trec")
     rows = markdown([first, second]).splitlines()
-    assert rows[0] == "| | MRR | NDCG@3 | R@10 |"
+    assert rows[0] == "| | MRR | NDCG@3 | R@10 | kept words |"
     assert rows[2].startswith("| raw question | 56.2 | ")
     assert rows[3].startswith("| after GRPO | 59.4 ± 4.4 | ")
     assert "±" not in markdown([first])
+    assert rows[2].endswith(" | - |")
+    assert rows[3].endswith(" | 100.0 ± 0.0 |")  # "rewrite of QUESTION"
+
+
+def test_the_best_constant_rule_repeats_its_row(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", steps=0)
+    shutil.copy(folder / "grpo.trec", folder / "previous.trec")
+    shutil.copy(folder / "test.trec", folder / "validation.trec")
+    (folder / "validation").mkdir()
+    for name, run in (("raw", "grpo"), ("previous", "raw")):  # on validation the other one is better
+        shutil.copy(folder / f"{run}.trec", folder / "validation" / f"{name}.trec")
+    rows = markdown([folder]).splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == [
+        "| raw question", "| best constant rule (raw question, by validation)", "| previous turn + question",
+        "| after GRPO",
+    ]  # fmt: skip
+    assert rows[3].endswith(rows[2].removeprefix("| raw question"))
 
 
 def test_the_table_is_put_between_the_marks() -> None:

@@ -21,6 +21,8 @@ from convsearch.prompts import PromptStyle, render
 from convsearch.retriever.embedded import open_retriever
 from convsearch.types import Completion, Conversation
 
+COMPLETE = "<think>The question is complete.</think>\n<rewrite>{}</rewrite>"  # the row of --keep_complete
+
 
 def distill(args: argparse.Namespace) -> None:
     """Writes samples.jsonl (all), sft.parquet (those that are kept) and yield.json into ``args.output_dir``."""
@@ -34,7 +36,7 @@ def distill(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     conversations = [Conversation.from_record(record) for record in records]
     sample(args, conversations, output / "samples.jsonl", [conversation.qid for conversation in everything])
-    samples = {record["qid"]: record["samples"] for _, record in read_jsonl(output / "samples.jsonl")}
+    samples = {record["qid"]: record for _, record in read_jsonl(output / "samples.jsonl")}
     rows, summary = select(args, records, samples)
     print_yield(summary)
     if not rows:
@@ -47,10 +49,11 @@ def distill(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace, conversations: list[Conversation], path: Path, qids: Iterable[str]) -> None:
-    """Appends k samples with their gold ranks for every conversation that is not in ``path`` yet.
+    """Appends k samples and the question with their gold ranks for every conversation that is not in ``path`` yet.
 
     Raises:
-        ValueError: a conversation has no gold passage, or ``path`` is of another input (``qids``) or another k.
+        ValueError: a conversation has no gold passage, or ``path`` is of another input (``qids``) or another k, or
+            lacks the ranks of the questions that ``args.keep_complete`` needs.
     """
     output = ResumableLines(path, args, "samples", qids)
     for conversation in conversations:
@@ -63,6 +66,9 @@ def sample(args: argparse.Namespace, conversations: list[Conversation], path: Pa
         if k != args.k:
             remedy = "set it back or name another --output_dir"
             raise ValueError(f"{path} has {k} samples per conversation, not --k {args.k}: {remedy}")
+        if args.keep_complete and "question_rank" not in output.done.get(qid, {"question_rank": None}):
+            remedy = "leave --keep_complete out, or name another --output_dir"
+            raise ValueError(f"{path} has no question_rank for {qid}, an earlier version wrote it: {remedy}")
     if all(conversation.qid in output.done for conversation in conversations):
         output.complete(conversations, args.k, 1, lambda part, groups: (), "distilling")  # reports what is kept
         return
@@ -71,14 +77,16 @@ def sample(args: argparse.Namespace, conversations: list[Conversation], path: Pa
 
         def lines(part: Sequence[Conversation], groups: list[list[Completion]]) -> Iterator[Record]:
             rewrites = [parse_rewrite(c.text, c.finish_reason) for group in groups for c in group]
-            golds = [conversation.gold_docids for conversation in part for _ in range(args.k)]
-            judged = iter(zip(rewrites, retriever.gold_ranks(golds, [r.text for r in rewrites]), strict=True))
-            for conversation, group in zip(part, groups, strict=True):
+            golds = [c.gold_docids for c in part] + [c.gold_docids for c in part for _ in range(args.k)]
+            ranks = iter(retriever.gold_ranks(golds, [*(c.question for c in part), *(r.text for r in rewrites)]))
+            question_ranks = [next(ranks) for _ in part]
+            judged = iter(zip(rewrites, ranks, strict=True))
+            for conversation, group, question_rank in zip(part, groups, question_ranks, strict=True):
                 samples = [
                     {"output": completion.text, "rewrite": rewrite.text, "error": rewrite.error, "rank": rank}
                     for completion, (rewrite, rank) in zip(group, judged, strict=False)
                 ]
-                yield {"qid": conversation.qid, "samples": samples}
+                yield {"qid": conversation.qid, "question_rank": question_rank, "samples": samples}
 
         output.complete(conversations, args.k, max(1, args.batch_size // args.k), lines, "distilling")
 
@@ -100,21 +108,31 @@ def _words(text: str) -> list[str]:
     return "".join(char if char.isalnum() else " " for char in text.lower()).split()
 
 
-def select(
-    args: argparse.Namespace, records: list[Record], samples: dict[str, list[Record]]
-) -> tuple[list[Record], Record]:
-    """The SFT rows, and the yield by turn and by reason."""
+def select(args: argparse.Namespace, records: list[Record], samples: dict[str, Record]) -> tuple[list[Record], Record]:
+    """The SFT rows, and the yield by turn and by reason.
+
+    With ``args.keep_complete``, a question whose own rank is within the limit, and not above that of a kept sample, has
+    one row that says so; ``questions_complete`` counts these, ``questions_kept`` the others that have a row.
+
+    Args:
+        samples: the lines of samples.jsonl by query id.
+    """
     rows: list[Record] = []
     reasons: Counter[str] = Counter()
     by_turn: dict[int, Counter[str]] = defaultdict(Counter)
     for record in records:
         turn = len(record.get("context", [])) // 2 + 1
-        verdicts = [verdict(args, record, row) for row in samples[record["qid"]]]
+        line = samples[record["qid"]]
+        verdicts = [verdict(args, record, row) for row in line["samples"]]
         reasons.update(verdicts)
-        kept = [row for row, word in zip(samples[record["qid"]], verdicts, strict=True) if word == "kept"]
+        kept = [row for row, word in zip(line["samples"], verdicts, strict=True) if word == "kept"]
         unique = {row["output"]: row for row in sorted(kept, key=lambda row: row["rank"])}
-        by_turn[turn].update(samples=len(verdicts), samples_kept=len(kept), questions=1, questions_kept=int(bool(kept)))
         best = list(unique.values())[: args.max_kept]
+        limit = min([args.rank_limit, *(row["rank"] for row in kept)])
+        if complete := args.keep_complete and (line["question_rank"] or limit + 1) <= limit:
+            best = [{"output": COMPLETE.format(record["question"]), "rank": line["question_rank"]}]
+        by_turn[turn].update(samples=len(verdicts), samples_kept=len(kept), questions=1)
+        by_turn[turn].update(questions_kept=int(bool(kept) and not complete), questions_complete=int(complete))
         rows += [{"record": record, "output": row["output"], "rank": row["rank"]} for row in best]
     return rows, {
         "rows": len(rows),
@@ -154,4 +172,6 @@ def print_yield(summary: Record) -> None:
     print(f"\n{'turn':<6}{'samples':>9}{'kept':>7}{'yield':>9}{'questions with one':>21}")
     for turn, row in summary["by_turn"].items():
         kept, share = row.get("samples_kept", 0), row.get("samples_kept", 0) / row["samples"]
-        print(f"{turn:<6}{row['samples']:>9}{kept:>7}{share:>9.1%}{row['questions_kept']:>12} of {row['questions']}")
+        questions = f"{row['questions_kept']:>12} of {row['questions']}"
+        complete = f", {row['questions_complete']} complete as they are" if row["questions_complete"] else ""
+        print(f"{turn:<6}{row['samples']:>9}{kept:>7}{share:>9.1%}{questions}{complete}")

@@ -1,4 +1,4 @@
-"""Inference: one rewrite per conversation, and a report of those that fell back to the raw question."""
+"""Inference: one or several rewrites per conversation, and a report of those that fell back to the raw question."""
 
 import argparse
 from collections import Counter
@@ -20,25 +20,32 @@ def infer(args: argparse.Namespace) -> None:
     form = FORMS.get(args.prompt_style, "rewrite")
 
     def lines(part: Sequence[Conversation], groups: list[list[Completion]]) -> Iterator[Record]:
-        for conversation, (completion,) in zip(part, groups, strict=True):
-            yield outcome(by_qid[conversation.qid], completion, form)
+        for conversation, group in zip(part, groups, strict=True):
+            yield outcome(by_qid[conversation.qid], group, form)
 
     resumable = ResumableLines(output, args, "rewrite_error", by_qid)
-    resumable.complete(conversations[: args.limit], 1, max(args.batch_size, 16), lines, "rewriting")
+    prompts_per_slice = max(1, max(args.batch_size, 16) // args.n)
+    resumable.complete(conversations[: args.limit], args.n, prompts_per_slice, lines, "rewriting")
     report(output)
 
 
-def outcome(record: Record, completion: Completion, form: str = "rewrite") -> Record:
-    """The output line of one conversation."""
-    rewrite = PARSERS[form](completion.text, completion.finish_reason)
-    return {
+def outcome(record: Record, completions: Sequence[Completion], form: str = "rewrite") -> Record:
+    """The output line of one conversation: of the first completion that parses, else of the first one.
+
+    With several completions it also has ``rewrites``: the texts that parse, else the raw question alone.
+    """
+    parsed = [(completion, PARSERS[form](completion.text, completion.finish_reason)) for completion in completions]
+    texts = [rewrite.text for _, rewrite in parsed if rewrite.text is not None] or [record["question"]]
+    completion, rewrite = next((pair for pair in parsed if pair[1].text is not None), parsed[0])
+    line = {
         **record,
-        "rewrite": record["question"] if rewrite.text is None else rewrite.text,
+        "rewrite": texts[0],
         "reasoning_content": thinking(completion.text),
         "output": completion.text,
         "rewrite_error": rewrite.error,
         "fallback": rewrite.text is None,
     }
+    return line | {"rewrites": texts} if len(completions) > 1 else line
 
 
 def report(path: Path) -> None:

@@ -16,9 +16,9 @@ from convsearch.types import Completion, Conversation
 Record = dict[str, Any]
 
 # What the lines of an output depend on: a file is never continued under other settings.
-SETTINGS = (  # names of options
+SETTINGS = (  # names of options; distillation has no n
     "model_name_or_path model_name temperature top_p top_k max_tokens repetition_penalty seed prompt_style "
-    "max_history_turns scaffold think_tokens rewrite_tokens dtype"
+    "max_history_turns scaffold think_tokens rewrite_tokens dtype n"
 )
 
 
@@ -90,9 +90,9 @@ class ResumableLines:
     def _check_settings(self) -> None:
         """Writes ``<path>.settings.json`` beside a new output; compares it if lines are there."""
         beside = self.path.with_name(f"{self.path.name}.settings.json")
-        now = {name: getattr(self.args, name) for name in SETTINGS.split()}
+        now = {name: vars(self.args)[name] for name in SETTINGS.split() if name in vars(self.args)}
         if self.path.is_file() and self.path.stat().st_size and beside.is_file():
-            before = {"repetition_penalty": 1.0, **json.loads(beside.read_text(encoding="utf-8"))}
+            before = {"repetition_penalty": 1.0, "n": 1, **json.loads(beside.read_text(encoding="utf-8"))}
             for name, value in now.items():
                 if before.get(name) != value:
                     differ = f"was sampled with --{name} {before.get(name)}, now it is {value}"
