@@ -4,11 +4,16 @@
 as they are packed.
 2. A sample of another policy is weighted by min(pi_old / pi_sampler, cap); the weight has no gradient.
 3. Equal groups are drawn again until they differ or the rounds are used up; other groups stay in place.
-4. Each preset is the algorithm it is named after, and only the faithful one has an entropy bonus.
+4. No other samples of a group have rewards of larger variance than those that are trained on.
+5. Each preset is the algorithm it is named after, and only the faithful one has an entropy bonus.
 Parity with verl and TRL is in test_parity_verl_trl.py.
 """
 
+import itertools
 import math
+import statistics
+from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 import torch
@@ -20,6 +25,7 @@ from convsearch.algorithms.dynamic_sampling import draw_until_spread
 from convsearch.algorithms.gspo import gspo_loss
 from convsearch.algorithms.importance import importance_weights
 from convsearch.algorithms.loss import grpo_loss
+from convsearch.algorithms.max_variance import max_variance_subset
 from convsearch.config import load_grpo_config
 from convsearch.model.batch import Branch, Tree, collate, unshared
 
@@ -129,3 +135,44 @@ def test_without_a_weight_the_entropy_has_no_gradient() -> None:
             [-coefficient] * 2 if coefficient else None
         )
         assert report["entropy"] == near(5)
+
+
+# --- the subset of largest variance -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rewards", "size", "chosen"),
+    [
+        ([0.0, 1.0, 0.5, 0.4], 2, [0, 1]),
+        ([2.0, 1.9, 0.0, 1.8, 2.0], 3, [0, 2, 4]),  # 2, 0, 2: 0.889; 2, 0, 1.8: 0.809
+        ([0.0, 0.1, 5.0, 0.2, 0.0], 3, [0, 2, 4]),  # two lows and the one high
+        ([1.0, 0.0, 1.0, 0.0, 1.0], 4, [0, 1, 2, 3]),  # half and half: the first of the equal ones
+        ([1.0, 0.0, 1.0, 0.0, 1.0], 3, [0, 1, 2]),  # two highs or two lows differ by nothing: the highs
+        ([0.3, 0.3, 0.3], 2, [0, 1]),
+        ([0.1, 0.2, 0.3], 3, [0, 1, 2]),
+        ([0.1, 0.2, 0.3], 1, [2]),
+    ],
+)
+def test_the_subset_worked_by_hand(rewards: list[float], size: int, chosen: list[int]) -> None:
+    assert max_variance_subset(rewards, size) == chosen
+
+
+@given(
+    st.lists(
+        st.sampled_from([-0.1, 0.0, 0.1, 0.2, 0.3, 1.0, 17 / 9, 2.0]) | st.floats(-10, 10), min_size=1, max_size=9
+    ).flatmap(lambda rewards: st.tuples(st.just(rewards), st.integers(1, len(rewards))))
+)
+def test_no_subset_has_a_larger_variance(case: tuple[list[float], int]) -> None:
+    """Exactly: Fractions of all subsets."""
+    rewards, size = case
+
+    def variance(positions: Sequence[int]) -> Fraction:
+        return statistics.pvariance([Fraction(rewards[g]) for g in positions])
+
+    chosen = max_variance_subset(rewards, size)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == size
+    assert variance(chosen) == max(map(variance, itertools.combinations(range(len(rewards)), size)))
+    twins = {g: rewards.index(reward) for g, reward in enumerate(rewards)}
+    for g in chosen:  # of equal rewards the first ones
+        assert all(twin in chosen for twin in range(g) if twins[twin] == twins[g])

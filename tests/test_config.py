@@ -313,6 +313,7 @@ def test_a_misspelt_key_names_the_nearest_key(kind):
         (["data.shuffle=1"], ["data.shuffle=1", "boolean"]),
         (["actor_rollout_ref.rollout.temperature=0"], ["temperature=0", "greater than 0"]),
         (["actor_rollout_ref.rollout.n=1"], ["rollout.n=1", "2"]),
+        (["actor_rollout_ref.rollout.n_train=9"], ["n_train=9", "n=8"]),
         (["trainer.critic_warmup=5"], ["trainer.critic_warmup=5"]),
         (["trainer.save_freq=0"], ["trainer.save_freq", "-1"]),
         (["trainer.logger=[mlflow]"], ["mlflow", "jsonl"]),

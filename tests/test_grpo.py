@@ -22,6 +22,8 @@ import pytest
 import torch
 
 from convsearch import grpo
+from convsearch.algorithms.advantages import group_advantages
+from convsearch.algorithms.max_variance import max_variance_subset
 from convsearch.config import load_grpo_config
 from convsearch.rewards.scoring import Rollout
 from convsearch.rewards.shapes import rank_incentive
@@ -125,18 +127,18 @@ class Plain:
         means = [torch.cat(losses[start : start + micro]).mean() for start in range(0, len(losses), micro)]
         return torch.stack(means).mean()
 
-    def step(self, samples: Sequence[Rollout], updates: int, aggregation: str, micro: int) -> float:
+    def step(self, samples: Sequence[Rollout], updates: int, aggregation: str, micro: int, epochs: int = 1) -> float:
         size, total = len(samples) // updates, 0.0
         with torch.no_grad():
             old = [self.logprobs(self.model, rollout)[0] for rollout in samples]
-        for start in range(0, len(samples), size):
+        for start in list(range(0, len(samples), size)) * epochs:
             loss = self.loss(samples[start : start + size], old[start : start + size], aggregation, micro)
             self.optimizer.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             total += float(loss.detach())
-        return total / updates
+        return total / updates / epochs
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,7 @@ class Plain:
         ("token-mean", 1, {"actor_rollout_ref__actor__ppo_max_token_len_per_gpu": 110}),
         ("micro-batch-mean", 2, {"actor_rollout_ref__actor__share_prompts": False}),
         ("token-mean", 4, {}),
+        ("token-mean", 2, {"actor_rollout_ref__rollout__n_train": 2, "actor_rollout_ref__actor__ppo_epochs": 2}),
     ],
 )
 def test_losses_and_weights_are_those_of_the_formulas(
@@ -173,8 +176,10 @@ def test_losses_and_weights_are_those_of_the_formulas(
         **options,
     )
     plain = Plain(form_llama, 2e-3, 0.7)
+    epochs = options.get("actor_rollout_ref__actor__ppo_epochs", 1)
     for step in range(2):
-        loss = plain.step(rollouts.load(tmp_path, step), updates, aggregation, 2)
+        samples = [rollout for rollout in rollouts.load(tmp_path, step) if rollout.trained]
+        loss = plain.step(samples, updates, aggregation, 2, epochs)
         assert metrics[step]["loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
     if updates > 1:
         assert metrics[1]["clip_rate"] > 0
@@ -183,6 +188,23 @@ def test_losses_and_weights_are_those_of_the_formulas(
         moved = float((parameter.detach() - start[name]).norm())
         assert moved > 0
         assert float((ours[name] - parameter.detach()).norm()) < 0.02 * moved, name
+
+
+def test_the_samples_of_largest_variance_are_trained_on(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
+    """All samples are on disk and in the metrics; the advantages compare only those that are trained on."""
+    sizes = {"n": 6, "actor_rollout_ref__rollout__n_train": 3, "total_training_steps": 1}
+    (metrics,) = trained(form_llama, toy_parquet, tmp_path, toy_server, **sizes)
+    samples = rollouts.load(tmp_path, 0)
+    assert len(samples) == 4 * 6
+    assert metrics["reward"] == pytest.approx(sum(rollout.score.reward for rollout in samples) / 24)
+    for group in groups(samples, 6):
+        rewards = [rollout.score.reward for rollout in group]
+        chosen = [rollout for rollout in group if rollout.trained]
+        assert chosen == [group[g] for g in max_variance_subset(rewards, 3)]
+        assert [rollout.advantage for rollout in chosen] == group_advantages([r.score.reward for r in chosen], 3)
+        assert all(rollout.advantage == 0 for rollout in group if not rollout.trained)
 
 
 def test_its_own_server(form_llama: Path, toy_parquet: Path, toy_index: Path, toy_server: str, tmp_path: Path) -> None:
@@ -201,7 +223,7 @@ def free_port() -> int:
 def test_a_dumped_run_plays_back_to_the_same_losses(
     form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
 ) -> None:
-    options = {"total_training_steps": 3, "ppo_mini_batch_size": 2}
+    options = {"total_training_steps": 3, "ppo_mini_batch_size": 2, "actor_rollout_ref__rollout__n_train": 2}
     recorded = trained(form_llama, toy_parquet, tmp_path / "recorded", toy_server, **options)
     replayed = trained(  # no server, and validation has nothing to play
         form_llama,

@@ -33,7 +33,7 @@ finite = st.floats(-10, 10)
 examples = st.builds(Example, st.text(max_size=10), st.just(()), st.just(""), st.just(()), prompt_ids=token_ids)
 feedbacks = st.builds(Feedback, st.none() | st.integers(1, 1000), st.none() | finite)
 scores = st.builds(Score, rewrites, feedbacks, finite)
-groups = st.lists(st.builds(Rollout, examples, completions, scores, finite), min_size=1, max_size=4)
+groups = st.lists(st.builds(Rollout, examples, completions, scores, finite, st.booleans()), min_size=1, max_size=4)
 
 
 def rollout(
@@ -78,6 +78,13 @@ def test_log_probs_are_kept_in_float32_and_rewards_whole(tmp_path: Path) -> None
     (read,) = rollouts.load(tmp_path, 0)
     assert read.completion.logprobs == (float(np.float32(logprob)),)
     assert (read.score.reward, read.advantage) == (reward, -reward)
+
+
+def test_a_dump_without_marks_was_trained_on_whole(tmp_path: Path) -> None:
+    rollouts.dump(tmp_path, 3, [group(1)])
+    path = rollouts.path_of(tmp_path, 3)
+    pq.write_table(pq.read_table(path).drop_columns(["trained"]), path)
+    assert rollouts.load(tmp_path, 3) == list(group(1).rollouts)
 
 
 def test_a_dump_that_fails_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,9 @@ class ActorConfig(Section):
 class RolloutConfig(Section):
     name: Literal["vllm", "hf"] = key("vllm", "sampler: vllm, or hf (our own, on the transformers model)")
     n: int = key(8, "samples per prompt (the group)", ge=2)
+    n_train: int | None = key(
+        None, "of them the update learns from these many, whose rewards have the largest variance; null: all", ge=2
+    )
     temperature: float = key(0.7, "sampling temperature", gt=0)
     top_p: float = key(1.0, "share of the probability that is sampled from", gt=0, le=1)
     seed: int = key(1, "seed of the samples; step and prompt are added to it", ge=0)
@@ -148,6 +151,17 @@ class RolloutConfig(Section):
     stop: Texts = key((), "strings that end a response and stay in it; none: only the model's own end")
     dtype: Dtype = key("bf16", "type of the sampler's arithmetic")
     replay_from: Text | None = key(None, "run folder whose rollouts replace sampling and ranking; null: none")
+
+    @property
+    def trained(self) -> int:
+        """Samples per prompt that the update learns from."""
+        return self.n_train or self.n
+
+    @model_validator(mode="after")
+    def _subset(self) -> Self:
+        if self.trained > self.n:
+            raise ValueError(f"n_train={self.n_train} is above n={self.n}: lower it, or draw more samples")
+        return self
 
 
 class RefConfig(Section):
@@ -290,11 +304,11 @@ class GrpoConfig(Section):
         )
         mini, prefix = actor.ppo_mini_batch_size, "actor_rollout_ref.actor."
         require_multiple("data.train_batch_size", self.data.train_batch_size, f"{prefix}ppo_mini_batch_size", mini)
-        name = "sequences per update (ppo_mini_batch_size * rollout.n)"
-        require_multiple(name, mini * rollout.n, "the ranks (trainer.nnodes * n_gpus_per_node)", world_size)
+        name = f"sequences per update (ppo_mini_batch_size * rollout.{'n_train' if rollout.n_train else 'n'})"
+        require_multiple(name, mini * rollout.trained, "the ranks (trainer.nnodes * n_gpus_per_node)", world_size)
         if self.algorithm.loss_agg == "micro-batch-mean":
             name, micro = "sequences per update on one rank", actor.ppo_micro_batch_size_per_gpu
-            require_multiple(name, mini * rollout.n // world_size, f"{prefix}ppo_micro_batch_size_per_gpu", micro)
+            require_multiple(name, mini * rollout.trained // world_size, f"{prefix}ppo_micro_batch_size_per_gpu", micro)
         name, gpus = "trainer.n_gpus_per_node", self.trainer.n_gpus_per_node
         if rollout.n_gpus_per_node:
             name, gpus = "actor_rollout_ref.rollout.n_gpus_per_node", rollout.n_gpus_per_node

@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         *((signal.name, _TYPES[signal.type]) for signal in fields(Feedback)),
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
+        ("trained", pa.bool_()),
     ]
 )
 
@@ -101,6 +102,7 @@ def _row(step: int, rollout: Rollout) -> dict[str, Any]:
         **asdict(score.feedback),
         "reward": score.reward,
         "advantage": rollout.advantage,
+        "trained": rollout.trained,
     }
 
 
@@ -110,7 +112,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
     completion = Completion(ids, logprobs, row["text"], row["finish_reason"], row["weights_version"])
     feedback = Feedback(**{signal.name: row.get(signal.name) for signal in fields(Feedback)})  # old dumps lack some
     score = Score(Rewrite(row["rewrite"], row["error"]), feedback, row["reward"])
-    return Rollout(example, completion, score, row["advantage"])
+    return Rollout(example, completion, score, row["advantage"], row.get("trained", True))
 
 
 class Replay:

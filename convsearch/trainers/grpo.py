@@ -122,12 +122,12 @@ def learn(t: Trainer, first_step: int, tokenizer: Any, draw: Draw, held_out: Seq
 def rates_of(t: Trainer, rates: Throughput, groups_P: Sequence[Group], metrics: Metrics) -> Metrics:
     """Tokens per second, and MFU, of a step."""
     actor = t.cfg.actor_rollout_ref.actor
-    lengths = [
-        (len(group.rollouts[0].example.prompt_ids), [len(r.completion.token_ids) for r in group.rollouts])
-        for group in groups_P
-    ]
-    passes = int(actor.use_kl_loss) + int(t.several_updates)
-    return rates.of_grpo(lengths, metrics, share_prompts=actor.share_prompts, passes=passes, epochs=actor.ppo_epochs)
+    drawn, trained = (
+        [(len(some[0].example.prompt_ids), [len(r.completion.token_ids) for r in some]) for some in groups if some]
+        for groups in ([group.rollouts for group in groups_P], [group.trained for group in groups_P])
+    )
+    passes, epochs = int(actor.use_kl_loss) + int(t.several_updates), actor.ppo_epochs
+    return rates.of_grpo(drawn, trained, metrics, share_prompts=actor.share_prompts, passes=passes, epochs=epochs)
 
 
 def request(t: Trainer, draw: Draw, step: int) -> Request | None:

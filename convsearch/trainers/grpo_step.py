@@ -14,6 +14,7 @@ from convsearch.algorithms.advantages import group_advantages
 from convsearch.algorithms.averages import token_weights
 from convsearch.algorithms.dynamic_sampling import draw_until_spread
 from convsearch.algorithms.loss import grpo_loss
+from convsearch.algorithms.max_variance import max_variance_subset
 from convsearch.config import GrpoConfig
 from convsearch.config.grpo import ActorConfig, AlgorithmConfig
 from convsearch.model.batch import Branch, MicroBatch, Tree, pack, unshared
@@ -51,7 +52,7 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence[Example]) -> tuple[lis
     actor, algorithm, clock = t.cfg.actor_rollout_ref.actor, t.cfg.algorithm, Clock()
     groups_P = sample_and_score(t, step, examples_P, clock)
     check_versions(groups_P, step, allowed=1 if t.cfg.actor_rollout_ref.rollout.overlap else 0)
-    groups_P = with_advantages(groups_P, by_std=algorithm.norm_adv_by_std)
+    groups_P = [with_advantages(group, t.cfg) for group in groups_P]
     rollouts.dump(t.run_dir, step, groups_P)  # every step can be replayed
 
     minis = minibatches(groups_P, actor, algorithm, t.cfg.data.max_response_length)
@@ -59,7 +60,7 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence[Example]) -> tuple[lis
     clock.lap("reference_s")
     optim, loss, updates = actor.optim, grpo_loss(actor, algorithm), []
     lr = lr_at(step, t.total_steps, optim.lr, optim.lr_warmup_steps, optim.lr_scheduler, optim.min_lr_ratio)
-    for micros in batches:
+    for micros in batches * actor.ppo_epochs:
         reports = [t.policy.forward_backward(micro, loss) for micro in micros]
         updates.append({**summed(reports), **t.policy.optim_step(lr)})
     clock.lap("update_s")
@@ -99,24 +100,28 @@ def check_versions(groups_P: Sequence[Group], step: int, allowed: int) -> None:
         raise RuntimeError(f"{drawn}, at most {allowed} behind are allowed: a sampler has missed an update")
 
 
-def with_advantages(groups_P: Sequence[Group], *, by_std: bool) -> list[Group]:
-    """The groups with the advantage of each sample."""
-    rewards_N = [rollout.score.reward for group in groups_P for rollout in group.rollouts]
-    advantages_N = iter(group_advantages(rewards_N, len(groups_P[0].rollouts), by_std=by_std))
-    return [Group(tuple(replace(r, advantage=next(advantages_N)) for r in group.rollouts)) for group in groups_P]
+def with_advantages(group: Group, cfg: GrpoConfig) -> Group:
+    """The group with the samples to train on chosen and their advantages, which compare only those."""
+    rewards_G = [rollout.score.reward for rollout in group.rollouts]
+    chosen = max_variance_subset(rewards_G, cfg.actor_rollout_ref.rollout.trained)
+    values = group_advantages([rewards_G[g] for g in chosen], len(chosen), by_std=cfg.algorithm.norm_adv_by_std)
+    advantages = dict(zip(chosen, values, strict=True))
+    marked = [(g in advantages, advantages.get(g, 0.0)) for g in range(len(rewards_G))]
+    rollouts = zip(group.rollouts, marked, strict=True)
+    return Group(tuple(replace(r, advantage=advantage, trained=trained) for r, (trained, advantage) in rollouts))
 
 
 def minibatches(
     groups_P: Sequence[Group], actor: ActorConfig, algorithm: AlgorithmConfig, max_response_length: int
 ) -> list[list[Tree]]:
-    """One list of trees per optimizer step; the loss aggregation decides the weight of each sample's tokens."""
+    """One list of trees per optimizer step of an epoch; the loss aggregation decides the weight of each token."""
     scale, size = algorithm.loss_scale_factor or max_response_length, actor.ppo_mini_batch_size
     result = []
-    for start in list(range(0, len(groups_P), size)) * actor.ppo_epochs:
+    for start in range(0, len(groups_P), size):
         mini = groups_P[start : start + size]
         if algorithm.filter_groups.enable:
             mini = [group for group in mini if group.has_spread] or mini[:1]
-        lengths = [len(rollout.completion.token_ids) for group in mini for rollout in group.rollouts]
+        lengths = [len(rollout.completion.token_ids) for group in mini for rollout in group.trained]
         weights = iter(token_weights(lengths, algorithm.loss_agg, actor.ppo_micro_batch_size_per_gpu, scale))
         trees = [tree_of(group, weights) for group in mini]
         if actor.skip_zero_advantage:
@@ -128,7 +133,7 @@ def minibatches(
 def tree_of(group: Group, weights: Iterator[float]) -> Tree:
     """The group as a prompt with one branch per sample; takes one weight per sample."""
     branches = tuple(
-        Branch(r.completion.token_ids, r.advantage, next(weights), r.completion.logprobs) for r in group.rollouts
+        Branch(r.completion.token_ids, r.advantage, next(weights), r.completion.logprobs) for r in group.trained
     )
     return Tree(group.rollouts[0].example.prompt_ids, branches)
 
