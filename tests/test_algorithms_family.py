@@ -3,7 +3,7 @@
 1. GSPO's ratio is the geometric mean over its sequence; the clip acts on whole sequences; sequences are found in trees
 as they are packed.
 2. A sample of another policy is weighted by min(pi_old / pi_sampler, cap); the weight has no gradient.
-3. Equal groups are drawn again until they differ or the rounds are used up; other groups stay in place.
+3. Other prompts are drawn for equal groups, as many as are missing, until the rounds or the prompts are used up.
 4. No other samples of a group have rewards of larger variance than those that are trained on.
 5. Each preset is the algorithm it is named after, and only the faithful one has an entropy bonus.
 Parity with verl and TRL is in test_parity_verl_trl.py.
@@ -79,23 +79,26 @@ def test_sequences_are_found_in_trees(lengths: list[list[int]]) -> None:
     assert collate(trees).sequence_R.tolist() == collate(unshared(trees)).sequence_R.tolist() == expected
 
 
-def test_equal_groups_are_drawn_again_in_place() -> None:
-    # Round by round what each prompt draws: prompt 1 differs at once, prompt 0 in round 2, prompt 2 never.
-    draws = {0: [(1, 1), (0, 0), (1, 0)], 1: [(0, 2)], 2: [(5, 5), (6, 6), (7, 7), (8, 8)]}
-    asked = []
+def test_other_prompts_follow_for_equal_groups() -> None:
+    """The stream is 7 2 9 4 1 8; only the groups of 2, 4 and 8 differ. Three are wanted."""
+    asked: list[tuple[int, list[int]]] = []
 
-    def draw(chosen_P: list[int], number: int) -> list[tuple[int, int]]:
-        asked.append((number, chosen_P))
-        return [draws[p][number] for p in chosen_P]
+    def draw(prompts: list[int], number: int) -> list[str]:
+        asked.append((number, prompts))
+        return [f"{prompt} in round {number}" for prompt in prompts]
 
-    def has_spread(group: tuple[int, int]) -> bool:
-        return group[0] != group[1]
+    def run(stream: list[int], rounds: int) -> list[int]:
+        asked.clear()
+        groups = draw_until_spread(stream, 3, draw, lambda group: int(group[0]) % 2 == 0, rounds)
+        assert groups == [f"{prompt} in round {number}" for number, prompts in asked for prompt in prompts]
+        return [len(prompts) for _, prompts in asked]
 
-    assert draw_until_spread(draw, has_spread, 3, max_rounds=4) == [(1, 0), (0, 2), (8, 8)]
-    assert asked == [(0, [0, 1, 2]), (1, [0, 2]), (2, [0, 2]), (3, [2])]
-    asked.clear()
-    assert draw_until_spread(draw, has_spread, 3, max_rounds=1) == [(1, 1), (0, 2), (5, 5)]
-    assert asked == [(0, [0, 1, 2])]
+    assert run([7, 2, 9, 4, 1, 8, 6], rounds=9) == [3, 2, 1]  # 2 is one of three; 4 1 brings one; 8 is the last
+    assert asked == [(0, [7, 2, 9]), (1, [4, 1]), (2, [8])]
+    assert run([7, 2, 9, 4, 1, 8, 6], rounds=2) == [3, 2]
+    assert run([7, 2, 9, 4, 1, 8, 6], rounds=1) == [3]
+    assert run([2, 4, 6, 8], rounds=9) == [3]
+    assert run([7, 9, 1, 3], rounds=9) == [3, 1]  # then no prompt is left
 
 
 def test_presets_match_their_names() -> None:

@@ -14,6 +14,7 @@ from convsearch.trainers.data import (
     fit_length,
     read_examples,
     read_parquet,
+    stream_of,
 )
 from convsearch.types import Example
 
@@ -202,6 +203,18 @@ def test_seeds_and_epochs_are_shuffled_anew() -> None:
     orders = [batch_of(range(200), 200, epoch, seed) for seed in (1, 2) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert all(sorted(order) == list(range(200)) != order for order in orders)
+
+
+def test_the_other_rows_follow_a_batch() -> None:
+    """In an order that is fixed for all time by seed and step, so that a resumed run goes on with the same rows."""
+    assert list(stream_of("abcdefg", 3, 0, seed=5, shuffle=False)) == list("abcedfg")
+    assert list(stream_of("abcdefg", 3, 1, seed=5, shuffle=False)) == list("defabgc")
+    assert list(stream_of("abcdefg", 3, 3, seed=5, shuffle=False)) == list("defbgca")
+    for step in range(9):
+        rows = list(stream_of(range(50), 8, step, seed=1))
+        assert rows[:8] == batch_of(range(50), 8, step, seed=1)
+        assert sorted(rows) == list(range(50))
+    assert len({tuple(stream_of(range(50), 8, step, seed))[8:] for step in range(9) for seed in (1, 2)}) == 18
 
 
 def test_fewer_rows_than_a_batch() -> None:

@@ -30,6 +30,7 @@ from convsearch.rewards.shapes import rank_incentive
 from convsearch.runs import rollouts
 from convsearch.runs.tracking import read_metrics
 from convsearch.trainers import grpo_step
+from convsearch.trainers.data import stream_of
 from convsearch.trainers.grpo import train
 
 SAME = ("step", "loss", "policy_loss", "kl", "entropy", "reward", "grad_norm", "mrr", "response_tokens", "lr")
@@ -307,11 +308,11 @@ def test_equal_rewards_teach_nothing(tiny_llama: Path, toy_parquet: Path, toy_se
         "actor_rollout_ref__actor__optim__weight_decay": 0,
         "total_training_steps": 2,
     }
-    for skip in (False, True):
-        run_dir = tmp_path / str(skip)
-        metrics = trained(
-            tiny_llama, toy_parquet, run_dir, toy_server, actor_rollout_ref__actor__skip_zero_advantage=skip, **options
-        )
+    skip = {"actor_rollout_ref__actor__skip_zero_advantage": True}
+    refill = {"algorithm__filter_groups__enable": True, "algorithm__filter_groups__max_num_gen_batches": 2}
+    for number, way in enumerate(({}, skip, refill)):
+        run_dir = tmp_path / str(number)
+        metrics = trained(tiny_llama, toy_parquet, run_dir, toy_server, **way, **options)
         for record in metrics:
             assert record["reward"] == pytest.approx(-0.1)
             assert (record["format_rate"], record["spread_rate"], record["policy_loss"]) == (0, 0, 0)
@@ -362,35 +363,36 @@ def test_groups_without_advantage_can_be_left_out(
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-3)
 
 
-def test_equal_groups_are_drawn_again(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
-    """DAPO: more groups differ than at first; those that stay equal are left out; the run replays from its dump."""
+def test_other_prompts_replace_equal_groups(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
+    """DAPO: prompts of the step's stream follow, none twice; equal groups are left out; the run plays back."""
     sizes = {"n": 2, "train_batch_size": 8, "ppo_mini_batch_size": 8, "total_training_steps": 2, "algorithm": "dapo"}
-    once = trained(
-        form_llama, toy_parquet, tmp_path / "once", toy_server, algorithm__filter_groups__max_num_gen_batches=1, **sizes
-    )
-    more = trained(
-        form_llama, toy_parquet, tmp_path / "more", toy_server, algorithm__filter_groups__max_num_gen_batches=3, **sizes
-    )
-    assert once[0]["spread_rate"] < more[0]["spread_rate"]
-    kept = {
-        rollout.example.qid
-        for group in groups(rollouts.load(tmp_path / "once", 0), 2)
-        if group[0].score.reward != group[1].score.reward
-        for rollout in group
-    }
-    first, second = (
-        {r.example.qid: r.completion for r in rollouts.load(tmp_path / name, 0)[::2]} for name in ("once", "more")
-    )
-    assert all((first[qid] == second[qid]) == (qid in kept) for qid in first)
+    key = "algorithm__filter_groups__max_num_gen_batches"
+    trained(form_llama, toy_parquet, tmp_path / "once", toy_server, **{key: 1}, **sizes)
+    more = trained(form_llama, toy_parquet, tmp_path / "more", toy_server, **{key: 3}, **sizes)
+    for step in range(2):
+        drawn = groups(rollouts.load(tmp_path / "more", step), 2)
+        names = [group[0].example.qid for group in drawn]
+        stream = [f"q{i}" for i in stream_of(range(len(helpers.GOLDS)), 8, step, seed=1)]
+        assert names == stream[: len(names)]
+        assert len(names) > 8
+        spread = [group[0].score.reward != group[1].score.reward for group in drawn]
+        assert [[rollout.trained for rollout in group] for group in drawn] == [[differs] * 2 for differs in spread]
+        assert sum(spread[:8]) < sum(spread) <= 8
+        assert more[step]["spread_rate"] == pytest.approx(sum(spread) / len(spread))
+    assert rollouts.load(tmp_path / "more", 0)[:16] == rollouts.load(tmp_path / "once", 0)
     played = trained(
         form_llama,
         toy_parquet,
         tmp_path / "played",
         "",
         actor_rollout_ref__rollout__replay_from=tmp_path / "more",
+        **{key: 3},
         **sizes,
     )
     assert curves(played) == curves(more)
+    assert rollouts.load(tmp_path / "played", 1) == rollouts.load(tmp_path / "more", 1)
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])

@@ -34,9 +34,9 @@ class KlCtrlConfig(Section):
 
 
 class FilterGroupsConfig(Section):
-    enable: bool = key(False, "DAPO's dynamic sampling: groups whose rewards are all equal are drawn again")
+    enable: bool = key(False, "DAPO's dynamic sampling: other prompts for groups whose rewards are all equal")
     max_num_gen_batches: int = key(
-        10, "largest number of draws per step; groups that stay equal are left out of the update and its mean", ge=1
+        10, "largest number of draws per step; equal groups are left out of the update and its mean", ge=1
     )
 
 

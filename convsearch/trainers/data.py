@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -134,3 +135,14 @@ def batch_of(rows: Sequence[T], batch_size: int, step: int, seed: int, shuffle: 
     epoch, position = divmod(step, per_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(len(rows)) if shuffle else np.arange(len(rows))
     return [rows[i] for i in order[position * batch_size : (position + 1) * batch_size]]
+
+
+def stream_of(rows: Sequence[T], batch_size: int, step: int, seed: int, shuffle: bool = True) -> Iterator[T]:
+    """The batch of step ``step``, then all other rows in an order that depends only on ``seed`` and ``step``."""
+
+    def others() -> Iterator[T]:
+        drawn = set(batch_of(range(len(rows)), batch_size, step, seed, shuffle))
+        order = np.random.default_rng([seed, step, 1]).permutation(len(rows))
+        yield from (rows[i] for i in order if i not in drawn)
+
+    return chain(batch_of(rows, batch_size, step, seed, shuffle), others())

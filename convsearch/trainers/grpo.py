@@ -1,9 +1,10 @@
 """The GRPO run around ``grpo_step``: builds the parts, resumes, validates, saves, exports."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from convsearch.trainers import data
 from convsearch.trainers.grpo_step import Trainer, grpo_step
 from convsearch.types import Example
 
-Draw = Callable[[int], list[Example]]  # step -> its examples
+Draw = Callable[[int], Iterator[Example]]  # step -> its examples, then those that dynamic sampling goes on with
 
 
 def train(cfg: GrpoConfig) -> None:
@@ -39,8 +40,8 @@ def train(cfg: GrpoConfig) -> None:
     examples = read(cfg, tokenizer, cfg.data.train_files)
     held_out = read(cfg, tokenizer, cfg.data.val_files) if cfg.data.val_files and not replay_from else []
 
-    def draw(step: int) -> list[Example]:
-        return data.batch_of(examples, cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
+    def draw(step: int) -> Iterator[Example]:
+        return data.stream_of(examples, cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
 
     draw(0)  # an error now rather than after loading a model
     steps_per_epoch = len(examples) // cfg.data.train_batch_size
@@ -91,7 +92,8 @@ def export(policy: LocalPolicy, target: Path, tokenizer: Any) -> None:
 def learn(t: Trainer, first_step: int, tokenizer: Any, draw: Draw, held_out: Sequence[Example]) -> None:
     """The remaining steps, with validation, metrics and checkpoints."""
     settings, total = t.cfg.trainer, t.total_steps
-    overlap = t.cfg.actor_rollout_ref.rollout.overlap
+    rollout = t.cfg.actor_rollout_ref.rollout
+    overlap = rollout.overlap and not rollout.replay_from
     ahead = OneStepAhead(t.sampler, partial(request, t, draw), first_step) if overlap else None
     t.sampler = ahead or t.sampler
     names = settings.logger, settings.project_name, settings.experiment_name
@@ -134,8 +136,8 @@ def request(t: Trainer, draw: Draw, step: int) -> Request | None:
     """What step ``step`` asks the sampler for first."""
     if step >= t.total_steps:
         return None
-    rollout = t.cfg.actor_rollout_ref.rollout
-    return tuple(example.prompt_ids for example in draw(step)), rollout.n, rollout.seed * 1_000_003 + step
+    rollout, examples = t.cfg.actor_rollout_ref.rollout, islice(draw(step), t.cfg.data.train_batch_size)
+    return tuple(example.prompt_ids for example in examples), rollout.n, rollout.seed * 1_000_003 + step
 
 
 def validate(t: Trainer, held_out: Sequence[Example]) -> Metrics:

@@ -6,7 +6,7 @@ update. Ours, exact and switchable: each prompt is computed once for its whole g
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,12 +47,17 @@ class Trainer:
         return self.cfg.data.train_batch_size > actor.ppo_mini_batch_size or actor.ppo_epochs > 1
 
 
-def grpo_step(t: Trainer, step: int, examples_P: Sequence[Example]) -> tuple[list[Group], Metrics]:
-    """Samples, ranks, rewards and learns once; returns the groups and the metrics. ``step`` counts from 0."""
+def grpo_step(t: Trainer, step: int, examples: Iterable[Example]) -> tuple[list[Group], Metrics]:
+    """Samples, ranks, rewards and learns once; returns all groups drawn and the metrics.
+
+    Args:
+        step: counts from 0.
+        examples: at least ``data.train_batch_size``; dynamic sampling goes on with those that follow.
+    """
     actor, algorithm, clock = t.cfg.actor_rollout_ref.actor, t.cfg.algorithm, Clock()
-    groups_P = sample_and_score(t, step, examples_P, clock)
+    groups_P = sample_and_score(t, step, examples, clock)
     check_versions(groups_P, step, allowed=1 if t.cfg.actor_rollout_ref.rollout.overlap else 0)
-    groups_P = [with_advantages(group, t.cfg) for group in groups_P]
+    groups_P = with_advantages(groups_P, t.cfg)
     rollouts.dump(t.run_dir, step, groups_P)  # every step can be replayed
 
     minis = minibatches(groups_P, actor, algorithm, t.cfg.data.max_response_length)
@@ -68,24 +73,23 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence[Example]) -> tuple[lis
     return groups_P, {**rollout_metrics(groups_P), **mean_of(updates), **clock.laps}
 
 
-def sample_and_score(t: Trainer, step: int, examples_P: Sequence[Example], clock: "Clock") -> list[Group]:
-    """The scored group of each prompt. Finished samples are scored while others are generated.
+def sample_and_score(t: Trainer, step: int, examples: Iterable[Example], clock: "Clock") -> list[Group]:
+    """The scored groups, in the order of drawing. Finished samples are scored while others are generated.
 
-    With ``algorithm.filter_groups``, groups without spread are drawn again.
+    With ``algorithm.filter_groups``, other prompts follow for the groups without spread.
     """
     rollout, filters = t.cfg.actor_rollout_ref.rollout, t.cfg.algorithm.filter_groups
 
-    def draw(chosen_P: list[int], number: int) -> list[Group]:
-        examples = [examples_P[p] for p in chosen_P]
-        prompts = [example.prompt_ids for example in examples]
+    def draw(chosen_P: list[Example], number: int) -> list[Group]:
+        prompts = [example.prompt_ids for example in chosen_P]
         finished = t.sampler.stream(prompts, rollout.n, seed=(rollout.seed + 7919 * number) * 1_000_003 + step)
         progress, reward = step / t.total_steps, t.cfg.reward_model.reward
-        groups = score_stream(reward, t.retriever, examples, finished, progress, lambda: clock.lap("sample_s"))
+        groups = score_stream(reward, t.retriever, chosen_P, finished, progress, lambda: clock.lap("sample_s"))
         clock.lap("rank_s")
         return groups
 
-    rounds = filters.max_num_gen_batches if filters.enable and not rollout.replay_from else 1
-    return draw_until_spread(draw, lambda group: group.has_spread, len(examples_P), rounds)
+    rounds = filters.max_num_gen_batches if filters.enable else 1
+    return draw_until_spread(examples, t.cfg.data.train_batch_size, draw, lambda group: group.has_spread, rounds)
 
 
 def check_versions(groups_P: Sequence[Group], step: int, allowed: int) -> None:
@@ -100,15 +104,24 @@ def check_versions(groups_P: Sequence[Group], step: int, allowed: int) -> None:
         raise RuntimeError(f"{drawn}, at most {allowed} behind are allowed: a sampler has missed an update")
 
 
-def with_advantages(group: Group, cfg: GrpoConfig) -> Group:
-    """The group with the samples to train on chosen and their advantages, which compare only those."""
+def with_advantages(groups_P: Sequence[Group], cfg: GrpoConfig) -> list[Group]:
+    """The groups with the samples to train on marked, and with their advantages.
+
+    With ``algorithm.filter_groups``, these are samples of groups with spread; if there is none, of the first group.
+    """
+    teaches_P = [group.has_spread or not cfg.algorithm.filter_groups.enable for group in groups_P]
+    teaches_P[0] |= not any(teaches_P)
+    size, by_std = cfg.actor_rollout_ref.rollout.trained, cfg.algorithm.norm_adv_by_std
+    return [marked(group, size if teaches else 0, by_std) for group, teaches in zip(groups_P, teaches_P, strict=True)]
+
+
+def marked(group: Group, size: int, by_std: bool) -> Group:
+    """The group with ``size`` samples to train on, whose advantages compare only those."""
     rewards_G = [rollout.score.reward for rollout in group.rollouts]
-    chosen = max_variance_subset(rewards_G, cfg.actor_rollout_ref.rollout.trained)
-    values = group_advantages([rewards_G[g] for g in chosen], len(chosen), by_std=cfg.algorithm.norm_adv_by_std)
-    advantages = dict(zip(chosen, values, strict=True))
-    marked = [(g in advantages, advantages.get(g, 0.0)) for g in range(len(rewards_G))]
-    rollouts = zip(group.rollouts, marked, strict=True)
-    return Group(tuple(replace(r, advantage=advantage, trained=trained) for r, (trained, advantage) in rollouts))
+    chosen = max_variance_subset(rewards_G, size) if size else []
+    values = group_advantages([rewards_G[g] for g in chosen], size, by_std=by_std) if size else []
+    advantages, rollouts_G = dict(zip(chosen, values, strict=True)), enumerate(group.rollouts)
+    return Group(tuple(replace(r, advantage=advantages.get(g, 0.0), trained=g in advantages) for g, r in rollouts_G))
 
 
 def minibatches(
@@ -116,11 +129,9 @@ def minibatches(
 ) -> list[list[Tree]]:
     """One list of trees per optimizer step of an epoch; the loss aggregation decides the weight of each token."""
     scale, size = algorithm.loss_scale_factor or max_response_length, actor.ppo_mini_batch_size
-    result = []
-    for start in range(0, len(groups_P), size):
-        mini = groups_P[start : start + size]
-        if algorithm.filter_groups.enable:
-            mini = [group for group in mini if group.has_spread] or mini[:1]
+    trained, result = [group for group in groups_P if group.trained], []
+    for start in range(0, len(trained), size):
+        mini = trained[start : start + size]
         lengths = [len(rollout.completion.token_ids) for group in mini for rollout in group.trained]
         weights = iter(token_weights(lengths, algorithm.loss_agg, actor.ppo_micro_batch_size_per_gpu, scale))
         trees = [tree_of(group, weights) for group in mini]
@@ -176,7 +187,7 @@ def mean_of(reports: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def rollout_metrics(groups_P: Sequence[Group]) -> Metrics:
-    """Means over the samples, and the share of groups whose rewards differ (only those teach)."""
+    """Means over all samples drawn, and the share of groups whose rewards differ (only those teach)."""
     scores = [rollout.score for group in groups_P for rollout in group.rollouts]
     completions = [rollout.completion for group in groups_P for rollout in group.rollouts]
     ranks = [score.feedback.rank for score in scores]
