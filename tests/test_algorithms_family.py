@@ -1,11 +1,12 @@
-"""GRPO's relatives by hand: GSPO's ratio, importance weights, Dr. GRPO's average, dynamic sampling, the presets.
+"""GRPO's relatives by hand: GSPO, importance weights, Dr. GRPO, LLDS, dynamic sampling, PODS, the presets.
 
 1. GSPO's ratio is the geometric mean over its sequence; the clip acts on whole sequences; sequences are found in trees
 as they are packed.
 2. A sample of another policy is weighted by min(pi_old / pi_sampler, cap); the weight has no gradient.
-3. Other prompts are drawn for equal groups, as many as are missing, until the rounds or the prompts are used up.
-4. No other samples of a group have rewards of larger variance than those that are trained on.
-5. Each preset is the algorithm it is named after, and only the faithful one has an entropy bonus.
+3. LLDS: only tokens that fall, of samples that fall, whose advantage is not negative.
+4. Other prompts are drawn for equal groups, as many as are missing, until the rounds or the prompts are used up.
+5. No other samples of a group have rewards of larger variance than those that are trained on.
+6. Each preset is the algorithm it is named after, and only the faithful one has an entropy bonus.
 Parity with verl and TRL is in test_parity_verl_trl.py.
 """
 
@@ -13,6 +14,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -24,6 +26,7 @@ from convsearch.algorithms.averages import token_weights
 from convsearch.algorithms.dynamic_sampling import draw_until_spread
 from convsearch.algorithms.gspo import gspo_loss
 from convsearch.algorithms.importance import importance_weights
+from convsearch.algorithms.llds import llds_penalty
 from convsearch.algorithms.loss import grpo_loss
 from convsearch.algorithms.max_variance import max_variance_subset
 from convsearch.config import load_grpo_config
@@ -66,6 +69,38 @@ def test_weights_against_the_sampler_worked_by_hand() -> None:
     assert importance_weights(tensor(0.0), tensor(-1e4), torch.tensor([0]), "token", 1e12).item() == near(math.exp(20))
 
 
+def test_llds_worked_by_hand() -> None:
+    # Sample 0 gets less likely (-1 + 0.25), and only its first token is to blame. Sample 1 gets more likely, although
+    # a token falls. Samples 2 and 3 fall, with a negative advantage and with 0. The sum of sample 4 is 0.
+    changes = [[-1.0, 0.25], [-0.5, 2.0], [-1.0, -1.0], [-0.25], [0.5, -0.5]]
+    advantages = [1.0, 1.0, -1.0, 0.0, 2.0]
+    change_R = tensor(*(value for sample in changes for value in sample))
+    advantages_R = tensor(*(a for a, sample in zip(advantages, changes, strict=True) for _ in sample))
+    sequence_R = torch.tensor([number for number, sample in enumerate(changes) for _ in sample])
+    old_R = tensor(*(-3.0 - r for r in range(9)))
+    logprobs_R = (old_R + change_R).requires_grad_()
+    penalty_R = llds_penalty(logprobs_R, old_R, advantages_R, sequence_R)
+    assert penalty_R.tolist() == [1.0, 0, 0, 0, 0, 0, 0.25, 0, 0]
+    torch.autograd.backward(penalty_R.sum())
+    assert logprobs_R.grad is not None
+    assert logprobs_R.grad.tolist() == [-1, 0, 0, 0, 0, 0, -1, 0, 0]
+    assert llds_penalty(old_R, old_R, advantages_R, sequence_R).tolist() == [0] * 9  # the first update of a step
+
+
+def test_llds_is_added_with_its_weight() -> None:
+    branches = (Branch((3, 4), 1.0, 0.25, (-1.0, -1.0)), Branch((5,), -1.0, 0.5, (-1.0,)))
+    micro = replace(collate([Tree((1, 2), branches)]), old_logprobs_R=tensor(-1, -1, -1))
+    logprobs_R = tensor(-3, -2, -2, grad=True)  # falls of 2 and 1 in a good sample, of 1 in a bad one
+    losses = {}
+    for coefficient in (0.0, 0.2):
+        options = [f"actor_rollout_ref.actor.llds_coef={coefficient}", "actor_rollout_ref.actor.ppo_epochs=2"]
+        cfg = load_grpo_config([*SMALL, *options])
+        loss, report = grpo_loss(cfg.actor_rollout_ref.actor, cfg.algorithm)(micro, logprobs_R, torch.zeros(3))
+        losses[coefficient] = loss.item()
+        assert report.get("llds") == (near(0.25 * (2 + 1)) if coefficient else None)
+    assert losses[0.2] - losses[0.0] == near(0.2 * 0.25 * (2 + 1))
+
+
 def test_averages_of_sequences_worked_by_hand() -> None:
     assert token_weights([1, 4], "seq-mean-token-mean") == near([1 / 2, 1 / 8])
     assert token_weights([1, 4, 5], "seq-mean-token-sum-norm", scale=10) == near([1 / 30] * 3)
@@ -104,7 +139,7 @@ def test_other_prompts_follow_for_equal_groups() -> None:
 def test_presets_match_their_names() -> None:
     presets = {
         name: load_grpo_config([f"algorithm={name}", *SMALL])
-        for name in ("grpo_faithful", "grpo", "dr_grpo", "dapo", "gspo")
+        for name in ("grpo_faithful", "grpo", "grpo_llds", "dr_grpo", "dapo", "gspo")
     }
     assert {name: cfg.actor_rollout_ref.actor.entropy_coeff for name, cfg in presets.items()} == dict.fromkeys(
         presets, 0.0
@@ -113,6 +148,7 @@ def test_presets_match_their_names() -> None:
     assert averages == {
         "grpo_faithful": "micro-batch-mean",
         "grpo": "token-mean",
+        "grpo_llds": "token-mean",
         "dr_grpo": "seq-mean-token-sum-norm",
         "dapo": "token-mean",
         "gspo": "seq-mean-token-mean",
@@ -121,6 +157,8 @@ def test_presets_match_their_names() -> None:
     assert [name for name, cfg in presets.items() if cfg.algorithm.loss_mode == "gspo"] == ["gspo"]
     assert [name for name, cfg in presets.items() if cfg.algorithm.filter_groups.enable] == ["dapo"]
     assert [name for name, cfg in presets.items() if not cfg.actor_rollout_ref.actor.use_kl_loss] == ["dapo"]
+    assert [name for name, cfg in presets.items() if cfg.actor_rollout_ref.actor.llds_coef] == ["grpo_llds"]
+    assert [name for name, cfg in presets.items() if cfg.several_updates] == ["grpo_llds"]
     assert presets["dapo"].actor_rollout_ref.actor.clip_ratio_high == 0.28
     assert load_grpo_config([*SMALL]).actor_rollout_ref.actor.entropy_coeff == 0
     assert load_grpo_config(["experiment=paper_qrecc_llama_bm25"]).actor_rollout_ref.actor.entropy_coeff == 0.001

@@ -304,6 +304,7 @@ def test_a_misspelt_key_names_the_nearest_key(kind):
             ["n_gpus_per_node=1", "tensor_model_parallel_size=2"],
         ),
         (["actor_rollout_ref.actor.clip_ratio_high=0.1"], ["clip_ratio_high=0.1", "clip_ratio=0.2"]),
+        (["actor_rollout_ref.actor.llds_coef=0.2"], ["llds_coef=0.2", "ppo_mini_batch_size=8", "set ppo_epochs=2"]),
         (
             ["actor_rollout_ref.actor.use_kl_loss=false", "algorithm.kl_ctrl.kl_coef=0.5"],
             ["kl_coef=0.5", "use_kl_loss"],

@@ -95,14 +95,14 @@ def test_the_step_reads_on_one_screen() -> None:
 class Plain:
     """GRPO as its formulas say, sequence by sequence, on a model as transformers gives it."""
 
-    def __init__(self, folder: Path, lr: float, temperature: float):
+    def __init__(self, folder: Path, lr: float, temperature: float, llds: float = 0.0):
         from transformers import AutoModelForCausalLM
 
         self.model, self.reference = (
             AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager") for _ in range(2)
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01)
-        self.temperature = temperature
+        self.temperature, self.llds = temperature, llds
 
     def logprobs(self, model: Any, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         prompt, tokens = rollout.example.prompt_ids, rollout.completion.token_ids
@@ -123,6 +123,8 @@ class Plain:
             policy_T = -torch.min(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage)
             kl_T = ((reference_T - logprobs_T).exp() - (reference_T - logprobs_T) - 1).clamp(max=10)
             losses.append(policy_T + 0.05 * kl_T - 0.01 * entropy_T)
+            if advantage >= 0 and logprobs_T.sum() < old_T.sum():
+                losses[-1] = losses[-1] + self.llds * (old_T - logprobs_T).clamp(min=0)
         if aggregation == "token-mean":
             return torch.cat(losses).mean()
         means = [torch.cat(losses[start : start + micro]).mean() for start in range(0, len(losses), micro)]
@@ -149,7 +151,15 @@ class Plain:
         ("token-mean", 1, {"actor_rollout_ref__actor__ppo_max_token_len_per_gpu": 110}),
         ("micro-batch-mean", 2, {"actor_rollout_ref__actor__share_prompts": False}),
         ("token-mean", 4, {}),
-        ("token-mean", 2, {"actor_rollout_ref__rollout__n_train": 2, "actor_rollout_ref__actor__ppo_epochs": 2}),
+        (
+            "token-mean",
+            2,
+            {
+                "actor_rollout_ref__rollout__n_train": 2,
+                "actor_rollout_ref__actor__ppo_epochs": 2,
+                "actor_rollout_ref__actor__llds_coef": 0.5,
+            },
+        ),
     ],
 )
 def test_losses_and_weights_are_those_of_the_formulas(
@@ -176,7 +186,7 @@ def test_losses_and_weights_are_those_of_the_formulas(
         actor_rollout_ref__actor__entropy_coeff=0.01,
         **options,
     )
-    plain = Plain(form_llama, 2e-3, 0.7)
+    plain = Plain(form_llama, 2e-3, 0.7, options.get("actor_rollout_ref__actor__llds_coef", 0.0))
     epochs = options.get("actor_rollout_ref__actor__ppo_epochs", 1)
     for step in range(2):
         samples = [rollout for rollout in rollouts.load(tmp_path, step) if rollout.trained]
@@ -184,6 +194,8 @@ def test_losses_and_weights_are_those_of_the_formulas(
         assert metrics[step]["loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
     if updates > 1:
         assert metrics[1]["clip_rate"] > 0
+    if plain.llds:
+        assert metrics[1]["llds"] > 0.01
     start, ours = weights(form_llama), weights(tmp_path / "global_step_2")
     for name, parameter in plain.model.named_parameters():
         moved = float((parameter.detach() - start[name]).norm())

@@ -122,6 +122,9 @@ class ActorConfig(Section):
     kl_loss_type: Literal["low_var_kl", "kl", "mse", "abs"] = key("low_var_kl", "estimator of that KL, per token")
     clip_ratio: float = key(0.2, "the policy ratio is clipped below 1 - clip_ratio", gt=0, lt=1)
     clip_ratio_high: float | None = key(None, "it is clipped above 1 + clip_ratio_high; null: clip_ratio", gt=0)
+    llds_coef: float = key(
+        0.0, "weight of the penalty on falling log-probs of samples whose advantage is not negative (LLDS)", ge=0
+    )
     entropy_coeff: float = key(0.0, "weight of the entropy bonus; algorithm=grpo_faithful: 0.001", ge=0)
     grad_clip: float = key(1.0, "largest gradient norm", gt=0)
     share_prompts: bool = key(True, "compute each prompt once for its whole group; exact (not in verl)")
@@ -332,6 +335,12 @@ class GrpoConfig(Section):
         if high is not None and high < actor.clip_ratio:
             low = f"clip_ratio={actor.clip_ratio}"
             raise ValueError(f"{prefix}clip_ratio_high={high} is below {low}: raise it, or set it to null")
+        if actor.llds_coef and not self.several_updates:
+            batch = f"train_batch_size=ppo_mini_batch_size={actor.ppo_mini_batch_size}, ppo_epochs=1"
+            raise ValueError(
+                f"{prefix}llds_coef={actor.llds_coef} is without effect where a step makes one update ({batch}): no "
+                "log-prob has fallen yet; set ppo_epochs=2, a smaller ppo_mini_batch_size, or llds_coef=0"
+            )
         form, world_size = self.trainer.checkpoint_format, self.trainer.world_size
         rank = self.actor_rollout_ref.model.lora_rank
         if rank and (form == "dcp" or (form == "auto" and world_size > 1)):
@@ -346,6 +355,12 @@ class GrpoConfig(Section):
                 "which is not supported: set kl_coef=0 or use_kl_loss=true"
             )
         return self
+
+    @property
+    def several_updates(self) -> bool:
+        """Whether a step makes several updates, so that the ratio needs the log-probs of before the first one."""
+        actor = self.actor_rollout_ref.actor
+        return self.data.train_batch_size > actor.ppo_mini_batch_size or actor.ppo_epochs > 1
 
     @property
     def max_tokens(self) -> int:

@@ -128,7 +128,7 @@ def rates_of(t: Trainer, rates: Throughput, groups_P: Sequence[Group], metrics: 
         [(len(some[0].example.prompt_ids), [len(r.completion.token_ids) for r in some]) for some in groups if some]
         for groups in ([group.rollouts for group in groups_P], [group.trained for group in groups_P])
     )
-    passes, epochs = int(actor.use_kl_loss) + int(t.several_updates), actor.ppo_epochs
+    passes, epochs = int(actor.use_kl_loss) + int(t.cfg.several_updates), actor.ppo_epochs
     return rates.of_grpo(drawn, trained, metrics, share_prompts=actor.share_prompts, passes=passes, epochs=epochs)
 
 

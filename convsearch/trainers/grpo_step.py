@@ -40,12 +40,6 @@ class Trainer:
     policy: Policy
     ref: Reference | None
 
-    @property
-    def several_updates(self) -> bool:
-        """Whether a step makes several updates, so that the ratio needs the log-probs of before the first one."""
-        actor = self.cfg.actor_rollout_ref.actor
-        return self.cfg.data.train_batch_size > actor.ppo_mini_batch_size or actor.ppo_epochs > 1
-
 
 def grpo_step(t: Trainer, step: int, examples: Iterable[Example]) -> tuple[list[Group], Metrics]:
     """Samples, ranks, rewards and learns once; returns all groups drawn and the metrics.
@@ -159,7 +153,7 @@ def with_logprobs(t: Trainer, micro: MicroBatch) -> MicroBatch:
     """Adds the reference's log-probs and, if a step makes several updates, the policy's from before the first."""
     if t.ref is not None:
         micro = replace(micro, ref_logprobs_R=t.ref.logprobs(micro))
-    if t.several_updates:
+    if t.cfg.several_updates:
         micro = replace(micro, old_logprobs_R=t.policy.logprobs(micro))
     return micro
 
