@@ -257,6 +257,33 @@ def test_a_dumped_run_plays_back_to_the_same_losses(
     assert "000003.parquet: no rollouts of step 3 to replay" in error
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_best_checkpoint_becomes_the_model(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
+    options = {"total_training_steps": 5, "optim__lr": 2e-2, "trainer__save_freq": -1, "trainer__keep_checkpoints": 1}
+    options |= {"data__val_files": toy_parquet, "trainer__test_freq": 1, "trainer__best_metric": "val_reward"}
+    arguments = helpers.grpo_overrides(form_llama, toy_parquet, tmp_path, toy_server, **options)
+    status, said = helpers.call(grpo.main, arguments)
+    assert status == 0, said
+    values = [record["val_reward"] for record in read_metrics(tmp_path)]
+    best = values.index(max(values)) + 1
+    assert best < 5  # so that it is not the last one anyway
+    name = f"global_step_{best}"
+    assert f"the model of {name} (val_reward={max(values):.4g}, the best) is in {tmp_path / 'model'}" in said
+    assert sorted(path.name for path in tmp_path.glob("global_step_*")) == [name, "global_step_5"]
+    chosen, last, model = (weights(tmp_path / folder) for folder in (name, "global_step_5", "model"))
+    assert all(torch.equal(model[key], chosen[key]) for key in chosen)
+    assert any(not torch.equal(model[key], last[key]) for key in chosen)
+    shutil.rmtree(tmp_path / "global_step_5")  # and a run that goes on exports the same
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()  # a killed export
+    status, said = helpers.call(grpo.main, arguments)
+    assert f"the model of {name} " in said
+    assert all(torch.equal(value, chosen[key]) for key, value in weights(tmp_path / "model").items())
+
+
 class Break(Exception):
     """Stands for the end of the process."""
 

@@ -356,6 +356,16 @@ class GrpoConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _validation(self) -> Self:
+        metric, known = self.trainer.best_metric, ("val_mrr", "val_reward", "val_format_rate")
+        if metric is not None and metric not in known:
+            raise ValueError(f"trainer.best_metric={metric} is not one of {', '.join(known)}: choose one of them")
+        if metric is not None and (self.trainer.test_freq < 0 or not self.data.val_files):
+            keys = f"trainer.test_freq={self.trainer.test_freq}, data.val_files={list(self.data.val_files)}"
+            raise ValueError(f"trainer.best_metric={metric} needs a validation ({keys}): set both, or set it to null")
+        return self
+
     @property
     def several_updates(self) -> bool:
         """Whether a step makes several updates, so that the ratio needs the log-probs of before the first one."""

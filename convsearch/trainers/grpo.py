@@ -1,5 +1,7 @@
 """The GRPO run around ``grpo_step``: builds the parts, resumes, validates, saves, exports."""
 
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
@@ -19,6 +21,7 @@ from convsearch.retriever.client import RetrieverClient
 from convsearch.retriever.embedded import open_retriever
 from convsearch.rewards.scoring import Group, score
 from convsearch.runs import checkpoint, folder, rollouts
+from convsearch.runs.export import export as export_checkpoint
 from convsearch.runs.stopping import Stopping
 from convsearch.runs.throughput import Throughput, throughput_of
 from convsearch.runs.tracking import Metrics, Tracker
@@ -60,10 +63,16 @@ def train(cfg: GrpoConfig) -> None:
                 trainer = Trainer(cfg, run_dir, total_steps, sampler, retriever, parts.policy, parts.ref)
                 sampler.load_weights(parts.policy, version=parts.first_step)
                 learn(trainer, parts.first_step, tokenizer, draw, held_out)
-                parts.policy.run(export, run_dir / "model", tokenizer)
+                shutil.rmtree(run_dir / "model", ignore_errors=True)  # the rest of a killed export
+                if best := checkpoint.best(run_dir, cfg.trainer.best_metric, cfg.trainer.best_mode):
+                    export_checkpoint(best[0], run_dir / "model", limit=sys.maxsize)  # as one file
+                else:
+                    parts.policy.run(export, run_dir / "model", tokenizer)
 
         with_restarts(cfg.trainer.max_restarts, run_once)
-    print(f"trained {total_steps} steps; the model is in {run_dir / 'model'}")
+    best = checkpoint.best(run_dir, cfg.trainer.best_metric, cfg.trainer.best_mode)
+    which = f"of {best[0].name} ({best[1].metric}={best[1].value:.4g}, the best) " if best else ""
+    print(f"trained {total_steps} steps; the model {which}is in {run_dir / 'model'}")
 
 
 def read(cfg: GrpoConfig, tokenizer: Any, paths: Sequence[str]) -> list[Example]:
