@@ -220,6 +220,17 @@ def test_the_samples_of_largest_variance_are_trained_on(
         assert all(rollout.advantage == 0 for rollout in group if not rollout.trained)
 
 
+def test_a_step_begins_with_the_prompts_of_middling_difficulty(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
+    ranks = {f"q{i}": [1, None] if i in (3, 8, 11, 16) else [1, 1] for i in range(len(helpers.GOLDS))}
+    samples = [{"qid": qid, "samples": [{"rank": rank} for rank in some]} for qid, some in ranks.items()]
+    path = helpers.write_jsonl(tmp_path / "samples.jsonl", samples)
+    options = {"data__samples_file": path, "total_training_steps": 1}
+    trained(form_llama, toy_parquet, tmp_path / "run", toy_server, **options)
+    assert {rollout.example.qid for rollout in rollouts.load(tmp_path / "run", 0)} == {"q3", "q8", "q11", "q16"}
+
+
 def test_its_own_server(form_llama: Path, toy_parquet: Path, toy_index: Path, toy_server: str, tmp_path: Path) -> None:
     own = trained(form_llama, toy_parquet, tmp_path / "own", f"embedded:{toy_index}", total_training_steps=2)
     foreign = trained(form_llama, toy_parquet, tmp_path / "foreign", toy_server, total_training_steps=2)

@@ -73,6 +73,10 @@ class GrpoDataConfig(Section):
     filter_overlong_prompts: bool = key(True, "leave out prompts above max_prompt_length; false: see data.truncation")
     truncation: Literal["error", "left", "right"] = key("error", "longer prompts: an error, or cut at that end")
     shuffle: bool = key(True, "new order of the prompts in each epoch, drawn from data.seed")
+    samples_file: Text | None = key(
+        None,
+        "samples.jsonl of the warm-up: in each epoch its prompts of middling difficulty come first; null: no order",
+    )
     seed: int = key(1, "seed of the order of the prompts", ge=0)
     prompt_key: Text = key("prompt", "column that holds the chat messages")
     val_max_samples: CountOrMinusOne = key(-1, "prompts per validation; -1: all")

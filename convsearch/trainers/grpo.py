@@ -40,11 +40,13 @@ def train(cfg: GrpoConfig) -> None:
     url = "" if replay_from else cfg.retriever.resolved_url()
     pick_device(cfg.trainer.device)  # an error now rather than in a worker
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-    examples = read(cfg, tokenizer, cfg.data.train_files)
+    examples, shuffle = read(cfg, tokenizer, cfg.data.train_files), cfg.data.shuffle
+    if cfg.data.samples_file:
+        examples, shuffle = data.middling_first(examples, cfg.data.samples_file, cfg.data.seed), False
     held_out = read(cfg, tokenizer, cfg.data.val_files) if cfg.data.val_files and not replay_from else []
 
     def draw(step: int) -> Iterator[Example]:
-        return data.stream_of(examples, cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
+        return data.stream_of(examples, cfg.data.train_batch_size, step, cfg.data.seed, shuffle)
 
     draw(0)  # an error now rather than after loading a model
     steps_per_epoch = len(examples) // cfg.data.train_batch_size
