@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from convsearch.files import write_jsonl
 from convsearch.trainers.data import (
     batch_of,
     fit_length,
+    middling_first,
     read_examples,
     read_parquet,
+    stream_of,
 )
 from convsearch.types import Example
 
@@ -202,6 +205,35 @@ def test_seeds_and_epochs_are_shuffled_anew() -> None:
     orders = [batch_of(range(200), 200, epoch, seed) for seed in (1, 2) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert all(sorted(order) == list(range(200)) != order for order in orders)
+
+
+def test_the_other_rows_follow_a_batch() -> None:
+    """In an order that is fixed for all time by seed and step, so that a resumed run goes on with the same rows."""
+    assert list(stream_of("abcdefg", 3, 0, seed=5, shuffle=False)) == list("abcedfg")
+    assert list(stream_of("abcdefg", 3, 1, seed=5, shuffle=False)) == list("defabgc")
+    assert list(stream_of("abcdefg", 3, 3, seed=5, shuffle=False)) == list("defbgca")
+    for step in range(9):
+        rows = list(stream_of(range(50), 8, step, seed=1))
+        assert rows[:8] == batch_of(range(50), 8, step, seed=1)
+        assert sorted(rows) == list(range(50))
+    assert len({tuple(stream_of(range(50), 8, step, seed))[8:] for step in range(9) for seed in (1, 2)}) == 18
+
+
+def test_prompts_of_middling_difficulty_come_first(tmp_path: Path) -> None:
+    """Mean reciprocal ranks: a 1, b (1 + 0) / 2, c 0, d (1/2 + 1/3) / 2 = 0.42; e and f have no samples: 0.25."""
+    ranks = {"a": [1, 1], "b": [1, None], "c": [None, None], "d": [2, 3], "other": [1, 2]}
+    lines = [{"qid": qid, "samples": [{"rank": rank} for rank in some]} for qid, some in ranks.items()]
+    path, examples = tmp_path / "samples.jsonl", [Example(qid, (), "", ("d",)) for qid in "abcdef"]
+    write_jsonl(path, lines)
+    orders = {"".join(row.qid for row in middling_first(examples, path, seed)) for seed in range(40)}
+    assert orders == {f"bd{x}{y}" for x in ("ef", "fe") for y in ("ac", "ca")}
+    assert middling_first(examples, path, 3) == middling_first(examples, path, 3)
+    with pytest.raises(ValueError, match=r"has none of the training prompts: give that of their own warm-up"):
+        middling_first([Example("z", (), "", ("d",))], path, 1)
+    for wrong in ({"qid": "a"}, {"qid": "a", "samples": []}, {"qid": "a", "samples": [{"rank": "1"}]}):
+        write_jsonl(path, [lines[0], wrong])
+        with pytest.raises(ValueError, match=r"samples\.jsonl:2: not a line of samples\.jsonl"):
+            middling_first(examples, path, 1)
 
 
 def test_fewer_rows_than_a_batch() -> None:

@@ -22,12 +22,15 @@ import pytest
 import torch
 
 from convsearch import grpo
+from convsearch.algorithms.advantages import group_advantages
+from convsearch.algorithms.max_variance import max_variance_subset
 from convsearch.config import load_grpo_config
 from convsearch.rewards.scoring import Rollout
 from convsearch.rewards.shapes import rank_incentive
 from convsearch.runs import rollouts
 from convsearch.runs.tracking import read_metrics
 from convsearch.trainers import grpo_step
+from convsearch.trainers.data import stream_of
 from convsearch.trainers.grpo import train
 
 SAME = ("step", "loss", "policy_loss", "kl", "entropy", "reward", "grad_norm", "mrr", "response_tokens", "lr")
@@ -92,14 +95,14 @@ def test_the_step_reads_on_one_screen() -> None:
 class Plain:
     """GRPO as its formulas say, sequence by sequence, on a model as transformers gives it."""
 
-    def __init__(self, folder: Path, lr: float, temperature: float):
+    def __init__(self, folder: Path, lr: float, temperature: float, llds: float = 0.0):
         from transformers import AutoModelForCausalLM
 
         self.model, self.reference = (
             AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager") for _ in range(2)
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.01)
-        self.temperature = temperature
+        self.temperature, self.llds = temperature, llds
 
     def logprobs(self, model: Any, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
         prompt, tokens = rollout.example.prompt_ids, rollout.completion.token_ids
@@ -120,23 +123,25 @@ class Plain:
             policy_T = -torch.min(ratio_T * advantage, ratio_T.clamp(0.8, 1.2) * advantage)
             kl_T = ((reference_T - logprobs_T).exp() - (reference_T - logprobs_T) - 1).clamp(max=10)
             losses.append(policy_T + 0.05 * kl_T - 0.01 * entropy_T)
+            if advantage >= 0 and logprobs_T.sum() < old_T.sum():
+                losses[-1] = losses[-1] + self.llds * (old_T - logprobs_T).clamp(min=0)
         if aggregation == "token-mean":
             return torch.cat(losses).mean()
         means = [torch.cat(losses[start : start + micro]).mean() for start in range(0, len(losses), micro)]
         return torch.stack(means).mean()
 
-    def step(self, samples: Sequence[Rollout], updates: int, aggregation: str, micro: int) -> float:
+    def step(self, samples: Sequence[Rollout], updates: int, aggregation: str, micro: int, epochs: int = 1) -> float:
         size, total = len(samples) // updates, 0.0
         with torch.no_grad():
             old = [self.logprobs(self.model, rollout)[0] for rollout in samples]
-        for start in range(0, len(samples), size):
+        for start in list(range(0, len(samples), size)) * epochs:
             loss = self.loss(samples[start : start + size], old[start : start + size], aggregation, micro)
             self.optimizer.zero_grad()
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             total += float(loss.detach())
-        return total / updates
+        return total / updates / epochs
 
 
 @pytest.mark.parametrize(
@@ -146,6 +151,15 @@ class Plain:
         ("token-mean", 1, {"actor_rollout_ref__actor__ppo_max_token_len_per_gpu": 110}),
         ("micro-batch-mean", 2, {"actor_rollout_ref__actor__share_prompts": False}),
         ("token-mean", 4, {}),
+        (
+            "token-mean",
+            2,
+            {
+                "actor_rollout_ref__rollout__n_train": 2,
+                "actor_rollout_ref__actor__ppo_epochs": 2,
+                "actor_rollout_ref__actor__llds_coef": 0.5,
+            },
+        ),
     ],
 )
 def test_losses_and_weights_are_those_of_the_formulas(
@@ -172,17 +186,49 @@ def test_losses_and_weights_are_those_of_the_formulas(
         actor_rollout_ref__actor__entropy_coeff=0.01,
         **options,
     )
-    plain = Plain(form_llama, 2e-3, 0.7)
+    plain = Plain(form_llama, 2e-3, 0.7, options.get("actor_rollout_ref__actor__llds_coef", 0.0))
+    epochs = options.get("actor_rollout_ref__actor__ppo_epochs", 1)
     for step in range(2):
-        loss = plain.step(rollouts.load(tmp_path, step), updates, aggregation, 2)
+        samples = [rollout for rollout in rollouts.load(tmp_path, step) if rollout.trained]
+        loss = plain.step(samples, updates, aggregation, 2, epochs)
         assert metrics[step]["loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
     if updates > 1:
         assert metrics[1]["clip_rate"] > 0
+    if plain.llds:
+        assert metrics[1]["llds"] > 0.01
     start, ours = weights(form_llama), weights(tmp_path / "global_step_2")
     for name, parameter in plain.model.named_parameters():
         moved = float((parameter.detach() - start[name]).norm())
         assert moved > 0
         assert float((ours[name] - parameter.detach()).norm()) < 0.02 * moved, name
+
+
+def test_the_samples_of_largest_variance_are_trained_on(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
+    """All samples are on disk and in the metrics; the advantages compare only those that are trained on."""
+    sizes = {"n": 6, "actor_rollout_ref__rollout__n_train": 3, "total_training_steps": 1}
+    (metrics,) = trained(form_llama, toy_parquet, tmp_path, toy_server, **sizes)
+    samples = rollouts.load(tmp_path, 0)
+    assert len(samples) == 4 * 6
+    assert metrics["reward"] == pytest.approx(sum(rollout.score.reward for rollout in samples) / 24)
+    for group in groups(samples, 6):
+        rewards = [rollout.score.reward for rollout in group]
+        chosen = [rollout for rollout in group if rollout.trained]
+        assert chosen == [group[g] for g in max_variance_subset(rewards, 3)]
+        assert [rollout.advantage for rollout in chosen] == group_advantages([r.score.reward for r in chosen], 3)
+        assert all(rollout.advantage == 0 for rollout in group if not rollout.trained)
+
+
+def test_a_step_begins_with_the_prompts_of_middling_difficulty(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
+    ranks = {f"q{i}": [1, None] if i in (3, 8, 11, 16) else [1, 1] for i in range(len(helpers.GOLDS))}
+    samples = [{"qid": qid, "samples": [{"rank": rank} for rank in some]} for qid, some in ranks.items()]
+    path = helpers.write_jsonl(tmp_path / "samples.jsonl", samples)
+    options = {"data__samples_file": path, "total_training_steps": 1}
+    trained(form_llama, toy_parquet, tmp_path / "run", toy_server, **options)
+    assert {rollout.example.qid for rollout in rollouts.load(tmp_path / "run", 0)} == {"q3", "q8", "q11", "q16"}
 
 
 def test_its_own_server(form_llama: Path, toy_parquet: Path, toy_index: Path, toy_server: str, tmp_path: Path) -> None:
@@ -201,7 +247,7 @@ def free_port() -> int:
 def test_a_dumped_run_plays_back_to_the_same_losses(
     form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
 ) -> None:
-    options = {"total_training_steps": 3, "ppo_mini_batch_size": 2}
+    options = {"total_training_steps": 3, "ppo_mini_batch_size": 2, "actor_rollout_ref__rollout__n_train": 2}
     recorded = trained(form_llama, toy_parquet, tmp_path / "recorded", toy_server, **options)
     replayed = trained(  # no server, and validation has nothing to play
         form_llama,
@@ -220,6 +266,33 @@ def test_a_dumped_run_plays_back_to_the_same_losses(
     assert "000000.parquet holds other prompts than this run draws" in error
     error = failed(form_llama, toy_parquet, tmp_path / "more", "", total_training_steps=4, **source)
     assert "000003.parquet: no rollouts of step 3 to replay" in error
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_best_checkpoint_becomes_the_model(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
+    options = {"total_training_steps": 5, "optim__lr": 2e-2, "trainer__save_freq": -1, "trainer__keep_checkpoints": 1}
+    options |= {"data__val_files": toy_parquet, "trainer__test_freq": 1, "trainer__best_metric": "val_reward"}
+    arguments = helpers.grpo_overrides(form_llama, toy_parquet, tmp_path, toy_server, **options)
+    status, said = helpers.call(grpo.main, arguments)
+    assert status == 0, said
+    values = [record["val_reward"] for record in read_metrics(tmp_path)]
+    best = values.index(max(values)) + 1
+    assert best < 5  # so that it is not the last one anyway
+    name = f"global_step_{best}"
+    assert f"the model of {name} (val_reward={max(values):.4g}, the best) is in {tmp_path / 'model'}" in said
+    assert sorted(path.name for path in tmp_path.glob("global_step_*")) == [name, "global_step_5"]
+    chosen, last, model = (weights(tmp_path / folder) for folder in (name, "global_step_5", "model"))
+    assert all(torch.equal(model[key], chosen[key]) for key in chosen)
+    assert any(not torch.equal(model[key], last[key]) for key in chosen)
+    shutil.rmtree(tmp_path / "global_step_5")  # and a run that goes on exports the same
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()  # a killed export
+    status, said = helpers.call(grpo.main, arguments)
+    assert f"the model of {name} " in said
+    assert all(torch.equal(value, chosen[key]) for key, value in weights(tmp_path / "model").items())
 
 
 class Break(Exception):
@@ -285,11 +358,11 @@ def test_equal_rewards_teach_nothing(tiny_llama: Path, toy_parquet: Path, toy_se
         "actor_rollout_ref__actor__optim__weight_decay": 0,
         "total_training_steps": 2,
     }
-    for skip in (False, True):
-        run_dir = tmp_path / str(skip)
-        metrics = trained(
-            tiny_llama, toy_parquet, run_dir, toy_server, actor_rollout_ref__actor__skip_zero_advantage=skip, **options
-        )
+    skip = {"actor_rollout_ref__actor__skip_zero_advantage": True}
+    refill = {"algorithm__filter_groups__enable": True, "algorithm__filter_groups__max_num_gen_batches": 2}
+    for number, way in enumerate(({}, skip, refill)):
+        run_dir = tmp_path / str(number)
+        metrics = trained(tiny_llama, toy_parquet, run_dir, toy_server, **way, **options)
         for record in metrics:
             assert record["reward"] == pytest.approx(-0.1)
             assert (record["format_rate"], record["spread_rate"], record["policy_loss"]) == (0, 0, 0)
@@ -340,35 +413,36 @@ def test_groups_without_advantage_can_be_left_out(
         assert right["grad_norm"] == pytest.approx(left["grad_norm"], rel=1e-3)
 
 
-def test_equal_groups_are_drawn_again(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path) -> None:
-    """DAPO: more groups differ than at first; those that stay equal are left out; the run replays from its dump."""
+def test_other_prompts_replace_equal_groups(
+    form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path: Path
+) -> None:
+    """DAPO: prompts of the step's stream follow, none twice; equal groups are left out; the run plays back."""
     sizes = {"n": 2, "train_batch_size": 8, "ppo_mini_batch_size": 8, "total_training_steps": 2, "algorithm": "dapo"}
-    once = trained(
-        form_llama, toy_parquet, tmp_path / "once", toy_server, algorithm__filter_groups__max_num_gen_batches=1, **sizes
-    )
-    more = trained(
-        form_llama, toy_parquet, tmp_path / "more", toy_server, algorithm__filter_groups__max_num_gen_batches=3, **sizes
-    )
-    assert once[0]["spread_rate"] < more[0]["spread_rate"]
-    kept = {
-        rollout.example.qid
-        for group in groups(rollouts.load(tmp_path / "once", 0), 2)
-        if group[0].score.reward != group[1].score.reward
-        for rollout in group
-    }
-    first, second = (
-        {r.example.qid: r.completion for r in rollouts.load(tmp_path / name, 0)[::2]} for name in ("once", "more")
-    )
-    assert all((first[qid] == second[qid]) == (qid in kept) for qid in first)
+    key = "algorithm__filter_groups__max_num_gen_batches"
+    trained(form_llama, toy_parquet, tmp_path / "once", toy_server, **{key: 1}, **sizes)
+    more = trained(form_llama, toy_parquet, tmp_path / "more", toy_server, **{key: 3}, **sizes)
+    for step in range(2):
+        drawn = groups(rollouts.load(tmp_path / "more", step), 2)
+        names = [group[0].example.qid for group in drawn]
+        stream = [f"q{i}" for i in stream_of(range(len(helpers.GOLDS)), 8, step, seed=1)]
+        assert names == stream[: len(names)]
+        assert len(names) > 8
+        spread = [group[0].score.reward != group[1].score.reward for group in drawn]
+        assert [[rollout.trained for rollout in group] for group in drawn] == [[differs] * 2 for differs in spread]
+        assert sum(spread[:8]) < sum(spread) <= 8
+        assert more[step]["spread_rate"] == pytest.approx(sum(spread) / len(spread))
+    assert rollouts.load(tmp_path / "more", 0)[:16] == rollouts.load(tmp_path / "once", 0)
     played = trained(
         form_llama,
         toy_parquet,
         tmp_path / "played",
         "",
         actor_rollout_ref__rollout__replay_from=tmp_path / "more",
+        **{key: 3},
         **sizes,
     )
     assert curves(played) == curves(more)
+    assert rollouts.load(tmp_path / "played", 1) == rollouts.load(tmp_path / "more", 1)
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])

@@ -35,12 +35,14 @@ SAME = (
     "step",
     "loss",
     "policy_loss",
+    "llds",
     "kl",
     "entropy",
     "reward",
     "grad_norm",
     "mrr",
     "response_tokens",
+    "spread_rate",
     "val_reward",
     "val_mrr",
 )
@@ -54,10 +56,15 @@ class Job:
             "train_batch_size": 8,
             "ppo_mini_batch_size": 4,
             "n": 8,
+            "actor_rollout_ref__rollout__n_train": 4,
+            "actor_rollout_ref__actor__ppo_epochs": 2,
+            "actor_rollout_ref__actor__llds_coef": 0.2,
+            "algorithm__filter_groups__enable": True,
             "total_training_steps": STEPS,
             "trainer__save_freq": 3,
             "data__val_files": parquet,
             "trainer__test_freq": 6,
+            "trainer__best_metric": "val_reward",
         }
         self.run_dir = run_dir
         self.arguments = helpers.grpo_overrides(model, parquet, run_dir, url, **(options | changed))
@@ -95,17 +102,20 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
         assert rollouts.load(run_dir, step) == rollouts.load(unbroken, step), step
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (run_dir / "model" / name).read_bytes() == (unbroken / "model" / name).read_bytes()
-    assert sorted(path.name for path in run_dir.glob("*global_step_*")) == [
-        f"global_step_{STEPS - 3}",
-        f"global_step_{STEPS}",
-    ]
+    assert (run_dir / "best").read_text() == (unbroken / "best").read_text()
+    kept = {f"global_step_{STEPS - 3}", f"global_step_{STEPS}", (unbroken / "best").read_text().strip()}
+    assert {path.name for path in run_dir.glob("*global_step_*")} == kept
 
 
 @pytest.fixture(scope="module")
 def unbroken(form_llama: Path, toy_parquet: Path, toy_server: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every key is on that makes a step depend on more than its batch: subset, refill, two epochs, LLDS, the best."""
     job = Job(form_llama, toy_parquet, tmp_path_factory.mktemp("unbroken") / "run", toy_server)
     status, output = job.finish()
     assert status == 0, output
+    metrics = read_metrics(job.run_dir)
+    assert any(len(rollouts.load(job.run_dir, step)) > 8 * 8 for step in range(STEPS))  # other prompts have followed
+    assert any(line["llds"] > 0 for line in metrics)
     return job.run_dir
 
 

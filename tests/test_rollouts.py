@@ -33,7 +33,7 @@ finite = st.floats(-10, 10)
 examples = st.builds(Example, st.text(max_size=10), st.just(()), st.just(""), st.just(()), prompt_ids=token_ids)
 feedbacks = st.builds(Feedback, st.none() | st.integers(1, 1000), st.none() | finite)
 scores = st.builds(Score, rewrites, feedbacks, finite)
-groups = st.lists(st.builds(Rollout, examples, completions, scores, finite), min_size=1, max_size=4)
+groups = st.lists(st.builds(Rollout, examples, completions, scores, finite, st.booleans()), min_size=1, max_size=4)
 
 
 def rollout(
@@ -80,6 +80,13 @@ def test_log_probs_are_kept_in_float32_and_rewards_whole(tmp_path: Path) -> None
     assert (read.score.reward, read.advantage) == (reward, -reward)
 
 
+def test_a_dump_without_marks_was_trained_on_whole(tmp_path: Path) -> None:
+    rollouts.dump(tmp_path, 3, [group(1)])
+    path = rollouts.path_of(tmp_path, 3)
+    pq.write_table(pq.read_table(path).drop_columns(["trained"]), path)
+    assert rollouts.load(tmp_path, 3) == list(group(1).rollouts)
+
+
 def test_a_dump_that_fails_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rollouts.dump(tmp_path, 3, [group(1)])
 
@@ -107,11 +114,25 @@ def test_a_replay_gives_back_samples_and_ranks_step_by_step(tmp_path: Path) -> N
         assert [[completion.text for completion in group] for group in sampled] == expected
         examples = [Example("q", (), "", ("d",))] * 4
         assert replay.feedback(examples, ["any"] * 4, {"rank"}) == [Feedback(rank) for rank in (1, 2, 1, 2)]
-        replay.load_weights(Tensors({}), version=step)
-    with pytest.raises(ValueError, match=r"000006\.parquet has no gain to replay"):
-        replay.feedback(examples, ["any"] * 4, {"rank", "gain"})
+        with pytest.raises(ValueError, match=rf"00000{step}\.parquet has no gain to replay"):
+            replay.feedback(examples, ["any"] * 4, {"rank", "gain"})
+        replay.load_weights(Tensors({}), version=step + 1)
     with pytest.raises(ValueError, match=rf"^{tmp_path}/rollouts/000007\.parquet: no rollouts of step 7 to replay$"):
         replay.generate([(7, 7)], 2, seed=99)
+
+
+def test_a_replay_follows_the_requests_of_a_step(tmp_path: Path) -> None:
+    rollouts.dump(tmp_path, 0, [group(1), group(2), group(3)])
+    replay = rollouts.Replay(tmp_path, 0)
+    for numbers in ([1, 2], [3]):
+        sampled = replay.generate([(number, 7) for number in numbers], 2, seed=99)
+        assert [[completion.text for completion in group] for group in sampled] == [
+            [f"{number}.0", f"{number}.1"] for number in numbers
+        ]
+        examples = [Example("q", (), "", ("d",))] * 2 * len(numbers)
+        assert replay.feedback(examples, ["any"] * len(examples), {"rank"}) == [Feedback(1), Feedback(2)] * len(numbers)
+    with pytest.raises(ValueError, match="holds other prompts"):
+        replay.generate([(4, 7)], 2, seed=99)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +148,13 @@ def test_a_replay_gives_back_samples_and_ranks_step_by_step(tmp_path: Path) -> N
 )
 def test_a_replay_of_other_prompts_is_refused(tmp_path: Path, prompts: list[tuple[int, ...]], n: int) -> None:
     rollouts.dump(tmp_path, 0, [group(1), group(2)])
+
+    def step() -> None:
+        replay = rollouts.Replay(tmp_path, 0)
+        replay.generate(prompts, n, seed=0)
+        replay.load_weights(Tensors({}), version=1)  # fewer: samples of the step are left over
+
     with pytest.raises(
         ValueError, match=r"000000\.parquet holds other prompts than this run draws: same data, seed and batch sizes"
     ):
-        rollouts.Replay(tmp_path, 0).generate(prompts, n, seed=0)
+        step()

@@ -163,8 +163,9 @@ def test_the_best_and_the_newest_checkpoints_are_kept(mode: Any, kept: list[int]
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == kept
     if mode:
         assert (tmp_path / "best").read_text() == f"global_step_{kept[0]}\n"
-        assert checkpoint.best_score(tmp_path, "val_reward", mode) == values[kept[0] - 1]
-        assert checkpoint.best_score(tmp_path, "val_mrr", mode) is None
+        best = CheckpointScore("val_reward", mode, values[kept[0] - 1])  # type: ignore[arg-type]
+        assert checkpoint.best(tmp_path, "val_reward", mode) == (tmp_path / f"global_step_{kept[0]}", best)
+        assert checkpoint.best(tmp_path, "val_mrr", mode) is None
     assert (tmp_path / "best").exists() == bool(mode)
     assert not list(tmp_path.glob(".tmp*"))
 

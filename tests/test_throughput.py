@@ -28,13 +28,16 @@ def test_a_forward_pass_with_shared_prompts_by_hand() -> None:
 def test_the_rates_of_a_grpo_step_by_hand(share: bool) -> None:
     throughput = Throughput(SMALL, 1e-6, devices=3)  # 3e6 operations per second
     sample, learn = throughput.forward(GROUPS), throughput.forward(GROUPS if share else ALONE)
-    rates = throughput.of_grpo(GROUPS, SECONDS, share_prompts=share, passes=1, epochs=1)
+    rates = throughput.of_grpo(GROUPS, GROUPS, SECONDS, share_prompts=share, passes=1, epochs=1)
     assert rates["tokens_per_s"] == pytest.approx((3 + 5 + 8) / 4)
     assert rates["sampled_tokens_per_s"] == pytest.approx(8 / 2)
     assert rates["mfu_update"] == pytest.approx(3 * learn / 1.0 / 3e6)
     assert rates["mfu"] == pytest.approx((sample + learn + 3 * learn) / 4.0 / 3e6)  # sampling, reference, update
-    other = throughput.of_grpo(GROUPS, SECONDS, share_prompts=share, passes=0, epochs=2)
+    other = throughput.of_grpo(GROUPS, GROUPS, SECONDS, share_prompts=share, passes=0, epochs=2)
     assert other["mfu"] == pytest.approx((sample + 2 * 3 * learn) / 4.0 / 3e6)
+    part = throughput.of_grpo(GROUPS, [(3, [2])], SECONDS, share_prompts=share, passes=1, epochs=1)
+    assert part["mfu"] == pytest.approx((sample + 4 * throughput.forward([(3, [2])])) / 4.0 / 3e6)
+    assert part["tokens_per_s"] == rates["tokens_per_s"]
 
 
 def test_the_rates_of_a_fine_tuning_step_by_hand() -> None:
@@ -44,9 +47,9 @@ def test_the_rates_of_a_fine_tuning_step_by_hand() -> None:
 
 def test_unknown_rates_are_left_out() -> None:
     options = {"share_prompts": True, "passes": 1, "epochs": 1}
-    rates = Throughput(SMALL, None, 1).of_grpo(GROUPS, SECONDS, **options)
+    rates = Throughput(SMALL, None, 1).of_grpo(GROUPS, GROUPS, SECONDS, **options)
     assert set(rates) == {"tokens_per_s", "sampled_tokens_per_s"}
-    rates = Throughput(None, 100.0, 1).of_grpo(GROUPS, {"step_s": 1.0, "sample_s": 0.0}, **options)
+    rates = Throughput(None, 100.0, 1).of_grpo(GROUPS, GROUPS, {"step_s": 1.0, "sample_s": 0.0}, **options)
     assert set(rates) == {"tokens_per_s"}
     assert throughput_of("Qwen/Qwen2.5-3B-Instruct", None, "cpu", 1).peak is None
     throughput = throughput_of("Qwen/Qwen2.5-3B-Instruct", 100.0, "cpu", 8)

@@ -10,5 +10,7 @@ loss is averaged depends only on token weights (``token_weights``); packing, mic
 | Dr. GRPO  | algorithm=dr_grpo            | norm_adv_by_std=false, loss_agg=seq-mean-token-sum-norm                  |
 | DAPO      | algorithm=dapo               | actor.clip_ratio_high, filter_groups.enable, no KL                       |
 | GSPO      | algorithm=gspo               | loss_mode=gspo, loss_agg=seq-mean-token-mean                             |
+| LLDS      | algorithm=grpo_llds          | actor.llds_coef: good samples must not become less likely; two epochs    |
+| PODS      | actor_rollout_ref.rollout    | n_train of the n samples are trained on, of largest reward variance      |
 | (any)     | algorithm.rollout_correction | truncated importance sampling for old weights or another sampling engine |
 """

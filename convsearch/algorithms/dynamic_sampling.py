@@ -1,29 +1,34 @@
-"""DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): groups whose rewards are all equal are drawn again."""
+"""DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): other prompts for groups whose rewards are all equal."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import TypeVar
 
-T = TypeVar("T")  # a group: a prompt with its samples
+P = TypeVar("P")  # a prompt
+G = TypeVar("G")  # a group: a prompt with its samples
 
 
 def draw_until_spread(
-    draw: Callable[[list[int], int], list[T]], has_spread: Callable[[T], bool], prompts: int, max_rounds: int
-) -> list[T]:
-    """One group per prompt. Groups without spread are drawn again until all have spread or ``max_rounds`` are used up.
+    prompts: Iterable[P],
+    count: int,
+    draw: Callable[[list[P], int], list[G]],
+    has_spread: Callable[[G], bool],
+    rounds: int,
+) -> list[G]:
+    """All groups that were drawn, in order, until ``count`` have spread, ``rounds`` are used up or no prompt is left.
 
-    A prompt keeps its position and its last draw. verl takes other prompts instead; here a step trains on the prompts
-    of its own position in the data order, so that a resumed run sees the same prompts as an uninterrupted one.
+    A round draws as many prompts as groups with spread are missing. So there are at most ``count`` of them.
 
     Args:
-        draw: takes the positions of the prompts to draw for and the number of the round (from 0, for another seed).
+        prompts: the prompts of the step, then those to go on with. None is drawn twice.
+        draw: takes prompts and the number of the round (from 0, for another seed).
         has_spread: whether the rewards of a group differ.
-        max_rounds: 1 draws once, as plain GRPO does.
+        rounds: 1 draws once, as plain GRPO does.
     """
-    groups_P = draw(list(range(prompts)), 0)
-    for number in range(1, max_rounds):
-        again_P = [p for p, group in enumerate(groups_P) if not has_spread(group)]
-        if not again_P:
+    left, groups = iter(prompts), list[G]()
+    for number in range(rounds):
+        missing = list(islice(left, count - sum(map(has_spread, groups))))
+        if not missing:
             break
-        for p, group in zip(again_P, draw(again_P, number), strict=True):
-            groups_P[p] = group
-    return groups_P
+        groups += draw(missing, number)
+    return groups

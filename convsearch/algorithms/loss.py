@@ -9,6 +9,7 @@ from convsearch.algorithms.clip import clipped_loss
 from convsearch.algorithms.gspo import gspo_loss
 from convsearch.algorithms.importance import importance_weights
 from convsearch.algorithms.kl import kl_penalty
+from convsearch.algorithms.llds import llds_penalty
 from convsearch.config.grpo import ActorConfig, AlgorithmConfig
 from convsearch.model.batch import Loss, MicroBatch
 
@@ -18,8 +19,9 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {"vanilla": clipped_loss, "gspo": gspo_lo
 
 
 def grpo_loss(actor: ActorConfig, algorithm: AlgorithmConfig) -> Loss:
-    """Policy loss x importance weight + KL coefficient x KL - entropy coefficient x entropy; each token has a weight.
+    """Policy loss x importance weight + KL coefficient x KL + LLDS coefficient x LLDS - entropy coefficient x entropy.
 
+    Each token has a weight.
     The reported sums have the weights of the loss: they are means over tokens or sequences, except under Dr. GRPO,
     whose weights do not sum to 1.
     """
@@ -40,6 +42,9 @@ def grpo_loss(actor: ActorConfig, algorithm: AlgorithmConfig) -> Loss:
         if micro.ref_logprobs_R is not None:
             kl_R = kl_penalty(logprobs_R, micro.ref_logprobs_R, actor.kl_loss_type)
         losses_R = policy_R + actor.kl_loss_coef * kl_R
+        if actor.llds_coef:
+            sums["llds"] = llds_penalty(logprobs_R, old_R, micro.advantages_R, micro.sequence_R)
+            losses_R = losses_R + actor.llds_coef * sums["llds"]
         if actor.entropy_coeff:  # with a coefficient of 0 its gradient is not computed at all
             losses_R = losses_R - actor.entropy_coeff * entropy_R
         total = (micro.weights_R * losses_R).sum()

@@ -78,7 +78,7 @@ class TrainerSection(Section):
     default_hdfs_dir: Text | None = key(None, f"{NO_EFFECT}must be null; nothing is copied to HDFS")
     resume_mode: Literal["auto", "disable"] = key("auto", "auto: from the newest complete checkpoint; disable: anew")
     keep_checkpoints: int = key(2, "how many of the newest complete checkpoints are kept", ge=1)
-    best_metric: Text | None = key(None, "also keep the best checkpoint by this metric (val_reward, ..)")
+    best_metric: Text | None = key(None, "also keep the best checkpoint by this metric; GRPO exports it as model/")
     best_mode: Literal["max", "min"] = key("max", "whether a larger or a smaller best_metric is better")
     checkpoint_format: Literal["auto", "safetensors", "dcp"] = key(
         "auto",

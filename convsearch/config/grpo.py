@@ -34,9 +34,9 @@ class KlCtrlConfig(Section):
 
 
 class FilterGroupsConfig(Section):
-    enable: bool = key(False, "DAPO's dynamic sampling: groups whose rewards are all equal are drawn again")
+    enable: bool = key(False, "DAPO's dynamic sampling: other prompts for groups whose rewards are all equal")
     max_num_gen_batches: int = key(
-        10, "largest number of draws per step; groups that stay equal are left out of the update and its mean", ge=1
+        10, "largest number of draws per step; equal groups are left out of the update and its mean", ge=1
     )
 
 
@@ -73,6 +73,10 @@ class GrpoDataConfig(Section):
     filter_overlong_prompts: bool = key(True, "leave out prompts above max_prompt_length; false: see data.truncation")
     truncation: Literal["error", "left", "right"] = key("error", "longer prompts: an error, or cut at that end")
     shuffle: bool = key(True, "new order of the prompts in each epoch, drawn from data.seed")
+    samples_file: Text | None = key(
+        None,
+        "samples.jsonl of the warm-up: in each epoch its prompts of middling difficulty come first; null: no order",
+    )
     seed: int = key(1, "seed of the order of the prompts", ge=0)
     prompt_key: Text = key("prompt", "column that holds the chat messages")
     val_max_samples: CountOrMinusOne = key(-1, "prompts per validation; -1: all")
@@ -122,6 +126,9 @@ class ActorConfig(Section):
     kl_loss_type: Literal["low_var_kl", "kl", "mse", "abs"] = key("low_var_kl", "estimator of that KL, per token")
     clip_ratio: float = key(0.2, "the policy ratio is clipped below 1 - clip_ratio", gt=0, lt=1)
     clip_ratio_high: float | None = key(None, "it is clipped above 1 + clip_ratio_high; null: clip_ratio", gt=0)
+    llds_coef: float = key(
+        0.0, "weight of the penalty on falling log-probs of samples whose advantage is not negative (LLDS)", ge=0
+    )
     entropy_coeff: float = key(0.0, "weight of the entropy bonus; algorithm=grpo_faithful: 0.001", ge=0)
     grad_clip: float = key(1.0, "largest gradient norm", gt=0)
     share_prompts: bool = key(True, "compute each prompt once for its whole group; exact (not in verl)")
@@ -132,6 +139,9 @@ class ActorConfig(Section):
 class RolloutConfig(Section):
     name: Literal["vllm", "hf"] = key("vllm", "sampler: vllm, or hf (our own, on the transformers model)")
     n: int = key(8, "samples per prompt (the group)", ge=2)
+    n_train: int | None = key(
+        None, "of them the update learns from these many, whose rewards have the largest variance; null: all", ge=2
+    )
     temperature: float = key(0.7, "sampling temperature", gt=0)
     top_p: float = key(1.0, "share of the probability that is sampled from", gt=0, le=1)
     seed: int = key(1, "seed of the samples; step and prompt are added to it", ge=0)
@@ -148,6 +158,17 @@ class RolloutConfig(Section):
     stop: Texts = key((), "strings that end a response and stay in it; none: only the model's own end")
     dtype: Dtype = key("bf16", "type of the sampler's arithmetic")
     replay_from: Text | None = key(None, "run folder whose rollouts replace sampling and ranking; null: none")
+
+    @property
+    def trained(self) -> int:
+        """Samples per prompt that the update learns from."""
+        return self.n_train or self.n
+
+    @model_validator(mode="after")
+    def _subset(self) -> Self:
+        if self.trained > self.n:
+            raise ValueError(f"n_train={self.n_train} is above n={self.n}: lower it, or draw more samples")
+        return self
 
 
 class RefConfig(Section):
@@ -290,11 +311,11 @@ class GrpoConfig(Section):
         )
         mini, prefix = actor.ppo_mini_batch_size, "actor_rollout_ref.actor."
         require_multiple("data.train_batch_size", self.data.train_batch_size, f"{prefix}ppo_mini_batch_size", mini)
-        name = "sequences per update (ppo_mini_batch_size * rollout.n)"
-        require_multiple(name, mini * rollout.n, "the ranks (trainer.nnodes * n_gpus_per_node)", world_size)
+        name = f"sequences per update (ppo_mini_batch_size * rollout.{'n_train' if rollout.n_train else 'n'})"
+        require_multiple(name, mini * rollout.trained, "the ranks (trainer.nnodes * n_gpus_per_node)", world_size)
         if self.algorithm.loss_agg == "micro-batch-mean":
             name, micro = "sequences per update on one rank", actor.ppo_micro_batch_size_per_gpu
-            require_multiple(name, mini * rollout.n // world_size, f"{prefix}ppo_micro_batch_size_per_gpu", micro)
+            require_multiple(name, mini * rollout.trained // world_size, f"{prefix}ppo_micro_batch_size_per_gpu", micro)
         name, gpus = "trainer.n_gpus_per_node", self.trainer.n_gpus_per_node
         if rollout.n_gpus_per_node:
             name, gpus = "actor_rollout_ref.rollout.n_gpus_per_node", rollout.n_gpus_per_node
@@ -318,6 +339,12 @@ class GrpoConfig(Section):
         if high is not None and high < actor.clip_ratio:
             low = f"clip_ratio={actor.clip_ratio}"
             raise ValueError(f"{prefix}clip_ratio_high={high} is below {low}: raise it, or set it to null")
+        if actor.llds_coef and not self.several_updates:
+            batch = f"train_batch_size=ppo_mini_batch_size={actor.ppo_mini_batch_size}, ppo_epochs=1"
+            raise ValueError(
+                f"{prefix}llds_coef={actor.llds_coef} is without effect where a step makes one update ({batch}): no "
+                "log-prob has fallen yet; set ppo_epochs=2, a smaller ppo_mini_batch_size, or llds_coef=0"
+            )
         form, world_size = self.trainer.checkpoint_format, self.trainer.world_size
         rank = self.actor_rollout_ref.model.lora_rank
         if rank and (form == "dcp" or (form == "auto" and world_size > 1)):
@@ -332,6 +359,22 @@ class GrpoConfig(Section):
                 "which is not supported: set kl_coef=0 or use_kl_loss=true"
             )
         return self
+
+    @model_validator(mode="after")
+    def _validation(self) -> Self:
+        metric, known = self.trainer.best_metric, ("val_mrr", "val_reward", "val_format_rate")
+        if metric is not None and metric not in known:
+            raise ValueError(f"trainer.best_metric={metric} is not one of {', '.join(known)}: choose one of them")
+        if metric is not None and (self.trainer.test_freq < 0 or not self.data.val_files):
+            keys = f"trainer.test_freq={self.trainer.test_freq}, data.val_files={list(self.data.val_files)}"
+            raise ValueError(f"trainer.best_metric={metric} needs a validation ({keys}): set both, or set it to null")
+        return self
+
+    @property
+    def several_updates(self) -> bool:
+        """Whether a step makes several updates, so that the ratio needs the log-probs of before the first one."""
+        actor = self.actor_rollout_ref.actor
+        return self.data.train_batch_size > actor.ppo_mini_batch_size or actor.ppo_epochs > 1
 
     @property
     def max_tokens(self) -> int:

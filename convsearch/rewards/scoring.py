@@ -38,12 +38,13 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sample with its score. ``advantage`` is set when the whole group is known."""
+    """One sample with its score. ``advantage`` and ``trained`` (on) are set when the whole group is known."""
 
     example: Example
     completion: Completion
     score: Score
     advantage: float = 0.0
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ class Group:
     def has_spread(self) -> bool:
         """Whether the rewards differ: only then does the group teach."""
         return len({rollout.score.reward for rollout in self.rollouts}) > 1
+
+    @property
+    def trained(self) -> tuple[Rollout, ...]:
+        """The samples that the update learns from."""
+        return tuple(rollout for rollout in self.rollouts if rollout.trained)
 
 
 def score(

@@ -85,10 +85,11 @@ def is_sharded(path: Path) -> bool:
     return (path / "shards").is_dir()
 
 
-def best_score(run_dir: Path, metric: str | None, mode: str) -> float | None:
-    """The best value of ``metric`` among the checkpoints on disk; None if no checkpoint has it."""
-    values = [score.value for _, score in _scores(run_dir) if score.metric == metric]
-    return (max(values) if mode == "max" else min(values)) if values else None
+def best(run_dir: Path, metric: str | None, mode: str) -> tuple[Path, CheckpointScore] | None:
+    """The (first) checkpoint on disk with the best value of ``metric``; None if no checkpoint has it."""
+    scores = [(path, score) for path, score in _scores(run_dir) if score.metric == metric]
+    sign = 1 if mode == "max" else -1
+    return max(scores, key=lambda pair: sign * pair[1].value) if scores else None
 
 
 def save(
@@ -190,16 +191,15 @@ def _scores(run_dir: Path) -> list[tuple[Path, CheckpointScore]]:
         with suppress(ValueError):  # ``check`` names a damaged one when it is loaded
             state = json.loads((path / "trainer.json").read_text())
             found += [(path, CheckpointScore(**state["score"]))] if "score" in state else []
-    return found
+    return [(path, score) for path, score in found if math.isfinite(score.value)]
 
 
 def _retain(run_dir: Path, keep: int, newest: Path) -> None:
-    scores = [(path, score) for path, score in _scores(run_dir) if math.isfinite(score.value)]
     pointers = {"latest": newest}
-    if scores:
-        same = [(path, score) for path, score in scores if score.metric == scores[-1][1].metric]
-        sign = 1 if scores[-1][1].mode == "max" else -1
-        pointers["best"] = max(same, key=lambda pair: sign * pair[1].value)[0]
+    if scores := _scores(run_dir):
+        found = best(run_dir, scores[-1][1].metric, scores[-1][1].mode)
+        assert found is not None
+        pointers["best"] = found[0]
     for name, path in pointers.items():
         with atomic_write(run_dir / name) as file:
             file.write(f"{path.name}\n")

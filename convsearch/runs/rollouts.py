@@ -34,6 +34,7 @@ SCHEMA = pa.schema(
         *((signal.name, _TYPES[signal.type]) for signal in fields(Feedback)),
         ("reward", pa.float64()),
         ("advantage", pa.float64()),
+        ("trained", pa.bool_()),
     ]
 )
 
@@ -101,6 +102,7 @@ def _row(step: int, rollout: Rollout) -> dict[str, Any]:
         **asdict(score.feedback),
         "reward": score.reward,
         "advantage": rollout.advantage,
+        "trained": rollout.trained,
     }
 
 
@@ -110,34 +112,41 @@ def _rollout(row: dict[str, Any]) -> Rollout:
     completion = Completion(ids, logprobs, row["text"], row["finish_reason"], row["weights_version"])
     feedback = Feedback(**{signal.name: row.get(signal.name) for signal in fields(Feedback)})  # old dumps lack some
     score = Score(Rewrite(row["rewrite"], row["error"]), feedback, row["reward"])
-    return Rollout(example, completion, score, row["advantage"])
+    return Rollout(example, completion, score, row["advantage"], row.get("trained", True))
 
 
 class Replay:
-    """A sampler and a retriever in one that return what a run has dumped, step by step."""
+    """A sampler and a retriever in one that return what a run has dumped, step by step and request by request."""
 
     def __init__(self, run_dir: Path, first_step: int):
         self.run_dir, self.step = run_dir, first_step
-        self.rollouts_N: list[Rollout] = []
+        self.rollouts_N: list[Rollout] = []  # of the last request
+        self.rest_N: list[Rollout] | None = None  # of the step's further requests; None: no request yet
 
     def generate(self, prompts: Sequence[Prompt], n: int, seed: int) -> list[list[Completion]]:
-        self.rollouts_N = load(self.run_dir, self.step)
+        rest_N = load(self.run_dir, self.step) if self.rest_N is None else self.rest_N
+        size = len(prompts) * n
+        self.rollouts_N, self.rest_N = rest_N[:size], rest_N[size:]
         dumped = [rollout.example.prompt_ids for rollout in self.rollouts_N]
-        if dumped != [tuple(prompt) for prompt in prompts for _ in range(n)]:
+        self._check(dumped == [tuple(prompt) for prompt in prompts for _ in range(n)])
+        completions = [rollout.completion for rollout in self.rollouts_N]
+        return [completions[start : start + n] for start in range(0, len(completions), n)]
+
+    def _check(self, same: bool) -> None:
+        if not same:
             path = path_of(self.run_dir, self.step)
             raise ValueError(
                 f"{path} holds other prompts than this run draws: same data, seed and batch sizes are needed"
             )
-        self.step += 1
-        completions = [rollout.completion for rollout in self.rollouts_N]
-        return [completions[start : start + n] for start in range(0, len(completions), n)]
 
     def stream(self, prompts: Sequence[Prompt], n: int, seed: int) -> Iterator[Finished]:
-        """All groups in one batch: the ranks are those of the whole step."""
+        """All groups in one batch: the ranks are those of the whole request."""
         yield dict(enumerate(self.generate(prompts, n, seed)))
 
     def load_weights(self, source: WeightSource, version: int) -> None:
-        """Does nothing: the samples are fixed."""
+        """The samples are fixed; new weights begin a step."""
+        self._check(not self.rest_N)
+        self.step, self.rest_N = version, None
 
     def feedback(
         self, examples_N: Sequence[Example], texts_N: Sequence[str | None], signals: Collection[str]
@@ -147,6 +156,6 @@ class Replay:
         parsed = [one for text, one in zip(texts_N, found, strict=True) if text is not None]
         for signal in set(signals) - {"rank"}:  # a rank may be None: beyond the depth
             if any(getattr(one, signal) is None for one in parsed):
-                path = path_of(self.run_dir, self.step - 1)
+                path = path_of(self.run_dir, self.step)
                 raise ValueError(f"{path} has no {signal} to replay: that run did not pay for it")
         return found

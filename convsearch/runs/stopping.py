@@ -89,7 +89,8 @@ class Stopping:
     ):
         self.run_dir, self.trainer, self.total = run_dir, trainer, steps.stop
         self.save_every, self.save = save_every, save
-        self.best = checkpoint.best_score(run_dir, trainer.best_metric, trainer.best_mode)
+        best = checkpoint.best(run_dir, trainer.best_metric, trainer.best_mode)
+        self.best = best[1].value if best else None
         history = [record for record in read_metrics(run_dir) if record["step"] < steps.start]
         self.guard = CollapseGuard(limits, trainer.max_skipped_steps, history)
         self.terminated = Terminated()

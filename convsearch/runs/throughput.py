@@ -54,11 +54,19 @@ class Throughput:
         return total
 
     def of_grpo(
-        self, groups: Sequence[Group], seconds: Mapping[str, float], *, share_prompts: bool, passes: int, epochs: int
+        self,
+        groups: Sequence[Group],
+        trained: Sequence[Group],
+        seconds: Mapping[str, float],
+        *,
+        share_prompts: bool,
+        passes: int,
+        epochs: int,
     ) -> dict[str, float]:
         """Rates of a GRPO step from the ``*_s`` metrics of its phases: sampling, the reference and the update.
 
         Args:
+            trained: the part of ``groups`` that the update learns from.
             share_prompts: whether the update computes each prompt once for its group; sampling always does.
             passes: forward-only passes beside sampling: 1 for the reference, 1 for the old log-probs.
             epochs: passes of the update over the step's rollouts.
@@ -68,9 +76,8 @@ class Throughput:
         if seconds.get("sample_s"):
             rates["sampled_tokens_per_s"] = sampled / seconds["sample_s"]
         if self.shape and self.peak:
-            alone = [(prompt, (length,)) for prompt, responses in groups for length in responses]
-            sample = self.forward(groups)
-            learn = sample if share_prompts else self.forward(alone)
+            alone = [(prompt, (length,)) for prompt, responses in trained for length in responses]
+            sample, learn = self.forward(groups), self.forward(trained if share_prompts else alone)
             updates = 3 * learn * epochs
             rates["mfu"] = (sample + passes * learn + updates) / seconds["step_s"] / self.peak
             if seconds.get("update_s"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from convsearch.files import read_jsonl
 from convsearch.model.loading import encode_chat
 from convsearch.types import Example, Message
 
@@ -134,3 +136,42 @@ def batch_of(rows: Sequence[T], batch_size: int, step: int, seed: int, shuffle: 
     epoch, position = divmod(step, per_epoch)
     order = np.random.default_rng([seed, epoch]).permutation(len(rows)) if shuffle else np.arange(len(rows))
     return [rows[i] for i in order[position * batch_size : (position + 1) * batch_size]]
+
+
+def middling_first(examples: Sequence[Example], samples: str | Path, seed: int) -> list[Example]:
+    """The examples whose warm-up samples have a mean reciprocal rank near 1/2 first; ties in random order.
+
+    An example without samples counts like one at 1/4, which is as far from 1/2 as an even spread is on average.
+
+    Args:
+        samples: the samples.jsonl of ``convsearch.distill``.
+
+    Raises:
+        ValueError: a line has another form, or the file has none of the examples.
+    """
+    means: dict[str, float] = {}
+    for number, record in read_jsonl(samples):
+        try:
+            ranks = [sample["rank"] for sample in record["samples"]]
+            means[record["qid"]] = sum(1 / rank for rank in ranks if rank) / len(ranks)
+        except (KeyError, TypeError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"{samples}:{number}: not a line of samples.jsonl, as convsearch.distill writes it"
+            ) from error
+    if means.keys().isdisjoint(example.qid for example in examples):
+        raise ValueError(
+            f"data.samples_file={samples} has none of the training prompts: give that of their own warm-up"
+        )
+    shuffled = batch_of(examples, len(examples), 0, seed)
+    return sorted(shuffled, key=lambda example: abs(means.get(example.qid, 0.25) - 0.5))
+
+
+def stream_of(rows: Sequence[T], batch_size: int, step: int, seed: int, shuffle: bool = True) -> Iterator[T]:
+    """The batch of step ``step``, then all other rows in an order that depends only on ``seed`` and ``step``."""
+
+    def others() -> Iterator[T]:
+        drawn = set(batch_of(range(len(rows)), batch_size, step, seed, shuffle))
+        order = np.random.default_rng([seed, step, 1]).permutation(len(rows))
+        yield from (rows[i] for i in order if i not in drawn)
+
+    return chain(batch_of(rows, batch_size, step, seed, shuffle), others())

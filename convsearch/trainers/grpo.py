@@ -1,9 +1,12 @@
 """The GRPO run around ``grpo_step``: builds the parts, resumes, validates, saves, exports."""
 
+import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from convsearch.retriever.client import RetrieverClient
 from convsearch.retriever.embedded import open_retriever
 from convsearch.rewards.scoring import Group, score
 from convsearch.runs import checkpoint, folder, rollouts
+from convsearch.runs.export import export as export_checkpoint
 from convsearch.runs.stopping import Stopping
 from convsearch.runs.throughput import Throughput, throughput_of
 from convsearch.runs.tracking import Metrics, Tracker
@@ -27,7 +31,7 @@ from convsearch.trainers import data
 from convsearch.trainers.grpo_step import Trainer, grpo_step
 from convsearch.types import Example
 
-Draw = Callable[[int], list[Example]]  # step -> its examples
+Draw = Callable[[int], Iterator[Example]]  # step -> its examples, then those that dynamic sampling goes on with
 
 
 def train(cfg: GrpoConfig) -> None:
@@ -37,11 +41,13 @@ def train(cfg: GrpoConfig) -> None:
     url = "" if replay_from else cfg.retriever.resolved_url()
     cfg = with_dtypes(cfg)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-    examples = read(cfg, tokenizer, cfg.data.train_files)
+    examples, shuffle = read(cfg, tokenizer, cfg.data.train_files), cfg.data.shuffle
+    if cfg.data.samples_file:
+        examples, shuffle = data.middling_first(examples, cfg.data.samples_file, cfg.data.seed), False
     held_out = read(cfg, tokenizer, cfg.data.val_files) if cfg.data.val_files and not replay_from else []
 
-    def draw(step: int) -> list[Example]:
-        return data.batch_of(examples, cfg.data.train_batch_size, step, cfg.data.seed, cfg.data.shuffle)
+    def draw(step: int) -> Iterator[Example]:
+        return data.stream_of(examples, cfg.data.train_batch_size, step, cfg.data.seed, shuffle)
 
     draw(0)  # an error now rather than after loading a model
     steps_per_epoch = len(examples) // cfg.data.train_batch_size
@@ -60,10 +66,16 @@ def train(cfg: GrpoConfig) -> None:
                 trainer = Trainer(cfg, run_dir, total_steps, sampler, retriever, parts.policy, parts.ref)
                 sampler.load_weights(parts.policy, version=parts.first_step)
                 learn(trainer, parts.first_step, tokenizer, draw, held_out)
-                parts.policy.run(export, run_dir / "model", tokenizer)
+                shutil.rmtree(run_dir / "model", ignore_errors=True)  # the rest of a killed export
+                if best := checkpoint.best(run_dir, cfg.trainer.best_metric, cfg.trainer.best_mode):
+                    export_checkpoint(best[0], run_dir / "model", limit=sys.maxsize)  # as one file
+                else:
+                    parts.policy.run(export, run_dir / "model", tokenizer)
 
         with_restarts(cfg.trainer.max_restarts, run_once)
-    print(f"trained {total_steps} steps; the model is in {run_dir / 'model'}")
+    best = checkpoint.best(run_dir, cfg.trainer.best_metric, cfg.trainer.best_mode)
+    which = f"of {best[0].name} ({best[1].metric}={best[1].value:.4g}, the best) " if best else ""
+    print(f"trained {total_steps} steps; the model {which}is in {run_dir / 'model'}")
 
 
 def with_dtypes(cfg: GrpoConfig) -> GrpoConfig:
@@ -103,7 +115,8 @@ def export(policy: LocalPolicy, target: Path, tokenizer: Any) -> None:
 def learn(t: Trainer, first_step: int, tokenizer: Any, draw: Draw, held_out: Sequence[Example]) -> None:
     """The remaining steps, with validation, metrics and checkpoints."""
     settings, total = t.cfg.trainer, t.total_steps
-    overlap = t.cfg.actor_rollout_ref.rollout.overlap
+    rollout = t.cfg.actor_rollout_ref.rollout
+    overlap = rollout.overlap and not rollout.replay_from
     ahead = OneStepAhead(t.sampler, partial(request, t, draw), first_step) if overlap else None
     t.sampler = ahead or t.sampler
     names = settings.logger, settings.project_name, settings.experiment_name
@@ -134,20 +147,20 @@ def learn(t: Trainer, first_step: int, tokenizer: Any, draw: Draw, held_out: Seq
 def rates_of(t: Trainer, rates: Throughput, groups_P: Sequence[Group], metrics: Metrics) -> Metrics:
     """Tokens per second, and MFU, of a step."""
     actor = t.cfg.actor_rollout_ref.actor
-    lengths = [
-        (len(group.rollouts[0].example.prompt_ids), [len(r.completion.token_ids) for r in group.rollouts])
-        for group in groups_P
-    ]
-    passes = int(actor.use_kl_loss) + int(t.several_updates)
-    return rates.of_grpo(lengths, metrics, share_prompts=actor.share_prompts, passes=passes, epochs=actor.ppo_epochs)
+    drawn, trained = (
+        [(len(some[0].example.prompt_ids), [len(r.completion.token_ids) for r in some]) for some in groups if some]
+        for groups in ([group.rollouts for group in groups_P], [group.trained for group in groups_P])
+    )
+    passes, epochs = int(actor.use_kl_loss) + int(t.cfg.several_updates), actor.ppo_epochs
+    return rates.of_grpo(drawn, trained, metrics, share_prompts=actor.share_prompts, passes=passes, epochs=epochs)
 
 
 def request(t: Trainer, draw: Draw, step: int) -> Request | None:
     """What step ``step`` asks the sampler for first."""
     if step >= t.total_steps:
         return None
-    rollout = t.cfg.actor_rollout_ref.rollout
-    return tuple(example.prompt_ids for example in draw(step)), rollout.n, rollout.seed * 1_000_003 + step
+    rollout, examples = t.cfg.actor_rollout_ref.rollout, islice(draw(step), t.cfg.data.train_batch_size)
+    return tuple(example.prompt_ids for example in examples), rollout.n, rollout.seed * 1_000_003 + step
 
 
 def validate(t: Trainer, held_out: Sequence[Example]) -> Metrics:

@@ -6,7 +6,7 @@ update. Ours, exact and switchable: each prompt is computed once for its whole g
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from convsearch.algorithms.advantages import group_advantages
 from convsearch.algorithms.averages import token_weights
 from convsearch.algorithms.dynamic_sampling import draw_until_spread
 from convsearch.algorithms.loss import grpo_loss
+from convsearch.algorithms.max_variance import max_variance_subset
 from convsearch.config import GrpoConfig
 from convsearch.config.grpo import ActorConfig, AlgorithmConfig
 from convsearch.model.batch import Branch, MicroBatch, Tree, pack, unshared
@@ -39,19 +40,18 @@ class Trainer:
     policy: Policy
     ref: Reference | None
 
-    @property
-    def several_updates(self) -> bool:
-        """Whether a step makes several updates, so that the ratio needs the log-probs of before the first one."""
-        actor = self.cfg.actor_rollout_ref.actor
-        return self.cfg.data.train_batch_size > actor.ppo_mini_batch_size or actor.ppo_epochs > 1
 
+def grpo_step(t: Trainer, step: int, examples: Iterable[Example]) -> tuple[list[Group], Metrics]:
+    """Samples, ranks, rewards and learns once; returns all groups drawn and the metrics.
 
-def grpo_step(t: Trainer, step: int, examples_P: Sequence[Example]) -> tuple[list[Group], Metrics]:
-    """Samples, ranks, rewards and learns once; returns the groups and the metrics. ``step`` counts from 0."""
+    Args:
+        step: counts from 0.
+        examples: at least ``data.train_batch_size``; dynamic sampling goes on with those that follow.
+    """
     actor, algorithm, clock = t.cfg.actor_rollout_ref.actor, t.cfg.algorithm, Clock()
-    groups_P = sample_and_score(t, step, examples_P, clock)
+    groups_P = sample_and_score(t, step, examples, clock)
     check_versions(groups_P, step, allowed=1 if t.cfg.actor_rollout_ref.rollout.overlap else 0)
-    groups_P = with_advantages(groups_P, by_std=algorithm.norm_adv_by_std)
+    groups_P = with_advantages(groups_P, t.cfg)
     rollouts.dump(t.run_dir, step, groups_P)  # every step can be replayed
 
     minis = minibatches(groups_P, actor, algorithm, t.cfg.data.max_response_length)
@@ -59,7 +59,7 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence[Example]) -> tuple[lis
     clock.lap("reference_s")
     optim, loss, updates = actor.optim, grpo_loss(actor, algorithm), []
     lr = lr_at(step, t.total_steps, optim.lr, optim.lr_warmup_steps, optim.lr_scheduler, optim.min_lr_ratio)
-    for micros in batches:
+    for micros in batches * actor.ppo_epochs:
         reports = [t.policy.forward_backward(micro, loss) for micro in micros]
         updates.append({**summed(reports), **t.policy.optim_step(lr)})
     clock.lap("update_s")
@@ -67,24 +67,23 @@ def grpo_step(t: Trainer, step: int, examples_P: Sequence[Example]) -> tuple[lis
     return groups_P, {**rollout_metrics(groups_P), **mean_of(updates), **clock.laps}
 
 
-def sample_and_score(t: Trainer, step: int, examples_P: Sequence[Example], clock: "Clock") -> list[Group]:
-    """The scored group of each prompt. Finished samples are scored while others are generated.
+def sample_and_score(t: Trainer, step: int, examples: Iterable[Example], clock: "Clock") -> list[Group]:
+    """The scored groups, in the order of drawing. Finished samples are scored while others are generated.
 
-    With ``algorithm.filter_groups``, groups without spread are drawn again.
+    With ``algorithm.filter_groups``, other prompts follow for the groups without spread.
     """
     rollout, filters = t.cfg.actor_rollout_ref.rollout, t.cfg.algorithm.filter_groups
 
-    def draw(chosen_P: list[int], number: int) -> list[Group]:
-        examples = [examples_P[p] for p in chosen_P]
-        prompts = [example.prompt_ids for example in examples]
+    def draw(chosen_P: list[Example], number: int) -> list[Group]:
+        prompts = [example.prompt_ids for example in chosen_P]
         finished = t.sampler.stream(prompts, rollout.n, seed=(rollout.seed + 7919 * number) * 1_000_003 + step)
         progress, reward = step / t.total_steps, t.cfg.reward_model.reward
-        groups = score_stream(reward, t.retriever, examples, finished, progress, lambda: clock.lap("sample_s"))
+        groups = score_stream(reward, t.retriever, chosen_P, finished, progress, lambda: clock.lap("sample_s"))
         clock.lap("rank_s")
         return groups
 
-    rounds = filters.max_num_gen_batches if filters.enable and not rollout.replay_from else 1
-    return draw_until_spread(draw, lambda group: group.has_spread, len(examples_P), rounds)
+    rounds = filters.max_num_gen_batches if filters.enable else 1
+    return draw_until_spread(examples, t.cfg.data.train_batch_size, draw, lambda group: group.has_spread, rounds)
 
 
 def check_versions(groups_P: Sequence[Group], step: int, allowed: int) -> None:
@@ -99,24 +98,35 @@ def check_versions(groups_P: Sequence[Group], step: int, allowed: int) -> None:
         raise RuntimeError(f"{drawn}, at most {allowed} behind are allowed: a sampler has missed an update")
 
 
-def with_advantages(groups_P: Sequence[Group], *, by_std: bool) -> list[Group]:
-    """The groups with the advantage of each sample."""
-    rewards_N = [rollout.score.reward for group in groups_P for rollout in group.rollouts]
-    advantages_N = iter(group_advantages(rewards_N, len(groups_P[0].rollouts), by_std=by_std))
-    return [Group(tuple(replace(r, advantage=next(advantages_N)) for r in group.rollouts)) for group in groups_P]
+def with_advantages(groups_P: Sequence[Group], cfg: GrpoConfig) -> list[Group]:
+    """The groups with the samples to train on marked, and with their advantages.
+
+    With ``algorithm.filter_groups``, these are samples of groups with spread; if there is none, of the first group.
+    """
+    teaches_P = [group.has_spread or not cfg.algorithm.filter_groups.enable for group in groups_P]
+    teaches_P[0] |= not any(teaches_P)
+    size, by_std = cfg.actor_rollout_ref.rollout.trained, cfg.algorithm.norm_adv_by_std
+    return [marked(group, size if teaches else 0, by_std) for group, teaches in zip(groups_P, teaches_P, strict=True)]
+
+
+def marked(group: Group, size: int, by_std: bool) -> Group:
+    """The group with ``size`` samples to train on, whose advantages compare only those."""
+    rewards_G = [rollout.score.reward for rollout in group.rollouts]
+    chosen = max_variance_subset(rewards_G, size) if size else []
+    values = group_advantages([rewards_G[g] for g in chosen], size, by_std=by_std) if size else []
+    advantages, rollouts_G = dict(zip(chosen, values, strict=True)), enumerate(group.rollouts)
+    return Group(tuple(replace(r, advantage=advantages.get(g, 0.0), trained=g in advantages) for g, r in rollouts_G))
 
 
 def minibatches(
     groups_P: Sequence[Group], actor: ActorConfig, algorithm: AlgorithmConfig, max_response_length: int
 ) -> list[list[Tree]]:
-    """One list of trees per optimizer step; the loss aggregation decides the weight of each sample's tokens."""
+    """One list of trees per optimizer step of an epoch; the loss aggregation decides the weight of each token."""
     scale, size = algorithm.loss_scale_factor or max_response_length, actor.ppo_mini_batch_size
-    result = []
-    for start in list(range(0, len(groups_P), size)) * actor.ppo_epochs:
-        mini = groups_P[start : start + size]
-        if algorithm.filter_groups.enable:
-            mini = [group for group in mini if group.has_spread] or mini[:1]
-        lengths = [len(rollout.completion.token_ids) for group in mini for rollout in group.rollouts]
+    trained, result = [group for group in groups_P if group.trained], []
+    for start in range(0, len(trained), size):
+        mini = trained[start : start + size]
+        lengths = [len(rollout.completion.token_ids) for group in mini for rollout in group.trained]
         weights = iter(token_weights(lengths, algorithm.loss_agg, actor.ppo_micro_batch_size_per_gpu, scale))
         trees = [tree_of(group, weights) for group in mini]
         if actor.skip_zero_advantage:
@@ -128,7 +138,7 @@ def minibatches(
 def tree_of(group: Group, weights: Iterator[float]) -> Tree:
     """The group as a prompt with one branch per sample; takes one weight per sample."""
     branches = tuple(
-        Branch(r.completion.token_ids, r.advantage, next(weights), r.completion.logprobs) for r in group.rollouts
+        Branch(r.completion.token_ids, r.advantage, next(weights), r.completion.logprobs) for r in group.trained
     )
     return Tree(group.rollouts[0].example.prompt_ids, branches)
 
@@ -143,7 +153,7 @@ def with_logprobs(t: Trainer, micro: MicroBatch) -> MicroBatch:
     """Adds the reference's log-probs and, if a step makes several updates, the policy's from before the first."""
     if t.ref is not None:
         micro = replace(micro, ref_logprobs_R=t.ref.logprobs(micro))
-    if t.several_updates:
+    if t.cfg.several_updates:
         micro = replace(micro, old_logprobs_R=t.policy.logprobs(micro))
     return micro
 
@@ -171,7 +181,7 @@ def mean_of(reports: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def rollout_metrics(groups_P: Sequence[Group]) -> Metrics:
-    """Means over the samples, and the share of groups whose rewards differ (only those teach)."""
+    """Means over all samples drawn, and the share of groups whose rewards differ (only those teach)."""
     scores = [rollout.score for group in groups_P for rollout in group.rollouts]
     completions = [rollout.completion for group in groups_P for rollout in group.rollouts]
     ranks = [score.feedback.rank for score in scores]
