@@ -57,8 +57,8 @@ prompt="${style:+--prompt_style $style} ${history_turns:+--max_history_turns $hi
 sft_keys=()
 if [ "${QUICK:-0}" != 0 ]; then
   [ "$device" = cpu ] && batch=2 || batch=$((2 * processes * nodes))
-  distill_size="--k 2 --limit 24" infer+=" --max_tokens 48" test_questions=16
-  distill2+=" --scaffold --max_tokens 128 --rank_limit 100 $distill_size" # after two steps of SFT nothing is good yet
+  distill_size="--k 2 --limit 24 --rank_limit 100" # few samples reach rank 1, fewer after two steps of SFT
+  distill2+=" --scaffold --max_tokens 128 $distill_size" infer+=" --max_tokens 48" test_questions=16
   sft_keys=(trainer.total_training_steps=2 data.train_batch_size=$((4 * processes)) data.micro_batch_size_per_gpu=4)
   keys=(trainer.total_training_steps=2 data.train_batch_size=$batch actor_rollout_ref.actor.ppo_mini_batch_size=$batch
     data.val_max_samples=8 "${keys[@]}")
