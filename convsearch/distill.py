@@ -8,13 +8,15 @@
 import argparse
 
 from convsearch.cli import command_parser, run
-from convsearch.generation.options import add_sampling_flags
+from convsearch.generation.options import MODEL_NAMES, add_sampling_flags
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("convsearch.distill", __doc__)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="the base model: folder or hub name")
+    names = "Get_SFT: with the worked example; ConvSearch-R1: zero-shot prompt, for a model that has learned the form"
+    add("--model_name", default="Get_SFT", choices=MODEL_NAMES, help=names)
     add("--input_path", required=True, help="training conversations, one JSON object per line")
     add("--output_dir", required=True, help="folder for samples.jsonl, sft.parquet and yield.json")
     add("--retriever_url", default="", help="http://host:port or embedded:INDEX_FOLDER; default: $RETRIEVER_URL")
@@ -30,7 +32,6 @@ def build_parser() -> argparse.ArgumentParser:
     shuffled = "shuffle the questions with this seed before --limit; default: file order"
     add("--shuffle_seed", type=int, default=None, help=shuffled)
     add_sampling_flags(parser, max_tokens=1024)
-    parser.set_defaults(model_name="Get_SFT")
     return parser
 
 

@@ -40,6 +40,8 @@ raw=${raw:+${RAW:-$raw}} encoder=${encoder:+${ENCODER:-$encoder}}
 if [ -z "${BRIGHT:-}" ] && [ $dry = 0 ]; then bright=""; fi
 bright_folder=${BRIGHT:-BRIGHT}
 index_folder=data/indexes/$index_name
+sft_model=$out/sft/model
+[ "$rounds" = 1 ] || sft_model=$out/sft$rounds/model # of the last round
 export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 if [ "$device" = cpu ]; then
   # Every step allocates and frees gigabytes of activations: keep the memory, in huge pages (1.7 times faster here).
@@ -55,7 +57,8 @@ prompt="${style:+--prompt_style $style} ${history_turns:+--max_history_turns $hi
 sft_keys=()
 if [ "${QUICK:-0}" != 0 ]; then
   [ "$device" = cpu ] && batch=2 || batch=$((2 * processes * nodes))
-  distill_size="--k 2 --limit 24" infer+=" --max_tokens 48" test_questions=16
+  distill_size="--k 2 --limit 24 --rank_limit 100" # few samples reach rank 1, fewer after two steps of SFT
+  distill2+=" --scaffold --max_tokens 128 $distill_size" infer+=" --max_tokens 48" test_questions=16
   sft_keys=(trainer.total_training_steps=2 data.train_batch_size=$((4 * processes)) data.micro_batch_size_per_gpu=4)
   keys=(trainer.total_training_steps=2 data.train_batch_size=$batch actor_rollout_ref.actor.ppo_mini_batch_size=$batch
     data.val_max_samples=8 "${keys[@]}")
@@ -133,23 +136,33 @@ stage_index() {
   run "${command[@]}" -m retriever_server.index $index ${encoder:+--model_name_or_path "$encoder"} \
     --collection "$data/collection.jsonl" --output "$index_folder"
 }
-stage_distill() { # the base model rewrites the training set with one worked example; rewrites that reach rank 1 stay
+sample() { # MODEL FOLDER FLAGS...: the model rewrites the training set; rewrites that reach rank 1 stay
   serve
-  [ "$served" = false ] || distill+=" --retriever_index $index_name"
-  each_process "$data/train.json" "$out/distill" "$py" -m convsearch.distill --model_name_or_path "$base" \
-    --input_path INPUT --output_dir OUTPUT --retriever_url "$url" --seed "$seed" \
-    $generation $prompt $distill $distill_size
+  local named=""
+  [ "$served" = false ] || named="--retriever_index $index_name"
+  each_process "$data/train.json" "$2" "$py" -m convsearch.distill --model_name_or_path "$1" --input_path INPUT \
+    --output_dir OUTPUT --retriever_url "$url" --seed "$seed" $generation $prompt $named "${@:3}"
 }
-stage_sft() {
-  local files=$out/distill/sft.parquet
-  [ "$processes" = 1 ] || files=[$(parts "$out/distill" /sft.parquet ,)]
-  run "${ranks[@]}" -m convsearch.sft "${composed[@]}" data.train_files="$files" trainer.default_local_dir="$out/sft" \
+learn() { # FOLDER RUN: the base model learns from what is in the folder
+  local files=$1/sft.parquet
+  [ "$processes" = 1 ] || files=[$(parts "$1" /sft.parquet ,)]
+  run "${ranks[@]}" -m convsearch.sft "${composed[@]}" data.train_files="$files" trainer.default_local_dir="$2" \
     "${sft_keys[@]}"
+}
+stage_distill() { sample "$base" "$out/distill" $distill $distill_size; } # with one worked example
+stage_sft() { # further rounds: what the last SFT model writes, with the prompt of GRPO, is learned by the base model
+  local round before=""
+  learn "$out/distill" "$out/sft"
+  for ((round = 2; round <= rounds; round++)); do
+    sample "$out/sft$before/model" "$out/distill$round" --model_name ConvSearch-R1 $distill2
+    learn "$out/distill$round" "$out/sft$round"
+    before=$round
+  done
 }
 stage_grpo() {
   serve
   local more=(data.train_files="$data/train.parquet" data.val_files="$data/validation.parquet")
-  [[ " $stages " != *" sft "* ]] || more+=(actor_rollout_ref.model.path="$out/sft/model")
+  [[ " $stages " != *" sft "* ]] || more+=(actor_rollout_ref.model.path="$sft_model")
   run "$py" -m convsearch.grpo "${composed[@]}" "${more[@]}" retriever.url="$url" \
     trainer.default_local_dir="$out/grpo" "${keys[@]}"
 }
@@ -161,7 +174,7 @@ rewrite() { # FILE RESULT MODEL FLAGS
 # What is searched: a text of the test file, or the rewrites of a model. eval/systems.py has the names of the table.
 declare -A text=([raw]=question [previous_question]=previous_question [previous_answer]=previous_answer
   [previous]=previous [history]=all_history [written]=rewrite)
-declare -A model=([zero_shot]=$base [sft]=$out/sft/model [grpo]=$out/grpo/model
+declare -A model=([zero_shot]=$base [sft]=$sft_model [grpo]=$out/grpo/model
   [grpo_sample]=$out/grpo/model [grpo_fused]=$out/grpo/model)
 declare -A sampling=([grpo_sample]="--temperature 0.7" [grpo_fused]="--temperature 0.7 --n 4")
 declare -A fusion=([grpo_fused]="--fuse rrf")

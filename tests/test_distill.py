@@ -19,6 +19,7 @@ import pytest
 from convsearch import distill as command_line
 from convsearch import sft
 from convsearch.generation import distill
+from convsearch.generation.rewriter import build_rewriter
 from convsearch.parsing import parse_rewrite
 from convsearch.prompts import render
 from convsearch.runs.tracking import read_metrics
@@ -262,6 +263,14 @@ def test_limits_and_first_turns(form_llama: Path, conversations: Path, toy_serve
     distilled(form_llama, conversations, tmp_path, toy_server, "--limit", 3, "--rank_limit", 20)  # fewer than are there
     summary = json.loads((tmp_path / "yield.json").read_text())
     assert summary["samples"] == 18
+
+
+def test_the_model_name_chooses_the_prompt(form_llama: Path, conversations: Path, tmp_path: Path) -> None:
+    for flags, expected in (([], True), (["--model_name", "ConvSearch-R1"], False)):
+        args = command_line.parse_args([str(part) for part in command(form_llama, conversations, tmp_path, "", *flags)])
+        rewriter = build_rewriter(args)
+        prompt = rewriter.tokenizer.decode(rewriter.prompt_ids(Conversation.from_record(ROWS[1])))
+        assert ("Sagrada" in prompt) is expected
 
 
 def test_nothing_kept_says_what_to_try_and_keeps_the_samples(

@@ -265,6 +265,20 @@ def test_seeds_by_hand() -> None:
     ]
 
 
+def test_questions_are_the_unit_of_a_test_with_seeds(files: list[Path]) -> None:
+    """Seeds are averaged per question first: three equal ones give the p of one, where pooling would give 2 / 2**15."""
+    baseline, run = files[1:]
+    measures = ["--measures", "MRR", "--draws", "1000"]
+    result = json.loads(command(*files[:2], *measures, "--json", "--seeds", "GRPO", run, run, run).stdout)
+    [row] = result["comparisons"]
+    assert (row["baseline"], row["run"], row["permutation_p"]) == ("raw", "GRPO", 2 / 2**5)
+    result = json.loads(command(*files[:2], *measures, "--json", "--seeds", "GRPO", run, baseline, run).stdout)
+    [row] = result["comparisons"]
+    assert row["difference"] == pytest.approx(2 / 3 * 2.5 / 6)
+    text = command(*files[:2], *measures, "--seeds", "GRPO", run, baseline, run).stdout
+    assert " 0.0625 " in text.split("win/tie/loss")[1]  # p, to four digits
+
+
 def test_command_with_seeds_in_html_and_by_query(
     files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

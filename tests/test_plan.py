@@ -161,16 +161,16 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def commands_in(checkout: Path, runner: str, *stages: str, **environment: str) -> list[str]:
+def commands_in(checkout: Path, runner: str, *stages: str) -> list[str]:
     """The commands of demo_smollm2 with other values in names.runner."""
     experiment = f"# @package _global_\ndefaults: [demo_smollm2, _self_]\nnames: {{runner: {{{runner}}}}}\n"
     (checkout / "configs" / "experiment" / "mine.yaml").write_text(experiment)
-    variables = {"PLAN": "commands", "PYTHONPATH": f"{checkout}:{ROOT}", "OUT": "o", **environment}
-    done = bash("scripts/run.sh", "mine", "--dry-run", *stages, folder=checkout, **variables)
-    assert done.returncode == 0, done.stderr
-    stages_found = read_stages(done.stdout.splitlines())
-    describe(stages_found, 1, 1, 80.0)
-    return [shlex.join(command[2:]) for stage in stages_found for command in stage.commands]
+    variables = {"PYTHONPATH": f"{checkout}:{ROOT}", "OUT": "o"}
+    dry_run = ("scripts/run.sh", "mine", "--dry-run", *stages)
+    checked = bash(*dry_run, folder=checkout, **variables)
+    assert checked.returncode == 0, checked.stderr
+    planned = bash(*dry_run, folder=checkout, PLAN="commands", **variables).stdout
+    return [shlex.join(command[2:]) for stage in read_stages(planned.splitlines()) for command in stage.commands]
 
 
 def test_rows_of_the_table(checkout: Path) -> None:
@@ -204,6 +204,31 @@ def test_rows_of_the_table(checkout: Path) -> None:
         "--rules o/validation.trec o/validation/raw.trec o/validation/previous_answer.trec"
     )
     assert "--rules" not in commands_in(checkout, "runs: raw grpo", "report")[-1]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_rounds_of_the_warm_up(checkout: Path, rounds: int) -> None:
+    """Each further round samples from the last SFT model, and trains the base model on its samples alone."""
+    runner = f"rounds: {rounds}, distill: --k 3, distill_size: --limit 9, distill2: --k 5, runs: sft"
+    found = commands_in(checkout, runner, "distill", "sft", "grpo", "infer")
+    steps = [
+        (*re.findall(r"--(?:model_name_or_path|output_dir) (\S+)", command), "--k 5" in command)
+        if command.startswith("convsearch.distill")
+        else tuple(re.findall(r"(?:train_files|default_local_dir)=(\S+)", command))
+        for command in found
+        if command.startswith(("convsearch.distill", "convsearch.sft"))
+    ]
+    base = "data/models/smollm2-135m"
+    expected = [(base, "o/distill", False), ("o/distill/sft.parquet", "o/sft")]
+    expected += [("o/sft/model", "o/distill2", True), ("o/distill2/sft.parquet", "o/sft2")]
+    expected += [("o/sft2/model", "o/distill3", True), ("o/distill3/sft.parquet", "o/sft3")]
+    assert steps == expected[: 2 * rounds]
+    assert [("--model_name ConvSearch-R1" in command) for command in found if ".distill " in command] == (
+        [False] + [True] * (rounds - 1)
+    )
+    last = f"o/sft{rounds}/model" if rounds > 1 else "o/sft/model"
+    assert [f"model.path={last}" in command for command in found if ".grpo " in command] == [True]
+    assert f"--model_name_or_path {last}" in found[-1]
 
 
 def test_every_seed_and_group_has_its_own_output_folder() -> None:
