@@ -1,4 +1,4 @@
-"""The embedded demo: its conversations over the summaries of the installed package, and its language model."""
+"""The embedded demo: its conversations over the sentences of the installed summaries, and its language model."""
 
 import json
 import shutil
@@ -19,6 +19,11 @@ ARTICLES = ("Hamlet", "William Shakespeare", "Anne Hathaway", "Globe Theatre", "
 Run = Callable[..., None]
 
 
+def extract(title: str) -> str:
+    """Three sentences; the last two start with the same three words."""
+    return f"{title} is an article about something. He was born in a town. He was born elsewhere, some say."
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     def call(*arguments: object) -> None:
@@ -33,7 +38,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _turn(question: str, article: str, **more: str) -> dict[str, str]:
-    return {"question": question, "answer": f"answer to {question}", "article": article, **more}
+    evidence = f"{article} is an article"
+    return {"question": question, "answer": f"answer to {question}", "article": article, "evidence": evidence, **more}
 
 
 def _small() -> dict[str, list[dict[str, Any]]]:
@@ -43,7 +49,7 @@ def _small() -> dict[str, list[dict[str, Any]]]:
                 "conv_id": 1,
                 "turns": [
                     _turn("who wrote Hamlet?", "Hamlet", rewrite="who wrote it"),
-                    _turn("where was he born?", "William Shakespeare"),
+                    _turn("where was he born?", "William Shakespeare", evidence="He was born in"),
                 ],
             },
             {"conv_id": 2, "turns": [_turn("who was his wife?", "Anne Hathaway")]},
@@ -61,8 +67,7 @@ def write(tmp_path: Path) -> Callable[[dict[str, list[dict[str, Any]]]], list[ob
         for split, entries in conversations.items():
             (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         summaries = {
-            title: {"title": title, "extract": f"{title} is an article.", "description": "", "topic": "Arts"}
-            for title in ARTICLES
+            title: {"title": title, "extract": extract(title), "description": "", "topic": "Arts"} for title in ARTICLES
         }
         (tmp_path / "summaries.json").write_text(json.dumps(summaries))
         return ["--conversations", tmp_path, "--summaries", tmp_path / "summaries.json", "--output", tmp_path / "out"]
@@ -84,14 +89,14 @@ def test_a_small_demo(
         "question": "where was he born?",
         "context": ["who wrote Hamlet?", "answer to who wrote Hamlet?"],
         "answer": "answer to where was he born?",
-        "gold_docids": ["wiki-00001"],
+        "gold_docids": ["wiki-00001-2"],
         "topic": "William Shakespeare",
     }
     assert "rewrite" not in train[0]
     assert _lines(tmp_path / "out" / "test.json")[0]["rewrite"] == "how long is the river Nile?"
     assert _lines(tmp_path / "out" / "collection.jsonl")[0] == {
-        "id": "wiki-00000",
-        "contents": "Hamlet Hamlet is an article.",
+        "id": "wiki-00000-1",
+        "contents": "Hamlet Hamlet is an article about something.",
     }
     attribution = (tmp_path / "out" / "ATTRIBUTION.md").read_text()
     assert "CC BY-SA 4.0" in attribution
@@ -111,6 +116,17 @@ def test_a_small_demo(
         ),
         ("test", _turn("x?", "hamlet"), r"test\.jsonl:1, turns\[0\]: field 'article' names no summary: 'hamlet'"),
         ("validation", _turn("", "Nile"), r"validation\.jsonl:1, turns\[0\]: field 'question' is blank"),
+        (
+            "test",
+            _turn("x?", "Nile", evidence="He was born"),
+            r"test\.jsonl:1, turns\[0\]: field 'evidence' starts 2 sentences of 'Nile', not one: 'He was born'",
+        ),
+        (
+            "test",
+            _turn("x?", "Nile", evidence="The Nile is a"),
+            r"starts 0 sentences of 'Nile', not one: 'The Nile is a'; it must be the first words of the sentence that",
+        ),
+        ("test", {"question": "x?", "answer": "y", "article": "Nile"}, r"turns\[0\]: field 'evidence' is missing"),
         (
             "validation",
             {"question": "x?", "article": "Nile"},
@@ -145,24 +161,39 @@ def test_repeated_and_empty_conversations_are_named(
         run(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("It is a play. It was first staged in 1600.", ["It is a play. It was first staged in 1600."]),
+        (
+            "The play was first staged in 1600. He wrote it. The U.S. saw it for the first time later.",
+            ["The play was first staged in 1600. He wrote it.", "The U.S. saw it for the first time later."],
+        ),
+        (
+            "He left.  It was a long way to the coast.\nIt rained. It had been dry for a week.",
+            ["He left. It was a long way to the coast. It rained.", "It had been dry for a week."],
+        ),
+        ("Short.", ["Short."]),
+    ],
+)
+def test_sentences_and_the_joins_of_short_ones(text: str, sentences: list[str]) -> None:
+    assert demo_data.split_sentences(text) == sentences
+
+
 def test_the_real_demo(run: Run, tmp_path: Path) -> None:
-    """At least 150 conversations of 4 to 7 turns over 10,033 articles, no article in two splits."""
+    """Every turn of the three files has one gold sentence of its article, and no article is in two splits."""
     run("--output", tmp_path, "--prompt-style", "compact")
     splits = {split: _lines(tmp_path / f"{split}.json") for split in demo_data.SPLITS}
-    for split, least in (("train", 100), ("validation", 20), ("test", 30)):
-        turns = splits[split]
-        lengths = [sum(turn["conv_id"] == conv_id for turn in turns) for conv_id in {turn["conv_id"] for turn in turns}]
-        assert len(lengths) >= least
-        assert 4 <= min(lengths) <= max(lengths) <= 7
-        assert pq.read_metadata(tmp_path / f"{split}.parquet").num_rows == len(turns)
-    golds = {split: {turn["gold_docids"][0] for turn in turns} for split, turns in splits.items()}
-    assert golds["train"].isdisjoint(golds["test"] | golds["validation"])
-    assert golds["test"].isdisjoint(golds["validation"])
     collection = {passage["id"]: passage["contents"] for passage in _lines(tmp_path / "collection.jsonl")}
-    assert len(collection) == 10_033
-    assert all(
-        collection[turn["gold_docids"][0]].startswith(turn["topic"]) for turns in splits.values() for turn in turns
-    )
+    assert len(collection) == 36_154
+    assert len({docid.rpartition("-")[0] for docid in collection}) == 10_033
+    articles = {split: {turn["topic"] for turn in turns} for split, turns in splits.items()}
+    assert articles["train"].isdisjoint(articles["test"] | articles["validation"])
+    assert articles["test"].isdisjoint(articles["validation"])
+    for split, turns in splits.items():
+        assert pq.read_metadata(tmp_path / f"{split}.parquet").num_rows == len(turns)
+        assert all(len(turn["gold_docids"]) == 1 for turn in turns)
+        assert all(collection[turn["gold_docids"][0]].startswith(f"{turn['topic']} ") for turn in turns)
 
 
 @pytest.mark.parametrize("find", [demo_data.find_summaries, demo_model.find_gguf])

@@ -64,7 +64,8 @@ def test_mtrag(tmp_path: Path) -> None:
 def test_summaries(tmp_path: Path) -> None:
     """One word, four hundred words, words again and again, sentences of a passage, nothing at all; one to five
     golds."""
-    passages = [(article.docid, article.contents) for article in read_articles(find_summaries()).values()]
+    articles = read_articles(find_summaries()).values()
+    passages = [(article.docid, " ".join([article.title, *article.sentences])) for article in articles]
     draw = random.Random(2)
     words = [word for _, text in draw.sample(passages, 400) for word in text.split()]
     cases: list[Case] = [
