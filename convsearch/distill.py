@@ -21,14 +21,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", required=True, help="folder for samples.jsonl, sft.parquet and yield.json")
     add("--retriever_url", default="", help="http://host:port or embedded:INDEX_FOLDER; default: $RETRIEVER_URL")
     add("--retriever_index", default=None, help="name of the server's index; default: its first")
-    add("--k", type=int, default=1, help="samples per conversation (paper: 1)")
+    add("--k", type=int, default=1, help="samples per conversation (paper: 1); 0, with --names: no model")
     add("--rank_limit", type=int, default=1, help="worst gold rank that is kept (paper: 1)")
     add("--max_kept", type=int, default=1, help="samples kept per conversation, best ranks first")
     add("--drop_first_turns", action="store_true", help="leave out questions without a history: they need no rewrite")
     copies = "leave out rewrites that only repeat the question although it has a history (not in the paper)"
     add("--drop_copies", action="store_true", help=copies)
-    complete = "a question that reaches the rank limit, with no better sample, stays as it is (not in the paper)"
-    add("--keep_complete", action="store_true", help=complete)
+    named = "also try the question as it is, and with each name of its history in it (English; not in the paper)"
+    add("--names", action="store_true", help=named)
     shuffled = "shuffle the questions with this seed before --limit; default: file order"
     add("--shuffle_seed", type=int, default=None, help=shuffled)
     add_sampling_flags(parser, max_tokens=1024)
@@ -38,9 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name in ("k", "rank_limit", "max_kept"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    for name, least in (("k", 0 if args.names else 1), ("rank_limit", 1), ("max_kept", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     return args
 
 

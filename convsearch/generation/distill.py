@@ -6,6 +6,7 @@ right and its gold passage has rank 1. ``sft.parquet`` then has what is kept, wi
 
 import argparse
 import json
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convsearch.files import atomic_write, read_jsonl
+from convsearch.generation.names import with_names
 from convsearch.generation.output import Record, ResumableLines, read_input
 from convsearch.parsing import parse_rewrite
 from convsearch.prompts import PromptStyle, render
+from convsearch.retriever.client import RetrieverClient
 from convsearch.retriever.embedded import open_retriever
 from convsearch.types import Completion, Conversation
-
-COMPLETE = "<think>The question is complete.</think>\n<rewrite>{}</rewrite>"  # the row of --keep_complete
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -49,11 +50,13 @@ def distill(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace, conversations: list[Conversation], path: Path, qids: Iterable[str]) -> None:
-    """Appends k samples and the question with their gold ranks for every conversation that is not in ``path`` yet.
+    """Appends the samples of every conversation that is not in ``path`` yet, with their gold ranks.
+
+    They are k of the model and, with ``args.names``, the best rewrite of ``best_names``.
 
     Raises:
         ValueError: a conversation has no gold passage, or ``path`` is of another input (``qids``) or another k, or
-            lacks the ranks of the questions that ``args.keep_complete`` needs.
+            lacks the rewrites of ``args.names``.
     """
     output = ResumableLines(path, args, "samples", qids)
     for conversation in conversations:
@@ -66,9 +69,8 @@ def sample(args: argparse.Namespace, conversations: list[Conversation], path: Pa
         if k != args.k:
             remedy = "set it back or name another --output_dir"
             raise ValueError(f"{path} has {k} samples per conversation, not --k {args.k}: {remedy}")
-        if args.keep_complete and "question_rank" not in output.done.get(qid, {"question_rank": None}):
-            remedy = "leave --keep_complete out, or name another --output_dir"
-            raise ValueError(f"{path} has no question_rank for {qid}, an earlier version wrote it: {remedy}")
+        if args.names and "named" not in output.done.get(qid, {"named": None}):
+            raise ValueError(f"{path} was written without --names: leave it out, or name another --output_dir")
     if all(conversation.qid in output.done for conversation in conversations):
         output.complete(conversations, args.k, 1, lambda part, groups: (), "distilling")  # reports what is kept
         return
@@ -77,18 +79,32 @@ def sample(args: argparse.Namespace, conversations: list[Conversation], path: Pa
 
         def lines(part: Sequence[Conversation], groups: list[list[Completion]]) -> Iterator[Record]:
             rewrites = [parse_rewrite(c.text, c.finish_reason) for group in groups for c in group]
-            golds = [c.gold_docids for c in part] + [c.gold_docids for c in part for _ in range(args.k)]
-            ranks = iter(retriever.gold_ranks(golds, [*(c.question for c in part), *(r.text for r in rewrites)]))
-            question_ranks = [next(ranks) for _ in part]
-            judged = iter(zip(rewrites, ranks, strict=True))
-            for conversation, group, question_rank in zip(part, groups, question_ranks, strict=True):
+            golds = [conversation.gold_docids for conversation in part for _ in range(args.k)]
+            judged = iter(zip(rewrites, retriever.gold_ranks(golds, [r.text for r in rewrites]), strict=True))
+            named = best_names(retriever, part) if args.names else [{}] * len(part)
+            for conversation, group, best in zip(part, groups, named, strict=True):
                 samples = [
                     {"output": completion.text, "rewrite": rewrite.text, "error": rewrite.error, "rank": rank}
                     for completion, (rewrite, rank) in zip(group, judged, strict=False)
                 ]
-                yield {"qid": conversation.qid, "question_rank": question_rank, "samples": samples}
+                yield {"qid": conversation.qid, **best, "samples": samples}
 
-        output.complete(conversations, args.k, max(1, args.batch_size // args.k), lines, "distilling")
+        output.complete(conversations, args.k, max(1, args.batch_size // max(1, args.k)), lines, "distilling")
+
+
+def best_names(retriever: RetrieverClient, part: Sequence[Conversation]) -> list[Record]:
+    """For each conversation {"named": the rewrite of ``with_names`` with the best gold rank, the first of equals}."""
+    tried = [list(with_names(conversation)) for conversation in part]
+    golds = [conversation.gold_docids for conversation, own in zip(part, tried, strict=True) for _ in own]
+    ranks = iter(retriever.gold_ranks(golds, [rewrite for own in tried for rewrite, _ in own]))
+    best = []
+    for own in tried:
+        judged = [(rank or math.inf, i, rank) for i, rank in zip(range(len(own)), ranks, strict=False)]
+        _, i, rank = min(judged, key=lambda entry: entry[:2])
+        rewrite, thought = own[i]
+        output = f"<think>{thought}</think>\n<rewrite>{rewrite}</rewrite>"
+        best.append({"named": {"output": output, "rewrite": rewrite, "error": None, "rank": rank}})
+    return best
 
 
 def verdict(args: argparse.Namespace, record: Record, row: Record) -> str:
@@ -111,8 +127,7 @@ def _words(text: str) -> list[str]:
 def select(args: argparse.Namespace, records: list[Record], samples: dict[str, Record]) -> tuple[list[Record], Record]:
     """The SFT rows, and the yield by turn and by reason.
 
-    With ``args.keep_complete``, a question whose own rank is within the limit, and not above that of a kept sample, has
-    one row that says so; ``questions_complete`` counts these, ``questions_kept`` the others that have a row.
+    With ``args.names``, that rewrite is a candidate, too; it comes before samples of the same rank.
 
     Args:
         samples: the lines of samples.jsonl by query id.
@@ -123,16 +138,13 @@ def select(args: argparse.Namespace, records: list[Record], samples: dict[str, R
     for record in records:
         turn = len(record.get("context", [])) // 2 + 1
         line = samples[record["qid"]]
-        verdicts = [verdict(args, record, row) for row in line["samples"]]
+        tried = [line["named"], *line["samples"]] if args.names else line["samples"]
+        verdicts = [verdict(args, record, row) for row in tried]
         reasons.update(verdicts)
-        kept = [row for row, word in zip(line["samples"], verdicts, strict=True) if word == "kept"]
+        kept = [row for row, word in zip(tried, verdicts, strict=True) if word == "kept"]
         unique = {row["output"]: row for row in sorted(kept, key=lambda row: row["rank"])}
         best = list(unique.values())[: args.max_kept]
-        limit = min([args.rank_limit, *(row["rank"] for row in kept)])
-        if complete := args.keep_complete and (line["question_rank"] or limit + 1) <= limit:
-            best = [{"output": COMPLETE.format(record["question"]), "rank": line["question_rank"]}]
-        by_turn[turn].update(samples=len(verdicts), samples_kept=len(kept), questions=1)
-        by_turn[turn].update(questions_kept=int(bool(kept) and not complete), questions_complete=int(complete))
+        by_turn[turn].update(samples=len(verdicts), samples_kept=len(kept), questions=1, questions_kept=int(bool(kept)))
         rows += [{"record": record, "output": row["output"], "rank": row["rank"]} for row in best]
     return rows, {
         "rows": len(rows),
@@ -173,5 +185,4 @@ def print_yield(summary: Record) -> None:
     for turn, row in summary["by_turn"].items():
         kept, share = row.get("samples_kept", 0), row.get("samples_kept", 0) / row["samples"]
         questions = f"{row['questions_kept']:>12} of {row['questions']}"
-        complete = f", {row['questions_complete']} complete as they are" if row["questions_complete"] else ""
-        print(f"{turn:<6}{row['samples']:>9}{kept:>7}{share:>9.1%}{questions}{complete}")
+        print(f"{turn:<6}{row['samples']:>9}{kept:>7}{share:>9.1%}{questions}")

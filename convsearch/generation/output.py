@@ -121,14 +121,18 @@ class ResumableLines:
             print(f"{self.path}: {kept} of {len(conversations)} lines are there already and are kept")
         if not rest:
             return
-        rewriter = build_rewriter(self.args)
+        size = prompts_per_slice
+        if n:
+            slices = build_rewriter(self.args).slices(rest, n, self.args.seed, size)
+        else:
+            slices = ((rest[i : i + size], [[] for _ in rest[i : i + size]]) for i in range(0, len(rest), size))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with (
             named_errors(self.path),
             self.path.open("a", encoding="utf-8") as file,
             tqdm(total=len(conversations), initial=kept, desc=description, unit="question") as bar,
         ):
-            for part, groups in rewriter.slices(rest, n, self.args.seed, prompts_per_slice):
+            for part, groups in slices:
                 for record in lines(part, groups):
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()

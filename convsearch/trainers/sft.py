@@ -19,7 +19,7 @@ from tqdm import tqdm
 from convsearch.config import SftConfig
 from convsearch.config.sft import SftDataConfig
 from convsearch.model import distributed
-from convsearch.model.batch import Branch, MicroBatch, Tree, collate
+from convsearch.model.batch import Branch, MicroBatch, Tree, collate_rows
 from convsearch.model.loading import encode_chat, load_tokenizer, pick_device
 from convsearch.model.precision import settled
 from convsearch.policy.build import sft_policy
@@ -36,7 +36,7 @@ def sft_step(policy: LocalPolicy, trees: list[Tree], micro_batch_size: int, lr: 
     """One optimizer step on a batch of one-branch trees, shared evenly by all processes; returns the batch's loss."""
     own = with_weight(trees, 1 / sum(map(num_response_tokens, trees)))[distributed.rank() :: distributed.world_size()]
     reports = [
-        policy.forward_backward(collate(own[start : start + micro_batch_size]), negative_log_likelihood)
+        policy.forward_backward(collate_rows([own[start : start + micro_batch_size]]), negative_log_likelihood)
         for start in range(0, len(own), micro_batch_size)
     ]
     loss = distributed.sum_over_ranks({"loss": sum(report["loss"] for report in reports)})
@@ -115,7 +115,7 @@ def validation_loss(policy: LocalPolicy, trees: list[Tree], micro_batch_size: in
     own = [*trees, *with_weight(trees[:1], 0.0) * missing][rank::world]
     sums = {"nll": 0.0, "tokens": 0.0}
     for start in range(0, len(own), micro_batch_size):
-        micro = collate(own[start : start + micro_batch_size])
+        micro = collate_rows([own[start : start + micro_batch_size]])
         nll = -float((micro.weights_R * policy.logprobs(micro)).sum())
         sums = {"nll": sums["nll"] + nll, "tokens": sums["tokens"] + float(micro.weights_R.sum())}
     sums = distributed.sum_over_ranks(sums)
