@@ -176,7 +176,8 @@ declare -A text=([raw]=question [previous_question]=previous_question [previous_
   [previous]=previous [history]=all_history [written]=rewrite)
 declare -A model=([zero_shot]=$base [sft]=$sft_model [grpo]=$out/grpo/model
   [grpo_sample]=$out/grpo/model [grpo_fused]=$out/grpo/model)
-declare -A sampling=([grpo_sample]="--temperature 0.7" [grpo_fused]="--temperature 0.7 --n 4")
+declare -A sampling=([grpo_sample]="--temperature 0.7 --n 4" [grpo_fused]="--temperature 0.7 --n 4")
+declare -A shared=([grpo_sample]=grpo_samples [grpo_fused]=grpo_samples) # the first of the four, and all of them fused
 declare -A fusion=([grpo_fused]="--fuse rrf")
 rules="" # the constant rules among the runs, if the best of them is asked for
 if [[ " $runs " == *" constant "* ]]; then
@@ -195,7 +196,7 @@ stage_infer() {
     --qrels "$data/validation.trec" --name validation --output "$out"
   for name in $runs; do
     [ -z "${model[$name]:-}" ] ||
-      rewrite "$out/test.json" "$out/$name.jsonl" "${model[$name]}" "${sampling[$name]:-}"
+      rewrite "$out/test.json" "$out/${shared[$name]:-$name}.jsonl" "${model[$name]}" "${sampling[$name]:-}"
   done
 }
 search() { # NAME FILE QRELS FOLDER: writes FOLDER/NAME.trec
@@ -207,7 +208,7 @@ stage_eval() {
   [ -z "$encoder" ] || searcher+=(--pretrained_encoder_path "$encoder")
   [ "$kind" != bm25 ] || searcher=(eval.bm25 --index_dir_path "$index_folder")
   for name in $runs; do
-    file=$out/$name.jsonl
+    file=$out/${shared[$name]:-$name}.jsonl
     [ -z "${text[$name]:-}" ] || file=$out/test.json
     search "$name" "$file" "$out/test.trec" "$out"
   done
@@ -221,7 +222,7 @@ stage_report() {
   run "$py" -m convsearch.plots "$out/grpo" --output "$out/curves.png"
   for name in $runs; do
     table+=("$out/$name.trec")
-    [ -z "${model[$name]:-}" ] || table[-1]+=@$out/$name.jsonl
+    [ -z "${model[$name]:-}" ] || table[-1]+=@$out/${shared[$name]:-$name}.jsonl
     [ "$name" != written ] || table[-1]+=@$out/test.json
   done
   for name in $rules; do validation+=("$out/validation/$name.trec"); done

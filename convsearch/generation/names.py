@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from convsearch.types import Conversation
 
-_WORD, _LINK = r"[A-Z0-9][\w'’.-]*", r"(?:of|the|de|and|la|van|von|in|on|for|du|da|del)"
-_NAME = re.compile(rf"{_WORD}(?:\s+(?:{_LINK}\s+)*{_WORD})*")
+_FIRST, _WORD, _LINK = r"[A-Z][\w'’.-]*", r"[A-Z0-9][\w'’.-]*", r"(?:of|the|de|and|la|van|von|in|on|for|du|da|del)"
+_NAME = re.compile(rf"{_FIRST}(?:\s+(?:{_LINK}\s+)*{_WORD})*")
 _PRONOUN = re.compile(r"\b(he|she|it|they|him|them|his|her|its|their)\b", re.IGNORECASE)
 _POSSESSIVE = {"his", "its", "their"}
 # Words that begin sentences and are not names.
