@@ -4,7 +4,8 @@ The same model, prompts, number and length of samples (no end of sequence on eit
 4 prompts x 4 samples, prompts of TopiOCQA turns with three turns of history (the demo's conversations if they are
 missing). Each contestant runs in a process of its own, in turns; its first step warms up and does not count, and its
 memory is the process's peak (VmHWM). The table shows the seconds of each phase. The last line is
-``ratio=… memory_ratio=…``: samples per second, ours over TRL's, and peak memory, ours over TRL's.
+``ratio=… memory_ratio=…`` in fp32: samples per second, ours over TRL's, and peak memory, ours over TRL's. The line
+before it has the same in bf16, ``ratio_bf16=… memory_ratio_bf16=…``.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,7 +87,7 @@ def make_work(args: argparse.Namespace) -> Work:
         if done.returncode:
             raise ValueError(f"{model} is no model folder and data_preprocess.demo_model could not make it")
     prompts = [render(conversation, "paper", 3)[0]["content"] for conversation in conversations(args.prompts)]
-    given = {"threads": args.threads, "steps": args.steps, "trl_micro_batch": args.trl_micro_batch}
+    given: dict[str, Any] = {"threads": args.threads, "steps": args.steps, "trl_micro_batch": args.trl_micro_batch}
     return Work(str(model), prompts, args.samples, tokens, **given)
 
 
@@ -130,16 +131,22 @@ def ask(name: str, task: Path, threads: int) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace) -> str:
-    """Runs the contestants in turns, prints a table and returns the last line."""
+    """Runs the contestants in turns, in bf16 and in fp32, prints the tables and returns the last two lines."""
     if "trl" in args.contestants and not (ORACLES / "trl").is_dir():
         print(f"trl: not run: {ORACLES} has no trl; bash scripts/test.sh fast installs it")
         args.contestants.remove("trl")
     args.work.mkdir(parents=True, exist_ok=True)
     work = make_work(args)
-    task = args.work / f"grpo_step_{args.size}.json"
+    bf16, fp32 = (measure(args, replace(work, dtype=dtype)) for dtype in ("bf16", "fp32"))
+    return f"ratio_bf16={bf16[0]:.2f} memory_ratio_bf16={bf16[1]:.2f}\nratio={fp32[0]:.2f} memory_ratio={fp32[1]:.2f}"
+
+
+def measure(args: argparse.Namespace, work: Work) -> tuple[float, float]:
+    """Runs the contestants on one type of arithmetic, prints their table, returns ours over TRL's: speed and memory."""
+    task = args.work / f"grpo_step_{args.size}_{work.dtype}.json"
     task.write_text(json.dumps(asdict(work)), encoding="utf-8")
     samples = f"{len(work.prompts)} prompts x {work.samples} samples of {work.tokens} tokens"
-    print(f"{Path(work.model).name}: {samples}, {work.threads} threads")
+    print(f"{Path(work.model).name}, {work.dtype}: {samples}, {work.threads} threads")
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in args.contestants}
     for number in range(args.rounds):
         for name in args.contestants:
@@ -158,8 +165,8 @@ def compare(args: argparse.Namespace) -> str:
         phases = f"{medians['sample_s']:>10.2f}{medians['reference_s']:>11.2f}{medians['update_s']:>9.2f}"
         print(f"{name:<12}{rate[name]:>10.3f}{medians['step_s']:>9.2f}{phases}{peak[name]:>10.0f}")
     if not {"ours", "trl"} <= rate.keys():
-        return "ratio=nan memory_ratio=nan"
-    return f"ratio={rate['ours'] / rate['trl']:.2f} memory_ratio={peak['ours'] / peak['trl']:.2f}"
+        return float("nan"), float("nan")
+    return rate["ours"] / rate["trl"], peak["ours"] / peak["trl"]
 
 
 def main() -> None:

@@ -42,6 +42,8 @@ def overrides(work: Work, share: bool, folder: Path) -> list[str]:
         "data.train_batch_size": count,
         **{f"data.{key}": value for key, value in lengths.items()},
         "actor_rollout_ref.model.path": work.model,
+        "actor_rollout_ref.model.dtype": work.dtype,
+        "actor_rollout_ref.rollout.dtype": work.dtype,
         "actor_rollout_ref.actor.kl_loss_coef": work.beta,
         **{f"actor_rollout_ref.actor.{key}": value for key, value in actor.items()},
         "actor_rollout_ref.rollout.n": work.samples,

@@ -18,3 +18,4 @@ class Work:
     threads: int = 2
     steps: int = 1
     trl_micro_batch: int = 4
+    dtype: str = "fp32"  # of the arithmetic; weights and Adam's state are in fp32

@@ -41,7 +41,8 @@ def test_it_runs_against_trl(
     args = build_parser().parse_args(
         [*arguments, "--contestants", "ours", "trl", "--work", str(tmp_path), "--model", str(tmp_path / "none")]
     )
-    assert re.fullmatch(r"ratio=\d+\.\d\d memory_ratio=\d+\.\d\d", compare(args))
+    figures = r"ratio_bf16=\d+\.\d\d memory_ratio_bf16=\d+\.\d\d\nratio=\d+\.\d\d memory_ratio=\d+\.\d\d"
+    assert re.fullmatch(figures, compare(args))
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[-2:]] == ["ours", "trl"]
     for line in table[-2:]:
