@@ -3,7 +3,7 @@
 1. k samples a conversation, each with the rank that the server gives it; the same whatever the batches and breaks.
 2. Kept is what parses and has its gold passage within the rank limit; the best first, no output twice, at most
    --max_kept.
-3. With --keep_complete, a question that no sample beats stays as it is, and is counted apart.
+3. With --names, the best rewrite that needs no model is a candidate, before samples of the same rank.
 4. The SFT parquet has the zero-shot prompt and trains; the yield adds up by reason and by turn.
 """
 
@@ -23,7 +23,7 @@ from convsearch.generation.rewriter import build_rewriter
 from convsearch.parsing import parse_rewrite
 from convsearch.prompts import render
 from convsearch.runs.tracking import read_metrics
-from convsearch.types import Conversation
+from convsearch.types import Conversation, Turn
 
 ROWS = helpers.conversation_rows(list(helpers.GOLDS))
 
@@ -85,9 +85,6 @@ def test_samples_ranks_filter_and_parquet(
     assert list(samples) == [row["qid"] for row in ROWS]
     assert {len(rows) for rows in samples.values()} == {6}
     index = Bm25Index.load(toy_index)
-    question_ranks = [line["question_rank"] for line in helpers.read_jsonl(output / "samples.jsonl")]
-    texts, golds = [row["question"] for row in ROWS], [row["gold_docids"] for row in ROWS]
-    assert question_ranks == index.gold_ranks(texts, golds, 100)
     for row in ROWS:
         for sample in samples[row["qid"]]:
             parsed = parse_rewrite(sample["output"])
@@ -180,8 +177,8 @@ SAMPLES = {
     ],
 )
 def test_the_filter_by_hand(flags: dict[str, Any], kept: list[str], reasons: dict[str, int]) -> None:
-    args = Namespace(**({"rank_limit": 1, "max_kept": 1, "drop_copies": False, "keep_complete": False} | flags))
-    lines = {qid: {"question_rank": 1, "samples": samples} for qid, samples in SAMPLES.items()}
+    args = Namespace(**({"rank_limit": 1, "max_kept": 1, "drop_copies": False, "names": False} | flags))
+    lines = {qid: {"named": sample("not asked for", 1), "samples": samples} for qid, samples in SAMPLES.items()}
     rows, summary = distill.select(args, RECORDS, lines)
     assert [row["output"] for row in rows] == kept
     assert summary["by_reason"] == reasons
@@ -189,47 +186,108 @@ def test_the_filter_by_hand(flags: dict[str, Any], kept: list[str], reasons: dic
 
 
 @pytest.mark.parametrize(
-    ("question_rank", "rank_limit", "complete"),
-    [(None, 3, []), (1, 1, ["a", "b"]), (2, 1, []), (2, 3, ["b"]), (3, 3, []), (1, 3, ["a", "b"])],
+    ("flags", "ranks", "kept", "reasons"),
+    [
+        (  # before the samples of rank 1; b has no sample of rank 1
+            {},
+            (1, 1),
+            ["named a", "named b"],
+            {"kept": 5, "form: no_tag": 2, "form: truncated": 1, "gold not found": 1, "gold below rank 1": 3},
+        ),
+        (  # behind the samples of better ranks
+            {"rank_limit": 3, "max_kept": 4},
+            (3, 2),
+            ["rome food", "Its FOOD", "named a", "rome", "named b", "rome food", "rome food!"],
+            {"kept": 8, "form: no_tag": 2, "form: truncated": 1, "gold not found": 1},
+        ),
+        (  # a worse rank loses; one beyond the limit or not found is no candidate
+            {"rank_limit": 2},
+            (2, None),
+            ["rome food", "rome food"],
+            {"kept": 6, "form: no_tag": 2, "form: truncated": 1, "gold not found": 2, "gold below rank 2": 1},
+        ),
+    ],
 )
-def test_complete_questions_stay_as_they_are(question_rank: int | None, rank_limit: int, complete: list[str]) -> None:
-    """The best samples of a have rank 1, those of b rank 2: a question of rank 2 is complete for b alone."""
-    args = Namespace(rank_limit=rank_limit, max_kept=2, drop_copies=False, keep_complete=True)
-    lines = {qid: {"question_rank": question_rank, "samples": samples} for qid, samples in SAMPLES.items()}
+def test_the_named_rewrite_is_a_candidate(
+    flags: dict[str, Any], ranks: tuple[int, int | None], kept: list[str], reasons: dict[str, int]
+) -> None:
+    args = Namespace(**({"rank_limit": 1, "max_kept": 1, "drop_copies": False, "names": True} | flags))
+    named = {qid: sample(f"named {qid}", rank) for qid, rank in zip("ab", ranks, strict=True)}
+    lines = {qid: {"named": named[qid], "samples": samples} for qid, samples in SAMPLES.items()}
     rows, summary = distill.select(args, RECORDS, lines)
-    other, _ = distill.select(Namespace(**vars(args) | {"keep_complete": False}), RECORDS, lines)
-    for record in RECORDS:
-        of_question = [row for row in rows if row["record"] is record]
-        if record["qid"] not in complete:
-            assert of_question == [row for row in other if row["record"] is record]
-            continue
-        [row] = of_question
-        assert row["output"] == f"<think>The question is complete.</think>\n<rewrite>{record['question']}</rewrite>"
-        assert parse_rewrite(row["output"]).text == record["question"]
-        assert row["rank"] == question_rank
-    counts = summary["by_turn"].values()
-    assert sum(row["questions_complete"] for row in counts) == len(complete)
-    kept = len({row["record"]["qid"] for row in rows}) - len(complete)
-    assert sum(row["questions_kept"] for row in counts) == kept
+    assert [row["output"] for row in rows] == kept
+    assert summary["by_reason"] == reasons
+    assert {turn: counts["samples"] for turn, counts in summary["by_turn"].items()} == {"1": 6, "2": 6}
 
 
-def test_ranks_of_questions_are_needed_for_complete_ones(
+def test_names_alone_need_no_model(toy_server: str, toy_index: Path, tmp_path: Path) -> None:
+    """Of each question the first of the rewrites with the best rank; a broken run goes on after its last whole line."""
+    contexts = [[text.capitalize() for text in row["context"]] for row in ROWS]
+    rows = [row | {"context": context} for row, context in zip(ROWS, contexts, strict=True)]
+    source = helpers.write_jsonl(tmp_path / "train.json", rows)
+    no_model, output = tmp_path / "no such folder", tmp_path / "out"
+    distilled(no_model, source, output, toy_server, "--k", 0, "--names", "--rank_limit", 20)
+    lines = helpers.read_jsonl(output / "samples.jsonl")
+    for row, context, line in zip(ROWS, contexts, lines, strict=True):
+        thought, rewrite = "The question is complete.", row["question"]
+        town = context[1].split()[0] if context else "none"
+        if context and town != "Rome":  # of passages with equal scores the first one leads: "its food?" finds Rome's
+            thought, rewrite = f'"its" is {town}.', row["question"].replace("its", f"{town}'s")
+        wanted = f"<think>{thought}</think>\n<rewrite>{rewrite}</rewrite>"
+        assert line == {
+            "qid": row["qid"],
+            "named": {"output": wanted, "rewrite": rewrite, "error": None, "rank": 1},
+            "samples": [],
+        }
+    answers = [line["extra_info"]["answer"] for line in pq.read_table(output / "sft.parquet").to_pylist()]
+    assert answers == [line["named"]["output"] for line in lines]
+    summary = json.loads((output / "yield.json").read_text())
+    assert (summary["rows"], summary["samples"], summary["by_reason"]) == (18, 18, {"kept": 18})
+
+    whole = (output / "samples.jsonl").read_bytes()
+    cut = whole.splitlines(keepends=True)
+    (output / "samples.jsonl").write_bytes(b"".join(cut[:5]) + cut[5][:40])
+    printed = distilled(no_model, source, output, f"embedded:{toy_index}", "--k", 0, "--names", "--batch_size", 4)
+    assert "5 of 18 lines are there already and are kept" in printed
+    assert (output / "samples.jsonl").read_bytes() == whole
+
+    status, printed = helpers.call(command_line.main, command(no_model, source, output, toy_server, "--k", 0))
+    assert (status, "--k is 0; it must be at least 1" in printed) == (2, True)
+    bare = [{key: value for key, value in line.items() if key != "named"} for line in lines]
+    helpers.write_jsonl(output / "samples.jsonl", bare)
+    error = failed(no_model, source, output, toy_server, "--k", 0, "--names")
+    assert "samples.jsonl was written without --names: leave it out, or name another --output_dir" in error
+
+
+def test_the_best_name_is_the_retrievers_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A better rank wins over an earlier rewrite; without any rank, the question stays, and is not found."""
+    ranks = {"its food?": None, "Oslo's food?": 7, "Oslo: its food?": 3, "Rome's food?": 2, "Rome: its food?": 2}
+
+    class Retriever:
+        def gold_ranks(self, golds: list[tuple[str, ...]], texts: list[str]) -> list[int | None]:
+            assert golds == [("r",)] * 5 + [("x",)]
+            return [ranks.get(text) for text in texts]
+
+    turns = (Turn("what of Rome", "far"), Turn("and Oslo", "far"))
+    part = [Conversation("a", turns, "its food?", ("r",)), Conversation("b", (), "what?", ("x",))]
+    first, second = distill.best_names(Retriever(), part)  # type: ignore[arg-type]
+    assert (first["named"]["rewrite"], first["named"]["rank"]) == ("Rome's food?", 2)
+    assert (second["named"]["rewrite"], second["named"]["rank"]) == ("what?", None)
+
+
+def test_names_come_with_the_samples_of_the_model(
     form_llama: Path, conversations: Path, toy_server: str, tmp_path: Path
 ) -> None:
-    printed = distilled(form_llama, conversations, tmp_path, toy_server, "--rank_limit", 20, "--keep_complete")
-    summary = json.loads((tmp_path / "yield.json").read_text())
-    complete = sum(row["questions_complete"] for row in summary["by_turn"].values())
-    assert 0 < complete < len(ROWS)
-    assert "complete as they are" in printed
-    answers = [line["extra_info"]["answer"] for line in pq.read_table(tmp_path / "sft.parquet").to_pylist()]
-    assert sum("The question is complete." in answer for answer in answers) == complete
-    lines = helpers.read_jsonl(tmp_path / "samples.jsonl")
-    old = [{key: value for key, value in line.items() if key != "question_rank"} for line in lines]
-    helpers.write_jsonl(tmp_path / "samples.jsonl", old)
-    assert "samples.jsonl has no question_rank for c0_1" in failed(
-        form_llama, conversations, tmp_path, toy_server, "--keep_complete"
-    )
-    distilled(form_llama, conversations, tmp_path, toy_server, "--rank_limit", 20)
+    distilled(form_llama, conversations, tmp_path, toy_server, "--limit", 3, "--rank_limit", 20)
+    bare = helpers.read_jsonl(tmp_path / "samples.jsonl")
+    for name in ("samples.jsonl", "samples.jsonl.settings.json"):
+        (tmp_path / name).unlink()
+    distilled(form_llama, conversations, tmp_path, toy_server, "--limit", 3, "--rank_limit", 20, "--names")
+    both = helpers.read_jsonl(tmp_path / "samples.jsonl")
+    assert [line["samples"] for line in both] == [line["samples"] for line in bare]
+    assert [line["named"]["rewrite"] for line in both] == [row["question"] for row in ROWS[:3]]  # no capital: no name
+    assert json.loads((tmp_path / "yield.json").read_text())["samples"] == 3 * 7
+    distilled(form_llama, conversations, tmp_path, toy_server, "--limit", 3, "--rank_limit", 20)  # and without them
 
 
 @pytest.mark.slow

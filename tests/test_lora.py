@@ -44,8 +44,8 @@ def folder(request: pytest.FixtureRequest) -> Path:
     return path
 
 
-def taught(folder: Path, steps: int = 2) -> LocalPolicy:
-    policy = adapted(folder)
+def taught(folder: Path, steps: int = 2, **options: Any) -> LocalPolicy:
+    policy = adapted(folder, **options)
     for _ in range(steps):
         for micro in pack(TREES, 100, remove_padding=True):
             policy.forward_backward(micro, toy_loss)
@@ -61,6 +61,26 @@ def test_the_reference_is_the_base_model(folder: Path) -> None:
     assert float((policy.logprobs(micro) - base).abs().max()) > 1e-3
     assert torch.equal(BaseReference(policy).logprobs(micro), base)
     assert not torch.equal(policy.logprobs(micro), base)
+
+
+def test_adapters_in_bfloat16_learn_and_go_round(folder: Path) -> None:
+    """Through the float32 copies of the adapters, which a resumed run computes with at once, rounded."""
+    (micro,) = pack(TREES, 100, remove_padding=True)
+    policy, again, frozen = taught(folder, bf16=True), adapted(folder, bf16=True), make(folder, bf16=True)
+    base = frozen.logprobs(micro)
+    assert not torch.equal(policy.logprobs(micro), base)
+    assert torch.equal(BaseReference(policy).logprobs(micro), base)
+    again.load_optimizer_state(policy.optimizer_state())
+    assert torch.equal(again.logprobs(micro), policy.logprobs(micro))
+    for each in (policy, again):
+        each.forward_backward(micro, toy_loss)
+        each.optim_step(1e-2)
+    assert torch.equal(policy.logprobs(micro), again.logprobs(micro))
+    whole, plain = policy.weights(), make(folder).weights()
+    assert all(torch.equal(value, again.weights()[name]) for name, value in whole.items())
+    assert {value.dtype for value in whole.values()} == {torch.float32}
+    untouched = [name for name in whole if "embed" in name or "norm" in name]
+    assert all(torch.equal(whole[name], plain[name]) for name in untouched)  # frozen weights are not rounded
 
 
 def test_gradients_equal_the_chain_rule(folder: Path) -> None:

@@ -133,11 +133,13 @@ def breaking_at(step: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None
     return lambda: monkeypatch.setattr(sft, "sft_step", original)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_broken_run_has_the_losses_of_an_unbroken_one(
-    tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, tiny_llama: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"total_training_steps": 7, "trainer__save_freq": 2, "optim__warmup_steps_ratio": 0.3}
+    options = {"total_training_steps": 7, "trainer__save_freq": 2, "optim__warmup_steps_ratio": 0.3, "dtype": dtype}
     unbroken = trained(tiny_llama, files, tmp_path / "unbroken", **options)
+    assert json.loads((tmp_path / "unbroken" / "config.json").read_text())["model"]["dtype"] == dtype
     mend = breaking_at(5, monkeypatch)
     with pytest.raises(Break):
         trained(tiny_llama, files, tmp_path / "broken", **options)

@@ -5,12 +5,13 @@ these rewrites finds the gold passage. For English; a name is a run of capitalis
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from convsearch.types import Conversation
 
-_FIRST, _WORD, _LINK = r"[A-Z][\w'’.-]*", r"[A-Z0-9][\w'’.-]*", r"(?:of|the|de|and|la|van|von|in|on|for|du|da|del)"
+_FIRST, _WORD, _LINK = r"\b[A-Z][\w'’.-]*", r"[A-Z0-9][\w'’.-]*", r"(?:of|the|de|and|la|van|von|in|on|for|du|da|del)"
 _NAME = re.compile(rf"{_FIRST}(?:\s+(?:{_LINK}\s+)*{_WORD})*")
+_SENTENCE = re.compile(r"(?<=\w{3}\.)\s+")  # "Rome. The" is two; "St. Helens" and "John F. Kennedy" are one
 _PRONOUN = re.compile(r"\b(he|she|it|they|him|them|his|her|its|their)\b", re.IGNORECASE)
 _POSSESSIVE = {"his", "its", "their"}
 # Words that begin sentences and are not names.
@@ -22,13 +23,13 @@ would yes you
 """.split()  # noqa: SIM905
 
 
-def names(texts: Iterator[str]) -> list[str]:
+def names(texts: Iterable[str]) -> list[str]:
     """The names in the texts, each once, in order."""
     found: dict[str, str] = {}
-    for text in texts:
-        for match in _NAME.finditer(text):
+    for sentence in (sentence for text in texts for sentence in _SENTENCE.split(text)):
+        for match in _NAME.finditer(sentence):
             words = match.group().rstrip(".,?!'’").split()
-            while words and words[0].lower() in _NOT_NAMES:
+            while words and re.split("['’]", words[0].lower())[0] in _NOT_NAMES:  # also "It's"
                 words.pop(0)
             name = re.sub(r"['’]s$", "", " ".join(words))
             if len(name) > 1:
@@ -41,7 +42,7 @@ def with_names(conversation: Conversation) -> Iterator[tuple[str, str]]:
 
     A name replaces one of the first two pronouns, or stands before the question as its topic.
     """
-    question = conversation.question
+    question = " ".join(conversation.question.split())
     yield question, "The question is complete."
     pronouns = list(_PRONOUN.finditer(question))[:2]
     texts = (text for turn in reversed(conversation.history) for text in (turn.answer, turn.question))

@@ -20,11 +20,11 @@ class ChosenLogprobs(torch.autograd.Function):
         normaliser_R = torch.empty(len(logits_RV), dtype=torch.float32, device=logits_RV.device)
         chosen_R, entropy_R = torch.empty_like(normaliser_R), torch.empty_like(normaliser_R)
         for rows in _chunks(logits_RV):
-            scaled = logits_RV[rows].float() / temperature
-            normaliser_R[rows] = normaliser = scaled.logsumexp(dim=-1)
-            chosen_R[rows] = scaled.gather(1, target_ids_R[rows, None])[:, 0] - normaliser
-            probs = (scaled - normaliser[:, None]).exp_()
-            entropy_R[rows] = normaliser - probs.mul_(scaled).sum(dim=-1)
+            logprobs = logits_RV[rows].float() / temperature
+            normaliser_R[rows] = normaliser = logprobs.logsumexp(dim=-1)
+            logprobs -= normaliser[:, None]
+            chosen_R[rows] = logprobs.gather(1, target_ids_R[rows, None])[:, 0]
+            entropy_R[rows] = -logprobs.exp().mul_(logprobs).sum(dim=-1)
         ctx.save_for_backward(logits_RV, target_ids_R, normaliser_R, entropy_R)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
