@@ -178,11 +178,11 @@ def test_rows_of_the_table(checkout: Path) -> None:
     found = commands_in(checkout, f"runs: {runs}, infer: --temperature 0, data: d", "infer", "eval", "report")
     infer = [command for command in found if command.startswith("convsearch.infer")]
     assert [re.findall(r"--output_path (\S+)", command) for command in infer] == [
-        ["o/grpo.jsonl"], ["o/grpo_sample.jsonl"], ["o/grpo_fused.jsonl"],
+        ["o/grpo.jsonl"], ["o/grpo_samples.jsonl"], ["o/grpo_samples.jsonl"],
     ]  # fmt: skip
     assert [re.findall(r"--(?:temperature|n) \S+", command) for command in infer] == [
         ["--temperature 0"],
-        ["--temperature 0", "--temperature 0.7"],
+        ["--temperature 0", "--temperature 0.7", "--n 4"],
         ["--temperature 0", "--temperature 0.7", "--n 4"],
     ]
     searches = [command.partition("--test_file_path ")[2] for command in found if command.startswith("eval.bm25")]
@@ -192,15 +192,15 @@ def test_rows_of_the_table(checkout: Path) -> None:
         f"o/test.json --test_type question {test} raw.trec",
         f"o/test.json --test_type previous_answer {test} previous_answer.trec",
         f"o/grpo.jsonl --test_type rewrite {test} grpo.trec",
-        f"o/grpo_sample.jsonl --test_type rewrite {test} grpo_sample.trec",
-        f"o/grpo_fused.jsonl --test_type rewrite --fuse rrf {test} grpo_fused.trec",
+        f"o/grpo_samples.jsonl --test_type rewrite {test} grpo_sample.trec",
+        f"o/grpo_samples.jsonl --test_type rewrite --fuse rrf {test} grpo_fused.trec",
         f"o/test.json --test_type rewrite {test} written.trec",
         f"o/validation.json --test_type question {validation} raw.trec",
         f"o/validation.json --test_type previous_answer {validation} previous_answer.trec",
     ]
     assert found[-1].partition("results.json ")[2] == (
-        "o/raw.trec o/previous_answer.trec o/grpo.trec@o/grpo.jsonl o/grpo_sample.trec@o/grpo_sample.jsonl "
-        "o/grpo_fused.trec@o/grpo_fused.jsonl o/written.trec@o/test.json "
+        "o/raw.trec o/previous_answer.trec o/grpo.trec@o/grpo.jsonl o/grpo_sample.trec@o/grpo_samples.jsonl "
+        "o/grpo_fused.trec@o/grpo_samples.jsonl o/written.trec@o/test.json "
         "--rules o/validation.trec o/validation/raw.trec o/validation/previous_answer.trec"
     )
     assert "--rules" not in commands_in(checkout, "runs: raw grpo", "report")[-1]
