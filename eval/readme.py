@@ -1,8 +1,8 @@
 """The README's table of results, from run folders that differ in their seed: ``python -m eval.readme RUN RUN RUN``.
 
-Measures the folders' runs again and, with ``--write README.md``, puts the table between the marks
-``<!-- table:begin -->`` and ``<!-- table:end -->``; else prints it. ``python -m convsearch.plots`` draws the curves
-beside it.
+Measures the folders' runs again and draws ten rewrites of the first folder by a fixed seed. With ``--write README.md``
+both go between the marks ``<!-- table:begin -->`` and ``<!-- table:end -->``; else they are printed. ``python -m
+convsearch.plots`` draws the curves beside it.
 """
 
 import argparse
@@ -21,9 +21,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = build_parser().parse_args()
-    from eval.readme_table import markdown, replaced
+    from eval.readme_table import drawn, markdown, replaced
 
-    table = markdown(args.runs)
+    table = f"{markdown(args.runs)}\n{drawn(args.runs[0])}"
     if args.write:
         text = replaced(args.write.read_text(encoding="utf-8"), table, str(args.write))
         with atomic_write(args.write) as file:

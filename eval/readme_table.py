@@ -1,13 +1,14 @@
-"""The README's table of results."""
+"""The README's table of results, and the rewrites drawn for it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from eval.measures import Floats
+from convsearch.files import read_jsonl
+from eval.measures import Floats, evaluate_files
 from eval.report_data import Results, read_results
-from eval.systems import REWRITERS, SYSTEMS, best_rule, kept_words, rule_row
+from eval.systems import QUERIES, REWRITERS, SYSTEMS, best_rule, kept_words, rule_row
 
 MEASURES = ("MRR", "NDCG@3", "R@10")
 BEGIN, END = "<!-- table:begin -->\n", "<!-- table:end -->"
@@ -41,12 +42,28 @@ def markdown(folders: Sequence[Path]) -> str:
     for system in found[0].values:
         stem = stems.get(system, system)
         columns = [[results.values[system][measure].mean() for results in found] for measure in MEASURES]
-        rewrites = [folder / ("test.json" if stem == "written" else f"{stem}.jsonl") for folder in folders]
+        rewrites = [folder / QUERIES.get(stem, f"{stem}.jsonl") for folder in folders]
         if all(path.is_file() for path in rewrites):
             columns.append([kept_words(*pair) for pair in zip(rewrites, (r.qids for r in found), strict=True)])
         cells = [_cell(100 * np.array(column), spread=stem in REWRITERS) for column in columns]
         row = " | ".join([*cells, "-"][: 1 + len(MEASURES)])
         lines += [f"| {name} | {row} |" for name in (system, *([rule_row(system)] if stem == best else []))]
+    return "\n".join(lines) + "\n"
+
+
+def drawn(folder: Path, count: int = 10, seed: int = 1) -> str:
+    """Rewrites of the model after GRPO, drawn by ``seed``, with the rank of the gold passage ("-": not found)."""
+    records = {record["qid"]: record for _, record in read_jsonl(folder / "grpo.jsonl")}
+    qids = np.random.default_rng(seed).choice(sorted(records), size=min(count, len(records)), replace=False)
+    values = evaluate_files(folder / "grpo.trec", folder / "test.trec", "MRR")
+    reciprocal = dict(zip(values.qids, values.values["MRR"], strict=True))
+    lines = ["| question before | question | rewrite | gold rank |", "|---|---|---|---|"]
+    for qid in qids:
+        record = records[qid]
+        before = record["context"][-2] if record["context"] else "-"
+        rank = str(round(1 / reciprocal[qid])) if reciprocal[qid] else "-"
+        cells = (text.replace("|", "/") for text in (before, record["question"], record["rewrite"], rank))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

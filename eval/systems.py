@@ -23,6 +23,8 @@ SYSTEMS = {
     "grpo_fused": "after GRPO, samples fused",
     "written": "written rewrites (oracle)",
 }
+# file stem -> the file of its queries, if it is not <stem>.jsonl
+QUERIES = {"written": "test.json", "grpo_sample": "grpo_samples.jsonl", "grpo_fused": "grpo_samples.jsonl"}
 # Those whose queries a model wrote. The report looks into the first that has both a run and its rewrites.
 REWRITERS = ("grpo", "grpo_sample", "grpo_fused", "sft", "zero_shot")
 

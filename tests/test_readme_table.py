@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers_pages import write_run
 
-from eval.readme_table import BEGIN, END, markdown, replaced
+from eval.readme_table import BEGIN, END, drawn, markdown, replaced
 
 
 def test_table_by_hand(tmp_path: Path) -> None:
@@ -22,6 +22,15 @@ def test_table_by_hand(tmp_path: Path) -> None:
     assert "±" not in markdown([first])
     assert rows[2].endswith(" | - |")
     assert rows[3].endswith(" | 100.0 ± 0.0 |")  # "rewrite of QUESTION"
+
+
+def test_rewrites_are_drawn_by_the_seed_with_their_ranks(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "one", steps=0)
+    rows = drawn(folder).splitlines()
+    assert len(rows) == 2 + 4  # all four questions
+    assert sorted(row.split(" | ")[-1] for row in rows[2:]) == ["- |", "1 |", "1 |", "2 |"]
+    assert drawn(folder, count=2) == drawn(folder, count=2)
+    assert len(drawn(folder, count=2).splitlines()) == 2 + 2
 
 
 def test_the_best_constant_rule_repeats_its_row(tmp_path: Path) -> None:

@@ -201,9 +201,8 @@ class DecodeContext:
         for tensors in (self.sample_keys, self.sample_values):
             tensors[:] = [pad(tensor, (0, 0, 0, capacity)) for tensor in tensors]
 
-    def select_prompts(self, kept_P: Tensor, group_size: int) -> None:
-        """Keeps only the prompts ``kept_P`` [P'] (indices) and their samples."""
-        kept_N = (kept_P[:, None] * group_size + torch.arange(group_size, device=kept_P.device)).flatten()
+    def select(self, kept_P: Tensor, kept_N: Tensor) -> None:
+        """Keeps the prompts ``kept_P`` [P'] and the samples ``kept_N`` [P' x G'], equally many of each (indices)."""
         self.prompt_mask_P11T = self.prompt_mask_P11T[kept_P]
         for tensors in (self.prompt_keys, self.prompt_values):
             tensors[:] = [tensor[kept_P] for tensor in tensors]

@@ -17,6 +17,7 @@ from convsearch.sampling.base import Finished, Prompt, SamplingConfig, WeightSou
 from convsearch.sampling.scaffold import Scaffold, Script
 from convsearch.types import Completion, FinishReason
 
+SHRINK = 0.9  # finished samples leave the batch when at most this share of it is left
 FIRST_CAPACITY = 256  # decoded tokens per sample that memory is reserved for at first; doubled when used up
 
 
@@ -83,21 +84,23 @@ class HfSampler:
             for prompt, key in zip(prompts, keys, strict=True)
             for g in range(n)
         ]
-        live_P = list(range(len(prompts)))  # prompts whose samples are still in the context
+        live_PG = [list(range(p * n, (p + 1) * n)) for p in range(len(prompts))]  # the rows in the context
         hidden_NX = hidden_PX.repeat_interleave(n, dim=0)
         while True:
-            live = [rows[p * n + g] for p in live_P for g in range(n)]
-            token_ids_N = self._choose(self.model.lm_head(hidden_NX).float(), live)
-            going_P = [i for i, _ in enumerate(live_P) if not all(row.done for row in live[i * n : (i + 1) * n])]
-            if not going_P:
+            live_N = [i for live_G in live_PG for i in live_G]
+            token_ids_N = self._choose(self.model.lm_head(hidden_NX).float(), [rows[i] for i in live_N])
+            kept_PG = _unfinished(live_PG, rows)
+            if not kept_PG:
                 break
-            if len(going_P) < len(live_P):
-                kept_P = torch.tensor(going_P, device=token_ids_N.device)
-                context.select_prompts(kept_P, n)
-                token_ids_N = token_ids_N.view(-1, n)[kept_P].flatten()
-                live_P = [live_P[i] for i in going_P]
-            lengths = torch.tensor([len(prompts[p]) for p in live_P], device=token_ids_N.device).repeat_interleave(n)
-            hidden_NX = self._step(context, token_ids_N, lengths + context.length)
+            kept = [i for kept_G in kept_PG for i in kept_G]
+            if len(kept) <= SHRINK * len(live_N):  # removing rows copies the keys and values of all others
+                place = {i: number for number, i in enumerate(live_N)}
+                chosen_N = torch.tensor([place[i] for i in kept], device=token_ids_N.device)
+                group = len(live_PG[0])
+                context.select(chosen_N.view(len(kept_PG), -1)[:, 0] // group, chosen_N)
+                token_ids_N, live_N, live_PG = token_ids_N[chosen_N], kept, kept_PG
+            lengths_N = torch.tensor([len(prompts[i // n]) for i in live_N], device=token_ids_N.device)
+            hidden_NX = self._step(context, token_ids_N, lengths_N + context.length)
         return [[self._completion(row) for row in rows[p * n : (p + 1) * n]] for p in range(len(prompts))]
 
     def _read(self, prompts: list[Prompt], n: int, capacity: int) -> tuple[DecodeContext, Tensor]:
@@ -193,6 +196,13 @@ class HfSampler:
         text = self.tokenizer.decode(text_ids, skip_special_tokens=False)
         reason: FinishReason = "stop" if row.stopped else "length"
         return Completion(tuple(row.token_ids), tuple(row.logprobs), text, reason, self.version)
+
+
+def _unfinished(live_PG: list[list[int]], rows: list["_Row"]) -> list[list[int]]:
+    """The rows of the prompts with an unfinished one: equally many of each, the unfinished first."""
+    width = max(sum(not rows[i].done for i in live_G) for live_G in live_PG)
+    sorted_PG = [sorted(live_G, key=lambda i: (rows[i].done, i)) for live_G in live_PG]
+    return [live_G[:width] for live_G in sorted_PG if not rows[live_G[0]].done] if width else []
 
 
 def _common_prefix(prompts: Sequence[Prompt]) -> int:
