@@ -314,7 +314,7 @@ def test_a_misspelt_key_names_the_nearest_key(kind):
         (["data.shuffle=1"], ["data.shuffle=1", "boolean"]),
         (["actor_rollout_ref.rollout.temperature=0"], ["temperature=0", "greater than 0"]),
         (["actor_rollout_ref.rollout.n=1"], ["rollout.n=1", "2"]),
-        (["actor_rollout_ref.rollout.n_train=9"], ["n_train=9", "n=8"]),
+        (["actor_rollout_ref.rollout.n_train=17"], ["n_train=17", "n=16"]),
         (["trainer.critic_warmup=5"], ["trainer.critic_warmup=5"]),
         (["trainer.best_metric=val_loss"], ["trainer.best_metric=val_loss", "val_mrr, val_reward"]),
         (["trainer.best_metric=val_mrr", "trainer.test_freq=-1"], ["best_metric=val_mrr", "test_freq=-1"]),
@@ -349,9 +349,9 @@ def test_missing_required_keys_are_named():
 
 
 def test_sft_batches_must_divide():
-    text = message("sft", *CPU, "data.train_batch_size=18")
-    assert "data.train_batch_size=18" in text
-    assert "micro_batch_size_per_gpu=8" in text
+    text = message("sft", *CPU, "data.train_batch_size=19")
+    assert "data.train_batch_size=19" in text
+    assert "micro_batch_size_per_gpu=2" in text
     config = load_sft_config([*CPU, "data.train_batch_size=16", "data.micro_batch_size_per_gpu=4"])
     config.check_world(2)
     with pytest.raises(ValueError, match=r"=16 .*=3"):
@@ -363,7 +363,7 @@ def test_sft_batches_must_divide():
 def test_lengths_above_the_models_positions_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 512}')
     text = message("grpo", *CPU, f"actor_rollout_ref.model.path={tmp_path}")
-    assert "max_response_length=832" in text
+    assert "max_response_length=824" in text
     assert "512" in text
     text = message("sft", *CPU, f"model.partial_pretrain={tmp_path}")
     assert "data.max_length=896" in text
@@ -414,11 +414,12 @@ def test_keys_without_effect_say_so_in_the_help():
 
 @pytest.mark.parametrize(("key", "value"), WITHOUT_EFFECT.items())
 def test_a_key_without_effect_warns_when_it_is_set(key, value, capsys, monkeypatch):
-    load_grpo_config([*CPU, f"+{key}={value}", "trainer.seed=2"])
+    with_kl = [*CPU, "actor_rollout_ref.actor.use_kl_loss=true"]  # kl_coef needs it
+    load_grpo_config([*with_kl, f"+{key}={value}", "trainer.seed=2"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {key}={value} is accepted, without effect: ")
     monkeypatch.setenv("RANK", "1")
-    load_grpo_config([*CPU, f"{key}={value}"])
+    load_grpo_config([*with_kl, f"{key}={value}"])
     assert capsys.readouterr().err == ""
 
 
@@ -455,7 +456,7 @@ def test_help_shows_every_key_with_its_meaning_and_value():
     assert "  trainer.total_training_steps=null  [int|null]\n" in text
     assert "  actor_rollout_ref.actor.optim.betas=[0.9,0.999]  [[float, float]]\n" in text
     assert "  trainer.logger=[console,jsonl]  [list of console|jsonl|wandb|tensorboard]\n" in text
-    assert "  data.max_response_length=64  [int]" in help_text("grpo", CPU)
+    assert "  data.max_response_length=56  [int]" in help_text("grpo", CPU)
     for kind in ("sft", "grpo"):
         lines = help_text(kind).splitlines()
         described = [below for line, below in itertools.pairwise(lines) if re.match(r"  [a-z_]+\.", line)]
