@@ -62,6 +62,7 @@ if [ "${QUICK:-0}" != 0 ]; then
   sft_keys=(trainer.total_training_steps=2 data.train_batch_size=$((4 * processes)) data.micro_batch_size_per_gpu=4)
   keys=(trainer.total_training_steps=2 data.train_batch_size=$batch actor_rollout_ref.actor.ppo_mini_batch_size=$batch
     data.val_max_samples=8 "${keys[@]}")
+  for name in previous_question previous_answer history zero_shot grpo_sample; do runs=${runs/ $name/}; done
 fi
 
 children=() server="" terminated=0
