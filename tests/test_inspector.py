@@ -281,6 +281,7 @@ def big_run(folder: Path, steps: int, rows: int) -> Path:
             "finish_reason": ["stop"] * rows, "weights_version": steps_, "rewrite": [text[8:80] for text in texts],
             "error": [None] * rows, "rank": pa.array(rng.integers(1, 101, rows).astype(np.int32)),
             "reward": rng.random(rows), "advantage": rng.random(rows), "gain": pa.nulls(rows, pa.float64()),
+            "trained": [True] * rows,
         }  # fmt: skip
         pq.write_table(
             pa.table(columns, schema=SCHEMA), folder / "rollouts" / f"{step:06d}.parquet", compression="zstd"
