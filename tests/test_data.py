@@ -230,6 +230,10 @@ def test_prompts_of_middling_difficulty_come_first(tmp_path: Path) -> None:
     assert middling_first(examples, path, 3) == middling_first(examples, path, 3)
     with pytest.raises(ValueError, match=r"has none of the training prompts: give that of their own warm-up"):
         middling_first([Example("z", (), "", ("d",))], path, 1)
+    write_jsonl(
+        path, [{"qid": "a", "named": {"rank": 1}, "samples": []}, {"qid": "b", "named": {"rank": 2}, "samples": []}]
+    )
+    assert [row.qid for row in middling_first(examples[:2], path, 1)] == ["b", "a"]  # no samples: the rank with a name
     for wrong in ({"qid": "a"}, {"qid": "a", "samples": []}, {"qid": "a", "samples": [{"rank": "1"}]}):
         write_jsonl(path, [lines[0], wrong])
         with pytest.raises(ValueError, match=r"samples\.jsonl:2: not a line of samples\.jsonl"):

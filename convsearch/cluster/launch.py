@@ -21,7 +21,6 @@ from convsearch.cluster.ray_sampler import RaySampler, SamplerWorker, Transfer
 from convsearch.cluster.workers import WorkerLost, get_all
 from convsearch.config import GrpoConfig
 from convsearch.model.loading import pick_device
-from convsearch.model.precision import pick_dtype
 from convsearch.policy.base import Policy, Reference
 from convsearch.policy.build import grpo_policy
 from convsearch.sampling.base import Sampler
@@ -192,8 +191,7 @@ class _Launch:
 
     def _connect(self, policies: list[Any], workers: list[Any], transfer: Transfer) -> None:
         meeting = get_all([policies[0].address.remote()], "the first policy process", self.limit_s)[0]
-        bf16 = pick_dtype(self._rollout.dtype, torch.device("cuda")) == torch.bfloat16
-        arguments = (transfer, bf16, workers, self.width, meeting)
+        arguments = (transfer, self._rollout.dtype == "bf16", workers, self.width, meeting)
         calls = [process.connect.remote(*arguments) for process in policies]
         get_all(calls, "connecting policy and samplers", self.limit_s)
 

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from convsearch.files import atomic_write, named_errors, read_jsonl
 from convsearch.generation.rewriter import build_rewriter
+from convsearch.model.loading import pick_device
+from convsearch.model.precision import settled_name
 from convsearch.types import Completion, Conversation
 
 Record = dict[str, Any]
@@ -91,6 +93,7 @@ class ResumableLines:
         """Writes ``<path>.settings.json`` beside a new output; compares it if lines are there."""
         beside = self.path.with_name(f"{self.path.name}.settings.json")
         now = {name: vars(self.args)[name] for name in SETTINGS.split() if name in vars(self.args)}
+        now["dtype"] = settled_name(self.args.dtype, pick_device(self.args.device))
         if self.path.is_file() and self.path.stat().st_size and beside.is_file():
             before = {"repetition_penalty": 1.0, "n": 1, **json.loads(beside.read_text(encoding="utf-8"))}
             for name, value in now.items():

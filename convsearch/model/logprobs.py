@@ -12,7 +12,7 @@ class ChosenLogprobs(torch.autograd.Function):
     """logits [R, V], target ids [R], temperature -> log-probability [R] and entropy [R] in float32.
 
     It keeps the logits as they are and one normaliser per row, and computes the probabilities again in the backward
-    pass, ``ROWS`` rows at a time. Plain operations would keep several float32 tensors [R, V].
+    pass, on a CPU ``ROWS`` rows at a time. Plain operations would keep several float32 tensors [R, V].
     """
 
     @staticmethod
@@ -33,22 +33,20 @@ class ChosenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_chosen_R: Tensor | None, grad_entropy_R: Tensor | None) -> Any:
         logits_RV, target_ids_R, normaliser_R, entropy_R = ctx.saved_tensors
-        grad_RV = torch.zeros_like(logits_RV)
+        grad_RV = torch.empty_like(logits_RV)
+        if grad_chosen_R is None:
+            grad_chosen_R = torch.zeros_like(normaliser_R)
         for rows in _chunks(logits_RV):
             logprobs = (logits_RV[rows].float() / ctx.temperature).sub_(normaliser_R[rows, None])
-            probs = logprobs.exp()
+            probs, slope = logprobs.exp(), grad_chosen_R[rows, None]
+            total = (probs * -slope).scatter_add_(1, target_ids_R[rows, None], slope)
             if grad_entropy_R is not None:
-                share = (logprobs + entropy_R[rows, None]).mul_(probs).mul_(-grad_entropy_R[rows, None])
-            if grad_chosen_R is not None:
-                slope = grad_chosen_R[rows, None]
-                total = probs.mul_(-slope).scatter_add_(1, target_ids_R[rows, None], slope)
-                if grad_entropy_R is not None:
-                    total += share
-            else:
-                total = share
+                total -= probs * (logprobs + entropy_R[rows, None]) * grad_entropy_R[rows, None]
             grad_RV[rows] = total.div_(ctx.temperature)
         return grad_RV, None, None
 
 
-def _chunks(rows: Tensor) -> list[slice]:
-    return [slice(start, start + ROWS) for start in range(0, len(rows), ROWS)]
+def _chunks(logits_RV: Tensor) -> list[slice]:
+    """All rows at once on a GPU, where many small kernels would cost more than the memory."""
+    size = ROWS if logits_RV.device.type == "cpu" else max(1, len(logits_RV))
+    return [slice(start, start + size) for start in range(0, len(logits_RV), size)]

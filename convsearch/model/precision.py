@@ -16,17 +16,19 @@ from convsearch.config.base import Section
 S = TypeVar("S", bound=Section)
 
 
+def settled_name(name: str, device: torch.device) -> str:
+    """``auto`` is bf16 where the processor multiplies it (avx512_bf16, AMX, CUDA from Ampere on), else fp32."""
+    return name if name != "auto" else "bf16" if _multiplies_bf16(device) else "fp32"
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the processor multiplies it (avx512_bf16, AMX, CUDA from Ampere on), else float32."""
-    if name == "auto":
-        name = "bf16" if _multiplies_bf16(device) else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    """The type that ``auto``, ``fp32`` or ``bf16`` means on this device."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[settled_name(name, device)]
 
 
 def settled(section: S, device: torch.device) -> S:
     """The section with the type that its key ``dtype`` means on this device, so that a run's config.json has it."""
-    bf16 = pick_dtype(section.dtype, device) == torch.bfloat16  # type: ignore[attr-defined]
-    return section.model_copy(update={"dtype": "bf16" if bf16 else "fp32"})
+    return section.model_copy(update={"dtype": settled_name(section.dtype, device)})  # type: ignore[attr-defined]
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

@@ -141,6 +141,8 @@ def batch_of(rows: Sequence[T], batch_size: int, step: int, seed: int, shuffle: 
 def middling_first(examples: Sequence[Example], samples: str | Path, seed: int) -> list[Example]:
     """The examples whose warm-up samples have a mean reciprocal rank near 1/2 first; ties in random order.
 
+    Without samples of a model (``--k 0``), the rank is that of the rewrite with a name.
+
     An example without samples counts like one at 1/4, which is as far from 1/2 as an even spread is on average.
 
     Args:
@@ -152,7 +154,7 @@ def middling_first(examples: Sequence[Example], samples: str | Path, seed: int) 
     means: dict[str, float] = {}
     for number, record in read_jsonl(samples):
         try:
-            ranks = [sample["rank"] for sample in record["samples"]]
+            ranks = [sample["rank"] for sample in record["samples"] or [record["named"]]]
             means[record["qid"]] = sum(1 / rank for rank in ranks if rank) / len(ranks)
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise ValueError(
