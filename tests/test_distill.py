@@ -259,20 +259,35 @@ def test_names_alone_need_no_model(toy_server: str, toy_index: Path, tmp_path: P
     assert "samples.jsonl was written without --names: leave it out, or name another --output_dir" in error
 
 
-def test_the_best_name_is_the_retrievers_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_name_is_the_retrievers_choice() -> None:
     """A better rank wins over an earlier rewrite; without any rank, the question stays, and is not found."""
     ranks = {"its food?": None, "Oslo's food?": 7, "Oslo: its food?": 3, "Rome's food?": 2, "Rome: its food?": 2}
+    asked = []
 
     class Retriever:
         def gold_ranks(self, golds: list[tuple[str, ...]], texts: list[str]) -> list[int | None]:
-            assert golds == [("r",)] * 5 + [("x",)]
+            asked.append((golds, texts))
             return [ranks.get(text) for text in texts]
 
-    turns = (Turn("what of Rome", "far"), Turn("and Oslo", "far"))
+    turns = (Turn("what of Rome", "far"), Turn("the war of Oslo", "far"))
     part = [Conversation("a", turns, "its food?", ("r",)), Conversation("b", (), "what?", ("x",))]
     first, second = distill.best_names(Retriever(), part)  # type: ignore[arg-type]
     assert (first["named"]["rewrite"], first["named"]["rank"]) == ("Rome's food?", 2)
     assert (second["named"]["rewrite"], second["named"]["rank"]) == ("what?", None)
+    assert asked[0][0] == [("r",)] * 5 + [("x",)]
+    assert asked[1:] == [([("r",)], ["Oslo: Rome's food?"])]
+    ranks["Oslo: Rome's food?"] = 1  # one more subject halves the rank
+    (both,) = distill.best_names(Retriever(), part[:1])  # type: ignore[arg-type]
+    assert both["named"] == {
+        "output": '<think>"its" is Rome. The question is about Oslo.</think>\n<rewrite>Oslo: Rome\'s food?</rewrite>',
+        "rewrite": "Oslo: Rome's food?",
+        "error": None,
+        "rank": 1,
+    }
+    ranks |= {"Rome: its food?": 1, "Oslo: Rome's food?": None}
+    (one,) = distill.best_names(Retriever(), part[:1])  # type: ignore[arg-type]
+    assert len(asked) == 5  # rank 1 needs no second subject
+    assert one["named"]["rewrite"] == "Rome: its food?"
 
 
 def test_names_come_with_the_samples_of_the_model(

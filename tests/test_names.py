@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convsearch.generation.names import names, with_names
+from convsearch.generation.names import names, subjects, with_names, with_subject
 from convsearch.parsing import parse_rewrite
 from convsearch.types import Conversation, Turn
 
@@ -86,6 +86,41 @@ def test_the_thought_says_what_was_done() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("How fast is a cheetah?", ["fast", "cheetah"]),
+        ("what did he really do there, then?", []),  # function words
+        ("the cheetah's cub, CHEETAH", ["cheetah"]),  # each once; "cub" has three letters
+        ("in 1914 or 1,000 x2", []),  # a word begins with a letter
+        ("pot-au-feu, Éclair", ["pot-au-feu", "Éclair"]),
+    ],
+)
+def test_subjects(text: str, found: list[str]) -> None:
+    assert subjects([text]) == found
+
+
+def test_subjects_come_after_the_names() -> None:
+    history = "how fast is the cheetah of Iran?", "that of Ada.", "and an antelope?", "slower animals, too"
+    topics = ["Ada", "Iran", "antelope", "fast", "cheetah"]  # subjects are words of questions alone
+    assert rewrites("how big?", *history) == ["how big?", *(f"{topic}: how big?" for topic in topics)]
+    assert rewrites("a fast cheetah?", "how fast is the cheetah", "very") == ["a fast cheetah?"]
+
+
+def test_a_second_subject() -> None:
+    turns = Turn("how fast is the cheetah of Ada?", "very"), Turn("and an antelope?", "slower")
+    conversation = Conversation("q", turns, "its  food?", ())
+    assert list(with_subject(conversation, "its food?", "The question is complete.")) == []
+    assert list(with_subject(conversation, "cheetah: its food?", "The question is about cheetah.")) == [
+        ("cheetah, antelope: its food?", "The question is about cheetah and antelope."),
+        ("cheetah, fast: its food?", "The question is about cheetah and fast."),
+    ]
+    assert list(with_subject(conversation, "Ada's food?", '"its" is Ada.'))[2] == (
+        "cheetah: Ada's food?",
+        '"its" is Ada. The question is about cheetah.',
+    )
+
+
 WORDS = [
     "he",
     "Her",
@@ -98,6 +133,7 @@ WORDS = [
     "The",
     "1914",
     "why",
+    "cheetah",
     "Éva",
     "O'Neil’s",
     "(",
@@ -115,6 +151,7 @@ def test_every_rewrite_parses_back(question: str, history: list[tuple[str, str]]
     conversation = Conversation("q", tuple(Turn(*turn) for turn in history), question, ())
     found = list(with_names(conversation))
     assert found[0][0] == " ".join(question.split())
-    for rewrite, thought in found:
+    longer = [pair for first in found for pair in with_subject(conversation, *first)]
+    for rewrite, thought in found + longer:
         parsed = parse_rewrite(f"<think>{thought}</think>\n<rewrite>{rewrite}</rewrite>")
         assert (parsed.text, parsed.error) == (rewrite, None)

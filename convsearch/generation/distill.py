@@ -10,13 +10,14 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convsearch.files import atomic_write, read_jsonl
-from convsearch.generation.names import with_names
+from convsearch.generation.names import with_names, with_subject
 from convsearch.generation.output import Record, ResumableLines, read_input
 from convsearch.parsing import parse_rewrite
 from convsearch.prompts import PromptStyle, render
@@ -93,18 +94,33 @@ def sample(args: argparse.Namespace, conversations: list[Conversation], path: Pa
 
 
 def best_names(retriever: RetrieverClient, part: Sequence[Conversation]) -> list[Record]:
-    """For each conversation {"named": the rewrite of ``with_names`` with the best gold rank, the first of equals}."""
-    tried = [list(with_names(conversation)) for conversation in part]
-    golds = [conversation.gold_docids for conversation, own in zip(part, tried, strict=True) for _ in own]
-    ranks = iter(retriever.gold_ranks(golds, [rewrite for own in tried for rewrite, _ in own]))
+    """For each conversation {"named": the rewrite of ``with_names`` with the best gold rank, the first of equals}.
+
+    One of ``with_subject`` takes its place if its rank is at most half as high.
+    """
+    one = _best(retriever, part, [list(with_names(conversation)) for conversation in part])
+    more = [
+        [] if rank == 1 else list(with_subject(conversation, rewrite, thought))
+        for conversation, (rank, rewrite, thought) in zip(part, one, strict=True)
+    ]
+    two = iter(_best(retriever, part, more))
     best = []
-    for own in tried:
-        judged = [(rank or math.inf, i, rank) for i, rank in zip(range(len(own)), ranks, strict=False)]
-        _, i, rank = min(judged, key=lambda entry: entry[:2])
-        rewrite, thought = own[i]
+    for found, tried in zip(one, more, strict=True):
+        longer = next(two) if tried else found
+        rank, rewrite, thought = longer if 2 * longer[0] <= found[0] else found
         output = f"<think>{thought}</think>\n<rewrite>{rewrite}</rewrite>"
-        best.append({"named": {"output": output, "rewrite": rewrite, "error": None, "rank": rank}})
+        known = None if rank == math.inf else int(rank)
+        best.append({"named": {"output": output, "rewrite": rewrite, "error": None, "rank": known}})
     return best
+
+
+def _best(
+    retriever: RetrieverClient, part: Sequence[Conversation], tried: list[list[tuple[str, str]]]
+) -> list[tuple[float, str, str]]:
+    """(gold rank, rewrite, thought) of the best that was tried for each conversation for which any was."""
+    golds = [conversation.gold_docids for conversation, own in zip(part, tried, strict=True) for _ in own]
+    ranks = iter(retriever.gold_ranks(golds, [rewrite for own in tried for rewrite, _ in own]) if golds else ())
+    return [min(((next(ranks) or math.inf, *pair) for pair in own), key=itemgetter(0)) for own in tried if own]
 
 
 def verdict(args: argparse.Namespace, record: Record, row: Record) -> str:
