@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--drop_first_turns", action="store_true", help="leave out questions without a history: they need no rewrite")
     copies = "leave out rewrites that only repeat the question although it has a history (not in the paper)"
     add("--drop_copies", action="store_true", help=copies)
-    named = "also try the question as it is, and with names and subjects of its history (English; not in the paper)"
+    named = "also try the question as it is, and with topics of its history before it (English; not in the paper)"
     add("--names", action="store_true", help=named)
     shuffled = "shuffle the questions with this seed before --limit; default: file order"
     add("--shuffle_seed", type=int, default=None, help=shuffled)

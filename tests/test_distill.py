@@ -232,7 +232,7 @@ def test_names_alone_need_no_model(toy_server: str, toy_index: Path, tmp_path: P
         thought, rewrite = "The question is complete.", row["question"]
         town = context[1].split()[0] if context else "none"
         if context and town != "Rome":  # of passages with equal scores the first one leads: "its food?" finds Rome's
-            thought, rewrite = f'"its" is {town}.', row["question"].replace("its", f"{town}'s")
+            thought, rewrite = f"The question is about {town}.", f"{town}: {row['question']}"
         wanted = f"<think>{thought}</think>\n<rewrite>{rewrite}</rewrite>"
         assert line == {
             "qid": row["qid"],
@@ -259,35 +259,23 @@ def test_names_alone_need_no_model(toy_server: str, toy_index: Path, tmp_path: P
     assert "samples.jsonl was written without --names: leave it out, or name another --output_dir" in error
 
 
-def test_the_best_name_is_the_retrievers_choice() -> None:
-    """A better rank wins over an earlier rewrite; without any rank, the question stays, and is not found."""
-    ranks = {"its food?": None, "Oslo's food?": 7, "Oslo: its food?": 3, "Rome's food?": 2, "Rome: its food?": 2}
-    asked = []
+def test_the_best_topic_is_the_retrievers_choice() -> None:
+    """The rank of the rewrite times the root of the topic's own; without any rank, the question stays."""
+    ranks = {"Oslo: its food?": 1, "Oslo": 100, "Rome: its food?": 2, "Rome": 9, "food": 4}
 
     class Retriever:
         def gold_ranks(self, golds: list[tuple[str, ...]], texts: list[str]) -> list[int | None]:
-            asked.append((golds, texts))
+            assert golds == [("r",)] * 4 + [("x",)]
             return [ranks.get(text) for text in texts]
 
-    turns = (Turn("what of Rome", "far"), Turn("the war of Oslo", "far"))
-    part = [Conversation("a", turns, "its food?", ("r",)), Conversation("b", (), "what?", ("x",))]
+    turns = (Turn("what of Rome", "far"), Turn("and of Oslo", "far"))
+    part = [Conversation("a", turns, "its food?", ("r",)), Conversation("b", (), "why?", ("x",))]
     first, second = distill.best_names(Retriever(), part)  # type: ignore[arg-type]
-    assert (first["named"]["rewrite"], first["named"]["rank"]) == ("Rome's food?", 2)
-    assert (second["named"]["rewrite"], second["named"]["rank"]) == ("what?", None)
-    assert asked[0][0] == [("r",)] * 5 + [("x",)]
-    assert asked[1:] == [([("r",)], ["Oslo: Rome's food?"])]
-    ranks["Oslo: Rome's food?"] = 1  # one more subject halves the rank
-    (both,) = distill.best_names(Retriever(), part[:1])  # type: ignore[arg-type]
-    assert both["named"] == {
-        "output": '<think>"its" is Rome. The question is about Oslo.</think>\n<rewrite>Oslo: Rome\'s food?</rewrite>',
-        "rewrite": "Oslo: Rome's food?",
-        "error": None,
-        "rank": 1,
-    }
-    ranks |= {"Rome: its food?": 1, "Oslo: Rome's food?": None}
-    (one,) = distill.best_names(Retriever(), part[:1])  # type: ignore[arg-type]
-    assert len(asked) == 5  # rank 1 needs no second subject
-    assert one["named"]["rewrite"] == "Rome: its food?"
+    output = "<think>The question is about Rome.</think>\n<rewrite>Rome: its food?</rewrite>"
+    assert first["named"] == {"output": output, "rewrite": "Rome: its food?", "error": None, "rank": 2}  # 6 below 10
+    assert (second["named"]["rewrite"], second["named"]["rank"]) == ("why?", None)
+    ranks |= {"its food?": 2}  # and the topic that it says itself is better than Rome
+    assert distill.best_names(Retriever(), part)[0]["named"]["rewrite"] == "its food?"  # type: ignore[arg-type]
 
 
 def test_names_come_with_the_samples_of_the_model(

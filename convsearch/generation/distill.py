@@ -10,20 +10,21 @@ import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convsearch.files import atomic_write, read_jsonl
-from convsearch.generation.names import with_names, with_subject
+from convsearch.generation.names import guesses
 from convsearch.generation.output import Record, ResumableLines, read_input
 from convsearch.parsing import parse_rewrite
 from convsearch.prompts import PromptStyle, render
 from convsearch.retriever.client import RetrieverClient
 from convsearch.retriever.embedded import open_retriever
 from convsearch.types import Completion, Conversation
+
+NOT_FOUND = 1000  # stands for the rank of a gold passage that was not found
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -94,33 +95,24 @@ def sample(args: argparse.Namespace, conversations: list[Conversation], path: Pa
 
 
 def best_names(retriever: RetrieverClient, part: Sequence[Conversation]) -> list[Record]:
-    """For each conversation {"named": the rewrite of ``with_names`` with the best gold rank, the first of equals}.
+    """For each conversation {"named": the rewrite of the best of its ``guesses``, the first of equals}.
 
-    One of ``with_subject`` takes its place if its rank is at most half as high.
+    A word may improve a rank by chance. So a product decides: the rewrite's gold rank times the square root of the
+    gold rank of the topic as a query of its own, which is good for the right topic only.
     """
-    one = _best(retriever, part, [list(with_names(conversation)) for conversation in part])
-    more = [
-        [] if rank == 1 else list(with_subject(conversation, rewrite, thought))
-        for conversation, (rank, rewrite, thought) in zip(part, one, strict=True)
-    ]
-    two = iter(_best(retriever, part, more))
+    tried = [guesses(conversation) for conversation in part]
+    flat = [(conversation.gold_docids, guess) for conversation, own in zip(part, tried, strict=True) for guess in own]
+    golds = [gold for gold, _ in flat]
+    of_topics = retriever.gold_ranks(golds, [guess.topic for _, guess in flat])
+    of_rewrites = retriever.gold_ranks(golds, [guess.rewrite for _, guess in flat])
+    ranks = iter(zip(of_rewrites, of_topics, strict=True))
     best = []
-    for found, tried in zip(one, more, strict=True):
-        longer = next(two) if tried else found
-        rank, rewrite, thought = longer if 2 * longer[0] <= found[0] else found
-        output = f"<think>{thought}</think>\n<rewrite>{rewrite}</rewrite>"
-        known = None if rank == math.inf else int(rank)
-        best.append({"named": {"output": output, "rewrite": rewrite, "error": None, "rank": known}})
+    for own in tried:
+        judged = [(guess, *next(ranks)) for guess in own]
+        guess, rank, _ = min(judged, key=lambda entry: (entry[1] or NOT_FOUND) * math.sqrt(entry[2] or NOT_FOUND))
+        output = f"<think>{guess.thought}</think>\n<rewrite>{guess.rewrite}</rewrite>"
+        best.append({"named": {"output": output, "rewrite": guess.rewrite, "error": None, "rank": rank}})
     return best
-
-
-def _best(
-    retriever: RetrieverClient, part: Sequence[Conversation], tried: list[list[tuple[str, str]]]
-) -> list[tuple[float, str, str]]:
-    """(gold rank, rewrite, thought) of the best that was tried for each conversation for which any was."""
-    golds = [conversation.gold_docids for conversation, own in zip(part, tried, strict=True) for _ in own]
-    ranks = iter(retriever.gold_ranks(golds, [rewrite for own in tried for rewrite, _ in own]) if golds else ())
-    return [min(((next(ranks) or math.inf, *pair) for pair in own), key=itemgetter(0)) for own in tried if own]
 
 
 def verdict(args: argparse.Namespace, record: Record, row: Record) -> str:

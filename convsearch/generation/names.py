@@ -1,12 +1,13 @@
-"""Rewrites without a model: the question as it is, and with each name or subject of its conversation put into it.
+"""Rewrites without a model: the question as it is, and with a topic of its conversation before it.
 
 A base model of 135M parameters hardly rewrites at all, but the retriever can teach what is missing: it says which of
-these rewrites finds the gold passage. For English. A name is a run of capitalised words in a question or an answer. A
-subject is a content word of an earlier question ("how fast is a cheetah?").
+these rewrites finds the gold passage. For English. A topic is a name (a run of capitalised words in a question or an
+answer) or a subject (a content word of an earlier question: "how fast is a cheetah?").
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from convsearch.types import Conversation
 
@@ -14,8 +15,6 @@ _FIRST, _WORD, _LINK = r"\b[A-Z][\w'’.-]*", r"[A-Z0-9][\w'’.-]*", r"(?:of|th
 _NAME = re.compile(rf"{_FIRST}(?:\s+(?:{_LINK}\s+)*{_WORD})*")
 _SENTENCE = re.compile(r"(?<=\w{3}\.)\s+")  # "Rome. The" is two; "St. Helens" and "John F. Kennedy" are one
 _SUBJECT = re.compile(r"[^\W\d_][\w'’-]*")
-_PRONOUN = re.compile(r"\b(he|she|it|they|him|them|his|her|its|their)\b", re.IGNORECASE)
-_POSSESSIVE = {"his", "its", "their"}
 # Words that begin sentences and are not names.
 _NOT_NAMES = """
 a about after also an and any as at because been before both but by can could did do does during for from had has have
@@ -25,12 +24,12 @@ would yes you
 """.split()  # noqa: SIM905
 # Further words of questions that say nothing about their subject.
 _NOT_SUBJECTS = """
-again against already away back become became been begin began being between came called come does doing done else even
+again against already away back became become been began begin being between called came come does doing done else even
 ever every everything exactly find first found gave get give given goes going gone good got happen happened happens here
-into instead just keep kept kind know known last less like live long look lots made main make makes many maybe mean mean
-means meant more much must named need needed never next none nothing number often once ones other others part people
-place really right said same say says sort still such sure take taken than them thing things think time times today
-told took turn used using want wanted week went were what work would year years
+instead into just keep kept kind know known last less like live long look lots made main make makes many maybe mean
+means meant more much must name named names need needed never next none nothing number often once ones other others part
+people place really right said same say says sort still such sure take taken taking than them thing things think time
+times today told took turn used using want wanted week went were what work would year years
 """.split()  # noqa: SIM905
 _FUNCTION_WORDS = {*_NOT_NAMES, *_NOT_SUBJECTS}
 
@@ -59,39 +58,30 @@ def subjects(questions: Iterable[str]) -> list[str]:
     return list(found.values())
 
 
-def with_names(conversation: Conversation) -> Iterator[tuple[str, str]]:
-    """(rewrite, thought): the question itself, then with each name, and then each subject, newest turn first.
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What a question may be about, and the rewrite and thought that say so."""
 
-    A name replaces one of the first two pronouns, or stands before the question as its topic. A subject is a topic.
+    topic: str
+    rewrite: str
+    thought: str
+
+
+def guesses(conversation: Conversation) -> list[Guess]:
+    """The question itself and the topics that it says, under all of which it stays as it is; then those of its history.
+
+    Names come before subjects, of each kind the newest first.
     """
     question = " ".join(conversation.question.split())
-    yield question, "The question is complete."
-    pronouns = list(_PRONOUN.finditer(question))[:2]
-    history = conversation.history[::-1]
-    known = names(text for turn in history for text in (turn.answer, turn.question))
-    for name in known:
-        if name.lower() in question.lower():
-            continue
-        for match in pronouns:
-            word, rest = match.group().lower(), question[match.end() :]
-            owned = word in _POSSESSIVE or (word == "her" and re.match(r"\s\w", rest) is not None)
-            replaced = f"{name}'s" if owned else name
-            yield f"{question[: match.start()]}{replaced}{rest}", f'"{match.group()}" is {name}.'
-        yield f"{name}: {question}", f"The question is about {name}."
-    tried = {question.lower(), *(name.lower() for name in known)}
-    for word in subjects(turn.question for turn in history):
-        if not any(word.lower() in text for text in tried):
-            yield f"{word}: {question}", f"The question is about {word}."
+    turns = conversation.history[::-1]
+    said = topics([question], [question])
+    past = topics((text for turn in turns for text in (turn.answer, turn.question)), (turn.question for turn in turns))
+    complete = [Guess(topic, question, "The question is complete.") for topic in (question, *said)]
+    missing = [topic for topic in past if topic.lower() not in question.lower()]
+    return complete + [Guess(topic, f"{topic}: {question}", f"The question is about {topic}.") for topic in missing]
 
 
-def with_subject(conversation: Conversation, rewrite: str, thought: str) -> Iterator[tuple[str, str]]:
-    """(rewrite, thought): a rewrite of ``with_names`` that has a name or subject, with one more subject each."""
-    question = " ".join(conversation.question.split())
-    topic = rewrite.removesuffix(f": {question}")
-    for word in subjects(turn.question for turn in reversed(conversation.history)) if rewrite != question else ():
-        if word.lower() in rewrite.lower():
-            continue
-        if topic != rewrite:
-            yield f"{topic}, {word}: {question}", f"The question is about {topic} and {word}."
-        else:
-            yield f"{word}: {rewrite}", f"{thought} The question is about {word}."
+def topics(texts: Iterable[str], questions: Iterable[str]) -> list[str]:
+    """The names in the texts, then the subjects of the questions that are in none of these names."""
+    named = names(texts)
+    return named + [word for word in subjects(questions) if not any(word.lower() in name.lower() for name in named)]

@@ -24,6 +24,7 @@ from convsearch.model.batch import STRIDE, MicroBatch, related
 
 NAME = "tree"
 Kernel = Literal["auto", "sdpa", "flex", "flash"]
+MOST_PAIRS = 1 << 20  # of positions that are stored for the backward pass, per head; above it SDPA stores none
 
 
 @dataclass(slots=True)
@@ -86,17 +87,39 @@ class Segment:
         The prompt attends causally to itself, each branch to the prompt and itself: nothing is computed for pairs of
         different branches, which one masked product over the tree would do.
         """
-        options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
         q, k, v = (tensor[self.row : self.row + 1, :, self.start : self.prompt_end] for tensor in (query, key, value))
-        on_prompt = scaled_dot_product_attention(q, k, v, is_causal=True, **options)[0]
+        on_prompt = _masked_attention(q, k, v, None, scaling)[0]
         if self.prompt_end == self.end:
             return on_prompt
         branches = len(self.index_GL)
         q_G, k_G, v_G = (tensor[self.row, :, self.index_GL].transpose(0, 1) for tensor in (query, key, value))
         k_G, v_G = (torch.cat((x.expand(branches, -1, -1, -1), y), dim=2) for x, y in ((k, k_G), (v, v_G)))
-        out_GHLD = scaled_dot_product_attention(q_G, k_G, v_G, attn_mask=self.mask_LK, **options)
+        out_GHLD = _masked_attention(q_G, k_G, v_G, self.mask_LK, scaling)
         on_branches = out_GHLD.transpose(1, 2)[self.kept_GL].transpose(0, 1)
         return torch.cat((on_prompt, on_branches), dim=1)
+
+
+def _masked_attention(query: Tensor, key: Tensor, value: Tensor, mask_TK: Tensor | None, scaling: float) -> Tensor:
+    """query [B, H*g, T, D], key and value [B, H, K, D] -> [B, H*g, T, D]; without a mask: causal.
+
+    On a CPU, SDPA's backward pass over short sequences takes 2 to 3 times as long as that of plain products.
+    """
+    batch, heads, tokens, size = query.shape
+    if query.is_cuda or tokens * key.shape[2] > MOST_PAIRS:
+        options: dict[str, Any] = {"scale": scaling, "enable_gqa": heads != key.shape[1]}
+        return scaled_dot_product_attention(query, key, value, mask_TK, is_causal=mask_TK is None, **options)
+    grouped = heads // key.shape[1]
+    hidden_TK = _later(tokens) if mask_TK is None else ~mask_TK
+    query_BHxD = (query * scaling).reshape(batch, heads // grouped, grouped * tokens, size)
+    scores = (query_BHxD @ key.transpose(-1, -2)).view(batch, heads, tokens, -1)
+    weights = scores.masked_fill(hidden_TK, float("-inf")).softmax(dim=-1)
+    return (weights.view(batch, heads // grouped, grouped * tokens, -1) @ value).view(batch, heads, tokens, size)
+
+
+@lru_cache(maxsize=64)
+def _later(tokens: int) -> Tensor:
+    """[T, T] on the CPU: what a causal mask hides."""
+    return torch.ones(tokens, tokens, dtype=torch.bool).triu(diagonal=1)
 
 
 @dataclass(slots=True)
