@@ -55,7 +55,7 @@ def test_equal_rewards_have_no_advantage() -> None:
     assert group_advantages([0.1] * 6, 3) == near([0.0] * 6, abs=1e-9)  # 0.1 + 0.1 + 0.1 is not 0.3 in floats
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(2, 6).flatmap(
         lambda size: st.tuples(
@@ -164,7 +164,7 @@ def test_the_default_kl_is_the_paper_s() -> None:
     assert kl_penalty(tensor(0.5), tensor(0.0)).item() == near(math.exp(-0.5) + 0.5 - 1)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.floats(-60, 0), st.floats(-60, 0)), min_size=1, max_size=8))
 def test_the_low_variance_estimate_is_not_negative_and_points_to_the_reference(
     pairs: list[tuple[float, float]],
@@ -209,7 +209,7 @@ def test_token_weights_worked_by_hand() -> None:
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(lengths, st.integers(1, 9))
 def test_the_weighted_sum_equals_the_named_average(lengths_N: list[int], size: int) -> None:
     losses = [[math.sin(10 * row + column) for column in range(length)] for row, length in enumerate(lengths_N)]

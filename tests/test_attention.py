@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from convsearch.model import attention
 from convsearch.model.attention import PackedContext, Segment
 from convsearch.model.batch import STRIDE, related
 
@@ -34,10 +35,14 @@ def branches_of(rows: list[list[list[int]]]) -> tuple[Tensor, list[Segment]]:
     return branch_BT, segments
 
 
+@pytest.mark.parametrize("most_pairs", [attention.MOST_PAIRS, 0])  # plain products, SDPA
 @pytest.mark.parametrize("grouped", [1, 2])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", ROWS)
-def test_segments_equal_one_masked_product(name: str, dtype: torch.dtype, tolerance: float, grouped: int) -> None:
+def test_segments_equal_one_masked_product(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, tolerance: float, grouped: int, most_pairs: int
+) -> None:
+    monkeypatch.setattr(attention, "MOST_PAIRS", most_pairs)
     branch_BT, segments = branches_of(ROWS[name])
     rows, length = branch_BT.shape
     draw = torch.Generator().manual_seed(1)

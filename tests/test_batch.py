@@ -108,7 +108,7 @@ def test_a_shorter_row_is_padded_on_the_right() -> None:
     assert mask.any(dim=1).all()  # and no row of scores is empty, whose softmax would not be a number
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(trees)
 def test_a_token_sees_the_same_context_as_in_its_own_row(forest: list[Tree]) -> None:
     batch = collate(forest)
@@ -128,7 +128,7 @@ def test_a_token_sees_the_same_context_as_in_its_own_row(forest: list[Tree]) -> 
         assert batch.position_ids_BT[row][seen].tolist() == list(range(len(context)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(trees, st.integers(1, 60))
 def test_packing_keeps_every_tree_once_within_the_limit(forest: list[Tree], max_tokens: int) -> None:
     batches = list(pack(forest, max_tokens))
@@ -142,7 +142,7 @@ def test_packing_keeps_every_tree_once_within_the_limit(forest: list[Tree], max_
     assert [batch.token_ids_BT.tolist() for batch in again] == [batch.token_ids_BT.tolist() for batch in batches]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(trees)
 def test_shared_and_unshared_trees_have_the_same_samples(forest: list[Tree]) -> None:
     alone = unshared(forest)
@@ -197,7 +197,7 @@ def test_two_trees_in_a_row_worked_by_hand() -> None:
     assert batch.segments == [(0, 0, 5), (0, 5, 8), (1, 0, 3)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(trees)
 def test_trees_of_one_row_do_not_see_each_other(given_trees: list[Tree]) -> None:
     """The row's mask is that of each tree by itself, with nothing between them."""
@@ -209,7 +209,7 @@ def test_trees_of_one_row_do_not_see_each_other(given_trees: list[Tree]) -> None
     ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 100), st.integers(1, 4))
 def test_balanced_bins_keep_every_item_within_the_limit(lengths: list[int], limit: int, ranks: int) -> None:
     bins = balanced(lengths, limit, ranks)

@@ -179,7 +179,7 @@ def test_order_without_shuffling() -> None:
     ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))),
     st.integers(0, 2**31),

@@ -75,7 +75,7 @@ def test_p_values_are_uniform_if_nothing_differs() -> None:
     assert 0.02 < (tests.t_p < 0.05).mean() < 0.09
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pairs=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), min_size=2, max_size=40))
 def test_t_test_equals_scipy(pairs: list[tuple[int, int]]) -> None:
     new, old = np.array(pairs, np.float64).T / 60

@@ -121,7 +121,7 @@ SCORES = st.dictionaries(
 QUERIES = st.sampled_from(["q1", "q2", "q3", "q4", "q5"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     qrels=st.dictionaries(QUERIES, GRADES, min_size=1),
     run=st.dictionaries(QUERIES, SCORES, min_size=1),
@@ -152,7 +152,7 @@ def test_equal_to_pytrec_eval(
     ]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(qrels=st.dictionaries(QUERIES, GRADES, min_size=1), run=st.dictionaries(QUERIES, SCORES, min_size=1))
 def test_means_equal_ir_measures(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]]) -> None:
     if not set(qrels) & set(run) or not any(grade for grades in qrels.values() for grade in grades.values()):

@@ -155,7 +155,7 @@ def test_good_files_are_read_without_the_line_loop(tmp_path: Path, monkeypatch: 
 IDS = st.text(st.characters(exclude_categories=("Z", "C")), min_size=1, max_size=20)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     run=st.dictionaries(
         IDS, st.dictionaries(IDS, st.floats(-1e30, 1e30), min_size=1, max_size=5), min_size=1, max_size=4
@@ -170,7 +170,7 @@ def test_any_ids_are_read_unchanged(run: dict[str, dict[str, float]], tmp_path_f
     assert rows(read_run(path)) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     pairs=st.lists(
         st.tuples(st.sampled_from(["q", "r"]), st.text("ab", min_size=1, max_size=18)), min_size=1, max_size=30
@@ -212,7 +212,7 @@ def test_scores_are_lowered_by_the_least_step(scores: list[float], expected: lis
     assert decreasing(scores).tolist() == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     scores=st.lists(st.sampled_from([0.0, 1.0, 7.25, 1e-40, -2.5]) | st.floats(-1e30, 1e30), min_size=1, max_size=40)
 )

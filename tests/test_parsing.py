@@ -121,7 +121,7 @@ visible = plain.filter(lambda text: bool(text.strip()))
 blank = st.text(alphabet=" \t\n\r\u2028\u3000", max_size=3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pieces.map("".join) | st.text(max_size=80), st.sampled_from(["stop", "length"]))
 @example("<think>a</think>\n<rewrite>" + "<" * 20_000 + "</rewrite>", "stop")
 @example("<think>" * 5_000, "stop")
@@ -149,7 +149,7 @@ def _split_at_tags(text: str) -> list[str]:
     return [*parts, text]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(visible, visible, blank, blank, blank)
 def test_text_in_the_form_is_extracted(think: str, rewrite: str, before: str, between: str, after: str) -> None:
     text = f"{before}<think>{think}</think>{between}<rewrite>{rewrite}</rewrite>{after}"
@@ -159,7 +159,7 @@ def test_text_in_the_form_is_extracted(think: str, rewrite: str, before: str, be
     assert thinking(text) == think.strip()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(visible, visible, visible, st.sampled_from(["before", "between", "after"]))
 def test_text_outside_the_parts_does_not_parse(think: str, rewrite: str, stray: str, place: str) -> None:
     at = {name: stray if name == place else "" for name in ("before", "between", "after")}
@@ -167,7 +167,7 @@ def test_text_outside_the_parts_does_not_parse(think: str, rewrite: str, stray: 
     assert parse_rewrite(text).text is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(visible, visible, st.sampled_from(TAGS), st.sampled_from(["think", "rewrite"]), st.integers(0, 40))
 def test_one_tag_too_many_does_not_parse(think: str, rewrite: str, tag: str, part: str, position: int) -> None:
     parts = {"think": think, "rewrite": rewrite}
@@ -177,7 +177,7 @@ def test_one_tag_too_many_does_not_parse(think: str, rewrite: str, tag: str, par
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(visible, visible, st.sampled_from(TAGS))
 def test_one_tag_too_few_does_not_parse(think: str, rewrite: str, tag: str) -> None:
     text = f"<think>{think}</think>\n<rewrite>{rewrite}</rewrite>".replace(tag, "", 1)

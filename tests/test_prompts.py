@@ -83,7 +83,7 @@ def test_a_first_question_has_an_empty_context() -> None:
 words = st.text(max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.builds(Turn, words, words), max_size=4), words, st.sampled_from(STYLES))
 def test_turns_and_question_are_in_the_prompt_unchanged(turns: list[Turn], question: str, style: str) -> None:
     """Braces, percent signs or the template's own fields in it are text, not fields."""

@@ -226,7 +226,7 @@ def test_settings_out_of_range(wrong: dict[str, Any]) -> None:
         BatchSettings(**wrong)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     jobs=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 9), st.booleans()), max_size=12),
     max_batch=st.integers(1, 8),

@@ -132,7 +132,7 @@ def brute_force(texts: list[str], query: str, k1: float, b: float) -> list[float
 few_words = st.lists(st.sampled_from(["ant", "bat", "cat", "dog", "the", "elk"]), max_size=6).map(" ".join)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     texts=st.lists(few_words, min_size=1, max_size=14),
     queries=st.lists(few_words, min_size=1, max_size=4),
@@ -195,7 +195,7 @@ def lucene_scores(passages: list[list[str]], query: list[str], k1: float, b: flo
 
 
 @mock.patch.multiple(bm25_ranks, SHORTEST_WINDOW=64, LONGEST_WINDOW=64)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), window=st.sampled_from([1, 3, 16, 64]), seed=st.integers(0, 10**6))
 def test_ranks_and_searches_are_those_of_brute_force(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, window: int, seed: int

@@ -52,7 +52,7 @@ def test_by_hand() -> None:
     assert analyzer([])[0].tolist() == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batches=st.lists(texts, max_size=4), most=st.sampled_from([1, 5, 1 << 19]))
 def test_terms_are_those_of_the_analyzer(batches: list[list[str]], most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -69,7 +69,7 @@ def test_by_hand(coarse: str) -> None:
     assert flat.top(queries[:1], 99)[0][1].tolist() == [1, 0, 2, 4, 3]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32),
     st.sampled_from(COARSE),

@@ -77,7 +77,7 @@ def test_any_body_gets_an_answer_of_the_documented_form(odd_server: httpx.Client
     model, bodies = BODIES[path]
     seen: set[int] = set()
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(bodies | ODD)
     def check(content: Any) -> None:
         answer = odd_server.post(

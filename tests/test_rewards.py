@@ -129,7 +129,7 @@ def test_the_paper_is_the_default() -> None:
     assert [paid(PARSED, rank) for rank in (1, 10, 100, None)] == near([2.0, 1.0, 0.0, 0.0], abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ranks, ranks, st.sampled_from([*SHAPES, "curriculum"]), st.floats(0, 1))
 def test_a_better_rank_never_earns_less(one: int | None, other: int | None, shape: str, progress: float) -> None:
     better, worse = sorted((one, other), key=lambda rank: math.inf if rank is None else rank)

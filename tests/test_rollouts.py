@@ -51,7 +51,7 @@ def group(number: int, size: int = 2) -> Group:
     return Group(tuple(rollout(f"q{number}", (number, 7), *each, k + 1, 1.0, 0.0) for k, each in enumerate(samples)))
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rollouts_G=groups)
 def test_what_is_dumped_is_read_back(tmp_path: Path, rollouts_G: list[Rollout]) -> None:
     rollouts.dump(tmp_path, 12, [Group(tuple(rollouts_G))])

@@ -38,7 +38,7 @@ def test_a_schedule_that_is_all_warm_up_ends_at_the_rate() -> None:
     assert [lr_at(step, 4, 1.0, 4, "cosine") for step in range(5)] == near([0.25, 0.5, 0.75, 1.0, 1.0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 300), st.integers(0, 100), st.sampled_from(["constant", "cosine"]), st.floats(0, 1))
 def test_the_rate_rises_in_the_warm_up_only(total: int, warmup: int, kind: str, floor: float) -> None:
     rates = [lr_at(step, total, 1.0, warmup, kind, floor) for step in range(total + 5)]

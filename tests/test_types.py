@@ -107,7 +107,7 @@ anything = (
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys((*RECORD, "positive_ctxs"), anything)))
 def test_any_record_is_a_conversation_or_a_value_error(fields: dict[str, Any]) -> None:
     try:
