@@ -292,19 +292,19 @@ def test_a_misspelt_key_names_the_nearest_key(kind):
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
-        (["data.train_batch_size=9"], ["data.train_batch_size=9", "ppo_mini_batch_size=8"]),
+        (["data.train_batch_size=9"], ["data.train_batch_size=9", "ppo_mini_batch_size=14"]),
         (["data.max_response_length=9000"], ["=896", "=9768"]),
-        (["trainer.n_gpus_per_node=3"], ["=64", "=3"]),
+        (["trainer.n_gpus_per_node=3"], ["=56", "=3"]),
         (
-            ["algorithm.loss_agg=micro-batch-mean", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=7"],
-            ["=64", "=7"],
+            ["algorithm.loss_agg=micro-batch-mean", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=9"],
+            ["=56", "=9"],
         ),
         (
             ["actor_rollout_ref.rollout.tensor_model_parallel_size=2"],
             ["n_gpus_per_node=1", "tensor_model_parallel_size=2"],
         ),
         (["actor_rollout_ref.actor.clip_ratio_high=0.1"], ["clip_ratio_high=0.1", "clip_ratio=0.2"]),
-        (["actor_rollout_ref.actor.llds_coef=0.2"], ["llds_coef=0.2", "ppo_mini_batch_size=8", "set ppo_epochs=2"]),
+        (["actor_rollout_ref.actor.llds_coef=0.2"], ["llds_coef=0.2", "ppo_mini_batch_size=14", "set ppo_epochs=2"]),
         (
             ["actor_rollout_ref.actor.use_kl_loss=false", "algorithm.kl_ctrl.kl_coef=0.5"],
             ["kl_coef=0.5", "use_kl_loss"],
@@ -314,7 +314,7 @@ def test_a_misspelt_key_names_the_nearest_key(kind):
         (["data.shuffle=1"], ["data.shuffle=1", "boolean"]),
         (["actor_rollout_ref.rollout.temperature=0"], ["temperature=0", "greater than 0"]),
         (["actor_rollout_ref.rollout.n=1"], ["rollout.n=1", "2"]),
-        (["actor_rollout_ref.rollout.n_train=17"], ["n_train=17", "n=16"]),
+        (["actor_rollout_ref.rollout.n_train=17"], ["n_train=17", "n=8"]),
         (["trainer.critic_warmup=5"], ["trainer.critic_warmup=5"]),
         (["trainer.best_metric=val_loss"], ["trainer.best_metric=val_loss", "val_mrr, val_reward"]),
         (["trainer.best_metric=val_mrr", "trainer.test_freq=-1"], ["best_metric=val_mrr", "test_freq=-1"]),
