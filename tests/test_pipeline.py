@@ -26,7 +26,7 @@ def start(out: Path) -> "subprocess.Popen[str]":
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     variables = {"QUICK": "1", "OUT": str(out), "GPUS": "2", "PORT": port, "PYTHON": sys.executable}
-    variables["GRPO"] = "data.val_max_samples=2"
+    variables["GRPO"] = "data.val_max_samples=2 trainer.val_before_train=true"
     command = ["bash", "scripts/run.sh", "demo_smollm2", "--device", "cpu", "retriever=bm25"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     env = os.environ | variables | {"OMP_NUM_THREADS": "1"}
