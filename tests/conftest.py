@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 # The same examples in every run, so that a change and not a throw of the dice turns a test red. To look for new ones:
-# HYPOTHESIS_PROFILE=explore pytest. Without deadlines, which a machine with other work misses.
+# HYPOTHESIS_PROFILE=explore pytest. No deadlines: a machine with other work misses them.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))

@@ -24,7 +24,7 @@ from convsearch.retriever.client import RetrieverClient
 from convsearch.retriever.embedded import open_retriever
 from convsearch.types import Completion, Conversation
 
-NOT_FOUND = 1000  # stands for the rank of a gold passage that was not found
+NOT_FOUND = 1000  # taken as the rank of a gold passage that was not found
 
 
 def distill(args: argparse.Namespace) -> None:

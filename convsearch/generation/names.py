@@ -68,9 +68,9 @@ class Guess:
 
 
 def guesses(conversation: Conversation) -> list[Guess]:
-    """The question itself and the topics that it says, under all of which it stays as it is; then those of its history.
+    """First those that leave the question as it is: the topic is the question itself, or something that it says.
 
-    Names come before subjects, of each kind the newest first.
+    Then one for each topic of the history that the question does not say: names before subjects, the newest first.
     """
     question = " ".join(conversation.question.split())
     turns = conversation.history[::-1]

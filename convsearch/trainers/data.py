@@ -141,7 +141,7 @@ def batch_of(rows: Sequence[T], batch_size: int, step: int, seed: int, shuffle: 
 def middling_first(examples: Sequence[Example], samples: str | Path, seed: int) -> list[Example]:
     """The examples whose warm-up samples have a mean reciprocal rank near 1/2 first; ties in random order.
 
-    Without samples of a model (``--k 0``), the rank is that of the rewrite with a name.
+    Without samples of a model (``--k 0``), the rank is that of the rewrite of ``--names``.
 
     An example without samples counts like one at 1/4, which is as far from 1/2 as an even spread is on average.
 
