@@ -48,6 +48,8 @@ def run(main: Callable[[], None]) -> None:
         _exit(f"stopped: {end}", end.status)
     except KeyboardInterrupt:
         _exit("interrupted: run the same command again to go on", 130)
+    except FileNotFoundError as error:
+        _exit(f"error: there is no {error.filename}: check the path", 2)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

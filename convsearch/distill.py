@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rank_limit", type=int, default=1, help="worst gold rank that is kept (paper: 1)")
     add("--max_kept", type=int, default=1, help="samples kept per conversation, best ranks first")
     add("--drop_first_turns", action="store_true", help="leave out questions without a history: they need no rewrite")
+    add("--skip_bad", type=int, default=0, help="questions that may be left out because the index lacks a gold passage")
     copies = "leave out rewrites that only repeat the question although it has a history (not in the paper)"
     add("--drop_copies", action="store_true", help=copies)
     named = "also try the question as it is, and with topics of its history before it (English; not in the paper)"
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name, least in (("k", 0 if args.names else 1), ("rank_limit", 1), ("max_kept", 1)):
+    for name, least in (("k", 0 if args.names else 1), ("rank_limit", 1), ("max_kept", 1), ("skip_bad", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least {least}")
     return args

@@ -1,8 +1,13 @@
 """Files that are either complete or absent, and JSON lines whose errors have a line number."""
 
+import errno
+import fcntl
 import gzip
 import json
 import os
+import socket
+import sys
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,15 +41,85 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+@contextmanager
+def sole_writer(output: str | Path, *, inside: bool = False) -> Iterator[None]:
+    """Holds a lock for the block, so that two commands never write the same file or folder at the same time.
+
+    The kernel frees the lock when the process ends, however it ends.
+
+    Args:
+        inside: the lock is ``<output>/.lock``, in a folder that is made if it is missing; else ``.<name>.lock`` beside
+            the output, which may be replaced.
+
+    Raises:
+        ValueError: another process holds it; names its host, its number and its start.
+    """
+    output = Path(output)
+    path = output / ".lock" if inside else output.with_name(f".{output.absolute().name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path, output) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, output: Path) -> IO[str]:
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by the caller)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read() or "another process"
+            remedy = "wait until it ends, stop it, or name another output"
+            raise ValueError(f"{output} is being written by {holder}: {remedy}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            what = f"the file system of {output} has no locks ({error.strerror})"
+            print(f"warning: {what}: make sure that no other command writes there", file=sys.stderr)
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # the process before has just removed it
+
+
+def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        remedy: the end of the error's sentence.
+
+    Raises:
+        ValueError: the file is missing or does not hold a JSON object; names it.
+    """
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path}: {remedy}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (not a JSON object): {remedy}")
+    return found
+
+
+def read_jsonl(path: str | Path, *, growing: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, object) of a JSON-lines file, gzipped or not; blank lines are skipped.
+
+    Args:
+        growing: leave out a last line without a line break, which a process is writing or was killed in.
 
     Raises:
         ValueError: a line is not UTF-8 or not a JSON object, or a gzipped file is damaged; names file and line.
     """
     path = Path(path)
     for number, line in _numbered_lines(path):
-        if not line.strip():
+        if not line.strip() or (growing and not line.endswith(b"\n")):
             continue
         try:
             record = json.loads(line)

@@ -4,6 +4,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from starlette.applications import Starlette
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -17,7 +19,13 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
+LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+
+
+def only_local_names(app: Starlette) -> None:
+    """Refuses requests under another host name, by which a page of another site could read from this machine."""
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_NAMES)
 
 
 def file_routes(files: Mapping[str, Path]) -> list[BaseRoute]:

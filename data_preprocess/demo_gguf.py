@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from convsearch import checksums
+
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 
@@ -50,7 +52,7 @@ def convert(gguf: Path, output: Path, origin: Mapping[str, str], source_file: st
     """Makes ``output`` from the GGUF file, atomically, and returns the answer to the check's question.
 
     Args:
-        origin: where the file is from, for ``source_file``, which also lists the size of each file.
+        origin: where the file is from, for ``source_file``, which is part of the folder.
 
     Raises:
         ValueError: ``output`` is something else, or the model fails its check.
@@ -64,8 +66,8 @@ def convert(gguf: Path, output: Path, origin: Mapping[str, str], source_file: st
         model = AutoModelForCausalLM.from_pretrained(temporary)
         answer = check_model(model, AutoTokenizer.from_pretrained(temporary))
         source: dict[str, Any] = {"gguf": gguf.name, "gguf_bytes": gguf.stat().st_size, **origin}
-        source["files"] = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         (temporary / source_file).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+        checksums.seal(temporary)
         if output.exists():
             shutil.rmtree(output)
         os.replace(temporary, output)

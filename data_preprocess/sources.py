@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import ijson
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
+
+from convsearch.parquet import read_rows
 
 MAX_CELL_CHARS = 1 << 20  # a longer cell of a .tsv file means an unclosed quote, which takes in the rest of the file
 _TICK_RECORDS = 256
-_PARQUET_ROWS = 1024  # per block
 
 
 class RecordError(ValueError):
@@ -256,18 +255,8 @@ def read_parquet_records(source: Source, columns: Sequence[str] = ()) -> Iterato
     Raises:
         ValueError: it is no parquet file, or lacks a column; names it.
     """
-    try:
-        file = pq.ParquetFile(source.path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{source}: not a parquet file ({error})") from error
-    with file:
-        names = file.schema_arrow.names
-        for column in columns:
-            if column not in names:
-                raise ValueError(f"{source}: column {column!r} is missing; it has {', '.join(names)}")
-        blocks = file.iter_batches(batch_size=_PARQUET_ROWS, columns=[*columns] or None)
-        for number, row in enumerate((row for block in blocks for row in block.to_pylist()), start=1):
-            yield Record(row, f"{source}: row {number}")
+    for number, row in enumerate(read_rows(source.path, columns, remedy="download it again"), start=1):
+        yield Record(row, f"{source}: row {number}")
 
 
 def find_sources(place: Path) -> list[Source]:

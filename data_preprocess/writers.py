@@ -2,7 +2,7 @@
 
 A split is three files: ``<split>.json`` (conversations, one turn per line), ``<split>.trec`` (qrels: ``qid 0 docid 1``)
 and ``<split>.parquet`` (the rows of GRPO). A collection is ``collection.jsonl``: {"id", "contents"}. ``manifest.json``
-records the inputs and options of each file.
+records the inputs, options and checksum of each file.
 """
 
 import argparse
@@ -17,14 +17,15 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from convsearch.files import atomic_write
+from convsearch import checksums
+from convsearch.files import atomic_write, sole_writer
 from convsearch.prompts import render
 from convsearch.types import Conversation
 from data_preprocess.options import DEFAULT_PROMPT, PromptOptions
 from data_preprocess.sources import BadRecords, RecordError, Source
 
 ROW_GROUP_ROWS = 1000
-FORMAT = 1  # raise it if the same input gives other output: older files are then made again
+FORMAT = 2  # raise it if the same input gives other output: older files are then made again
 UNANSWERABLE = "UNANSWERABLE"
 COLLECTION = "collection.jsonl"
 Counts = dict[str, Any]
@@ -132,7 +133,8 @@ def _open_split(folder: Path, name: str, with_parquet: bool, with_positives: boo
         parquet = None
         if with_parquet:
             file = stack.enter_context(atomic_write(folder / f"{name}.parquet", "wb"))
-            parquet = stack.enter_context(pq.ParquetWriter(file, parquet_schema(with_positives)))
+            schema = parquet_schema(with_positives)
+            parquet = stack.enter_context(pq.ParquetWriter(file, schema, write_page_checksum=True))
         files = SplitFiles(name, conversations, qrels, parquet)
         yield files
         files.flush()
@@ -242,8 +244,8 @@ class OutputFolder:
             file.write("\n")
 
     def _is_whole(self, entry: dict[str, Any]) -> bool:
-        paths = {self.path / name: size for name, size in entry["files"].items()}
-        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+        paths = {self.path / name: written for name, written in entry["files"].items()}
+        return all(path.is_file() and checksums.xxh3(path) == written for path, written in paths.items())
 
     def _sweep(self, files: Sequence[str]) -> None:
         """Removes the temporary files of killed runs: those whose process no longer exists."""
@@ -269,7 +271,16 @@ class OutputFolder:
 
         The manifest loses the step's entry before the files change, and
         gets it back when all are whole, so that a broken run never passes for a finished one.
+
+        Raises:
+            ValueError: another process writes in the folder.
         """
+        with sole_writer(self.path, inside=True):
+            self._step(name, files, inputs, options, make)
+
+    def _step(
+        self, name: str, files: Sequence[str], inputs: Iterable[Source], options: dict[str, Any], make: Make
+    ) -> None:
         key = json.loads(json.dumps({"inputs": [source.stamp() for source in inputs], "options": options}))
         steps = self._steps()
         entry: dict[str, Any] = steps.get(name, {"key": None, "files": {}, "counts": {}, "skipped": []})
@@ -280,8 +291,8 @@ class OutputFolder:
             self._sweep(files)
             bad = BadRecords(self.skip_bad)
             counts = make(bad)
-            sizes = {file: (self.path / file).stat().st_size for file in files}
-            entry = steps[name] = {"key": key, "files": sizes, "counts": counts, "skipped": bad.messages}
+            written = {file: checksums.xxh3(self.path / file) for file in files}
+            entry = steps[name] = {"key": key, "files": written, "counts": counts, "skipped": bad.messages}
             self._save(steps)
             verb = "wrote"
         print(f"{verb} {', '.join(files)} in {self.path}: {_shown(entry['counts'])}", flush=True)

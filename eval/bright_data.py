@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from convsearch.files import read_jsonl
+from convsearch.parquet import read_rows
 
 NOT_EXCLUDED = "N/A"  # how the data set says that a query excludes nothing
 Record = Mapping[str, Any]
@@ -55,12 +53,7 @@ def _existing(path: str | Path) -> Path:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Record]]:
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
-    batches = file.iter_batches(batch_size=1024)
-    for number, record in enumerate(record for batch in batches for record in batch.to_pylist()):
+    for number, record in enumerate(read_rows(path, remedy="download it again")):
         yield f"{path}: row {number}", record
 
 

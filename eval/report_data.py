@@ -1,15 +1,14 @@
 """What a report shows, read from a run folder (of scripts/quickstart.sh, or of convsearch.grpo alone)."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from convsearch.files import read_jsonl
+from convsearch.files import read_json, read_jsonl
+from convsearch.parquet import open_parquet
 from eval.columns import Columns
 from eval.measures import Floats, evaluate, parse_measures
 from eval.runs import read_qrels, read_run
@@ -97,10 +96,7 @@ def read_results(folder: Path) -> Results | None:
 def _disagreements(path: Path, values: Mapping[str, Mapping[str, Floats]]) -> list[str]:
     if not path.is_file():
         return []
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): make it again with `python -m eval.summary`") from error
+    written = read_json(path, "make it again with `python -m eval.summary`")
     found = []
     for name, measured in values.items():
         for measure, scores in measured.items():
@@ -115,8 +111,7 @@ def read_metrics(folder: Path) -> list[Record]:
     path = next((p for p in (folder / "grpo" / "metrics.jsonl", folder / "metrics.jsonl") if p.is_file()), None)
     if path is None:
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.split("\n") if line]
+    return [record for _, record in read_jsonl(path, growing=True)]
 
 
 def rank_shares(folder: Path, most: int = 60) -> list[tuple[str, list[float]]]:
@@ -128,7 +123,8 @@ def rank_shares(folder: Path, most: int = 60) -> list[tuple[str, list[float]]]:
         group = files[start : start + per]
         counts = np.zeros(len(BUCKETS))
         for path in group:
-            table = pq.read_table(path, columns=["rank", "error"])
+            with open_parquet(path, "leave it out") as file:
+                table = file.read(columns=["rank", "error"])
             ranks = table["rank"].fill_null(0).to_numpy()
             place = np.where(ranks == 0, 3, np.searchsorted(_UPPER, ranks).clip(max=2))
             place = np.where(table["error"].is_valid().to_numpy(), 4, place)

@@ -23,10 +23,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from convsearch.cli import Unavailable
+from convsearch.files import read_json
 from retriever_server.storage import Array
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in order of preference
 ACTIVATIONS = {"torch.nn.modules.linear.Identity": "Identity", "torch.nn.modules.activation.Tanh": "Tanh"}
+AGAIN = "copy the model's folder again"
 CHARS_PER_TOKEN = 6  # of a long token, to estimate what truncation leaves of a text
 MIN_BATCH = 4  # texts that are batched however much their lengths differ
 HASHED = ("*.safetensors", "*.bin", "*.json", "*.txt", "*/*.safetensors", "*/*.bin", "*/*.json")
@@ -209,7 +211,11 @@ def _fill(module: Any, weights: dict[str, Any], folder: Path, prefix: str) -> No
 
 def _sentence_transformer(folder: Path) -> tuple[Any, str, list[Any], int]:
     model, pooling, limit, heads = None, None, 0, []
-    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+    try:
+        modules = json.loads((folder / "modules.json").read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{folder}/modules.json is damaged ({error}): {AGAIN}") from error
+    for module in modules:
         kind, place = module["type"].rpartition(".")[2], folder / module["path"]
         if kind == "Transformer" and model is None:
             model = AutoModel.from_pretrained(place, trust_remote_code=False).float()
@@ -234,8 +240,7 @@ def _sentence_transformer(folder: Path) -> tuple[Any, str, list[Any], int]:
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    return read_json(path, AGAIN) if path.is_file() else {}
 
 
 def _pooling(settings: dict[str, Any], place: Path) -> str:

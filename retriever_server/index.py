@@ -1,4 +1,7 @@
-"""``python -m retriever_server.index bm25|dense|import-blocks ... --output DIR``: builds an index folder."""
+"""``python -m retriever_server.index bm25|dense|import-blocks ... --output DIR``: builds an index folder.
+
+``verify --output DIR`` reads a folder again and compares every byte with the checksums of its build.
+"""
 
 import argparse
 import os
@@ -22,6 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument("--output", type=Path, required=True, help=output)
         parser.add_argument("--overwrite", action="store_true", help="replace an index folder that differs")
         add_flags(parser)
+    about = "compare all files of an index folder with their checksums; opening it compares the smaller ones"
+    parser = kinds.add_parser("verify", help=about)
+    parser.add_argument("--output", type=Path, required=True, help="the index folder")
     return top
 
 
@@ -68,6 +74,14 @@ def _add_import_blocks(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     args, start, built = build_parser().parse_args(), time.monotonic(), True
+    if args.kind == "verify":
+        from convsearch import checksums
+        from retriever_server.storage import AGAIN, read_manifest
+
+        read_manifest(args.output)
+        checksums.check(args.output, AGAIN)
+        print(f"{args.output}: every byte is as it was written ({time.monotonic() - start:.1f} s)")
+        return
     if args.kind == "bm25":
         from retriever_server.bm25.build import build as build_bm25
         from retriever_server.bm25.manifest import Manifest as Bm25Manifest

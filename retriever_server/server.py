@@ -110,6 +110,8 @@ def dense_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parent, args = os.getppid(), build_parser().parse_args()
+    from convsearch import pages
+    from retriever_server.parent import exit_with_parent
     from retriever_server.playground import routes
     from retriever_server.searcher import open_indexes
     from retriever_server.serving import process
@@ -121,7 +123,7 @@ def main() -> None:
     from retriever_server.serving.telemetry import set_up_logging
 
     if args.exit_with_parent is not None:
-        process.exit_with_parent(args.exit_with_parent or parent)
+        exit_with_parent(args.exit_with_parent or parent)
     set_up_logging(args.log_format, args.log_level)
     settings = BatchSettings(args.threads, args.max_batch, args.max_wait_ms / 1000, args.max_queue, args.max_queue_s)
     limits = Limits(args.max_request_mib << 20, args.max_items, args.max_query_chars, args.max_results)
@@ -139,6 +141,8 @@ def main() -> None:
         similarity = Similarity.of(encoder, args.similarity_max_length)
     cache = RankCache(args.rank_cache, args.rank_cache_mib) if args.rank_cache else None
     app = create_app(indexes, qrels, limits, settings, cache, similarity)
+    if args.host in pages.LOCAL_NAMES:
+        pages.only_local_names(app)
     app.include_router(routes.playground(app.state.service, rewriters, args.prompt_style))
     about = f"index {', '.join(index.index_id for index in indexes.values())}, {default.num_passages} passages"
     process.serve(app, args.host, args.port, about)

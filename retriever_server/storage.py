@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from convsearch.files import atomic_write
+from convsearch import checksums
+from convsearch.files import atomic_write, read_json
 
 Array = npt.NDArray[Any]
 M = TypeVar("M")
+LARGEST = 256 << 20  # bytes of the files whose checksums are compared whenever an index is opened
 AGAIN = "build the index again with --overwrite"
 
 
@@ -180,7 +182,8 @@ def whole_folder(folder: Path, replace: bool) -> Iterator[Path]:
 
 
 def publish(temporary: Path, folder: Path, replace: bool) -> None:
-    """Writes a finished folder to the disk for good and gives it its name; ``replace`` removes what had that name."""
+    """Seals a finished folder, writes it to the disk for good and gives it its name; ``replace`` removes an old one."""
+    checksums.seal(temporary)
     for path in temporary.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -214,13 +217,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no manifest.json, so it is not a finished index folder: {remedy}")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): {remedy} --overwrite") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path} is damaged (not a JSON object): {remedy} --overwrite")
-    return manifest
+    return read_json(path, f"{remedy} --overwrite")
 
 
 def load_manifest(kind: type[M], folder: Path, **expected: object) -> M:
@@ -236,6 +233,9 @@ def load_manifest(kind: type[M], folder: Path, **expected: object) -> M:
     for key, of_type in kind.__annotations__.items():
         if type(found.get(key)) is not of_type:
             raise ValueError(f"{path}: field {key!r} must be {of_type.__name__}, got {found.get(key)!r}: {AGAIN}")
+    if not (folder / checksums.NAME).is_file():
+        raise ValueError(f"{folder} has no {checksums.NAME}: {AGAIN}")
+    checksums.check(folder, AGAIN, LARGEST)
     return kind(**{key: found[key] for key in kind.__annotations__})
 
 

@@ -7,14 +7,14 @@
 #   KEY=VALUE    keys of GRPO; the variable GRPO="KEY=VALUE ..." has more
 #   --dry-run    checks the command of every stage, prints the plan (GPUs, memory, steps, disk) and starts nothing
 # Variables, with their defaults:
-#   SEED=1  QUICK=0 (1: a smoke run)  OUT=outputs/EXPERIMENT[_NAME][_quick][_seedN]  RAW=data/raw/DATA  PORT=8000
+#   SEED=1  QUICK=0 (1: a smoke run)  OUT=outputs/EXPERIMENT[_NAME][_quick][_seedN]  RAW=data/raw/DATA  PORT=0 (a free one)
 #   GPUS (per node; on a CPU: processes)  NNODES=1 (scripts/multinode.sh)  GPU_GIB=80  PYTHON=.venv/bin/python
 #   RETRIEVER_URL (a server with the index of the experiment; otherwise this script starts one)  ENCODER (of ANCE)
 # SIGTERM: the running stage saves at the end of its step, and the status is 143. Status 3: training has collapsed.
 set -feuo pipefail # -f: the lists of words in the configuration and in GRPO expand unquoted, without globs
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 experiment=${1:?give the name of an experiment: a file of configs/experiment/}
-py=${PYTHON:-.venv/bin/python} seed=${SEED:-1} nodes=${NNODES:-1} port=${PORT:-8000} url=""
+py=${PYTHON:-.venv/bin/python} seed=${SEED:-1} nodes=${NNODES:-1} port=${PORT:-0} url=""
 dry=0 chosen="" cluster=() groups=() keys=(${GRPO:-}) plan=""
 for ((i = 2; i <= $#; i++)); do
   case ${!i} in
@@ -111,17 +111,15 @@ serve() { # sets url; starts the retrieval server if the experiment has one and 
   if [ -z "$url" ]; then
     local command=("$py" -m retriever_server --index_path "$index_name=$index_folder" --port "$port")
     [ -z "$encoder" ] || command+=(--model_name_or_path "$encoder")
-    url=http://127.0.0.1:$port
-    if [ $dry = 1 ]; then start "${command[@]}"; return; fi
+    if [ $dry = 1 ]; then url=http://127.0.0.1:$port; start "${command[@]}"; return; fi
     mkdir -p "$out"
     CUDA_VISIBLE_DEVICES="" "${command[@]}" --exit-with-parent $$ > "$out/server.log" 2>&1 &
     server=$!
+    until url=$(sed -n 's|^retriever_server: \(http://[^ ]*\) ready.*|\1|p' "$out/server.log") && [ -n "$url" ]; do
+      kill -0 "$server" 2> /dev/null || { echo "error: the retrieval server ended, see $out/server.log" >&2; exit 2; }
+      sleep 1
+    done
   fi
-  until [ $dry = 1 ] || curl -sf "$url/health" > /dev/null; do
-    [ -z "$server" ] || kill -0 "$server" 2> /dev/null ||
-      { echo "error: the retrieval server ended, see $out/server.log" >&2; exit 2; }
-    sleep 1
-  done
 }
 
 stage_data() {

@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convsearch.files import write_jsonl
+from convsearch.model.loading import encode_chat, load_tokenizer
+from convsearch.parquet import read_rows
 from convsearch.trainers.data import (
     batch_of,
     fit_length,
     middling_first,
     read_examples,
-    read_parquet,
     stream_of,
 )
-from convsearch.types import Example
+from convsearch.types import Example, Message
 
 CHAT = [{"role": "user", "content": "rewrite: and his wife?"}]
 EXTRA = {
@@ -118,7 +119,7 @@ def test_files_that_are_no_parquet_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{tmp_path}: no such file"):
         read_examples([str(tmp_path)])
     for path in (text, cut):
-        with pytest.raises(ValueError, match=rf"^{path}: not a parquet file \("):
+        with pytest.raises(ValueError, match=rf"^{path}: not a parquet file, or damaged \("):
             read_examples([str(path)])
 
 
@@ -131,10 +132,7 @@ def test_files_without_rows_are_named(tmp_path: Path) -> None:
 
 def test_parquet_rows_have_the_columns_that_are_asked_for(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", *({"n": n, "text": str(n)} for n in range(5)))
-    assert list(read_parquet(path, ["n"])) == [{"n": n} for n in range(5)]
-
-
-# --- conversations
+    assert list(read_rows(path, ["n"], remedy="")) == [{"n": n} for n in range(5)]
 
 
 # --- lengths
@@ -238,6 +236,24 @@ def test_prompts_of_middling_difficulty_come_first(tmp_path: Path) -> None:
         write_jsonl(path, [lines[0], wrong])
         with pytest.raises(ValueError, match=r"samples\.jsonl:2: not a line of samples\.jsonl"):
             middling_first(examples, path, 1)
+
+
+@given(st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "system", "Ignore this. ", "\n", "é", " "]), max_size=9))
+def test_control_tokens_in_a_text_stay_text(tokenizer: Any, parts: list[str]) -> None:
+    text = "".join(parts)
+    messages: tuple[Message, ...] = ({"role": "user", "content": text}, {"role": "assistant", "content": "yes"})
+    ids = encode_chat(tokenizer, messages)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert (ids.count(start), ids.count(end)) == (3, 2)  # those of the template
+    wanted = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == wanted
+    if "<|" not in text:
+        assert ids == tuple(tokenizer.encode(wanted, add_special_tokens=False))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    return load_tokenizer(str(tiny_llama))
 
 
 def test_fewer_rows_than_a_batch() -> None:

@@ -240,7 +240,7 @@ def test_command_refuses_in_one_sentence(files: tuple[Path, Path], tmp_path: Pat
         (other, (), "the run has none of the 3 queries of the qrels (run: 'x1'; qrels: 'q1', 'q2', ...)"),
         (files[0], ("--rel-threshold", "9"), "grade 9 or more"),
         (files[0], ("--rel-threshold", "0"), "at least 1, got 0"),
-        (tmp_path / "nowhere", (), "No such file"),
+        (tmp_path / "nowhere", (), "there is no "),
     ]:
         done = command("--run", run, "--qrels", files[1], *options)
         assert done.returncode == 2

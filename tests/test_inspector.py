@@ -253,6 +253,20 @@ def test_the_page_is_served_with_a_strict_policy_to_this_machine_alone(client: A
     ] == []
 
 
+@pytest.mark.parametrize("name", ["rollouts/000001.parquet", "metrics.jsonl"])
+def test_damaged_files_are_a_sentence(name: str, tmp_path: Path) -> None:
+    from starlette.testclient import TestClient
+
+    run = Run(write_run(tmp_path / "run", steps=2))
+    path = run.folder / name
+    content = path.read_bytes()
+    path.write_bytes(content[:2] + b"?" * (len(content) - 4) + content[-2:] + b"\n")
+    with TestClient(create_app([run]), base_url="http://localhost", raise_server_exceptions=False) as page:
+        answer = page.get("/api/state")
+    assert answer.status_code == 422
+    assert str(path) in answer.json()["detail"]
+
+
 def test_command_line_refuses_what_it_cannot_serve(tmp_path: Path) -> None:
     for arguments, words in ((["a", "b", "c"], "two at most"), ([str(tmp_path / "none")], "there is no run folder")):
         done = subprocess.run(

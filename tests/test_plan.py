@@ -315,7 +315,7 @@ def test_module_behind_torchrun_is_found() -> None:
 
 def test_scripts_are_valid_bash() -> None:
     files = [str(path) for path in sorted((ROOT / "scripts").iterdir()) if path.suffix in (".sh", ".sbatch")]
-    assert len(files) == 9
+    assert len(files) == 10
     for file in files:
         done = subprocess.run(["bash", "-n", file], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -103,6 +103,7 @@ def test_the_wire_is_as_it_was(server: httpx.Client) -> None:
     assert set(server.get("/openapi.json").json()["paths"]) == {
         "/rank",
         "/search",
+        "/missing",
         "/similarity",
         "/retrieve",
         "/health",

@@ -255,7 +255,7 @@ def test_steps_are_those_of_torch(folder: Path, trees: list[Tree]) -> None:
         optimizer.zero_grad()
         policy.forward_backward(collate(trees), toy_loss)
         report = policy.optim_step(lr)
-        assert report == {"grad_norm": pytest.approx(float(norm), rel=1e-4), "lr": lr, "skipped": 0.0}
+        assert report == {"grad_norm": pytest.approx(float(norm), rel=1e-4), "lr": lr, "skipped": 0.0, "broken": 0.0}
         assert report["grad_norm"] > 0.05
     ours = policy.weights()
     for name, parameter in model.named_parameters():

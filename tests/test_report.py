@@ -83,7 +83,7 @@ def test_figures_that_do_not_agree_are_named(run: Path, tmp_path: Path) -> None:
     (folder / "results.json").write_text(json.dumps({"raw question": {"MRR": 0.5625}, "after GRPO": {"MRR": 0.7}}))
     assert "after GRPO, MRR: results.json has 70.00, the run gives 62.50" in Reader(report(folder, draws=200)).text
     (folder / "results.json").write_text("{")
-    with pytest.raises(ValueError, match=r"results\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
         report(folder)
 
 

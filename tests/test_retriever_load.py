@@ -289,6 +289,7 @@ def test_the_openapi_page_names_every_answer() -> None:
     assert statuses == {
         "/rank": ["200", "404", *posted[1:]],
         "/search": ["200", "404", *posted[1:]],
+        "/missing": ["200", "404", *posted[1:]],
         "/similarity": ["200", "404", *posted[1:]],
         "/retrieve": posted,
         "/health": ["200", "503"],

@@ -109,6 +109,50 @@ def test_the_server_goes_with_its_parent(folder: Path) -> None:
         assert gone(int(pid), 5)
 
 
+def test_other_host_names_are_refused_on_this_machines_own_address(folder: Path) -> None:
+    """A page of another site, whose name is made to point here, sends that name."""
+    for host, statuses in (("127.0.0.1", (200, 400)), ("0.0.0.0", (200, 200))):
+        command = ("-m", "retriever_server", "--index_path", str(folder), "--port", "0", "--host", host)
+        with started(*command) as (_, ready):
+            port = ready.split()[1].rpartition(":")[2]
+            names = (f"localhost:{port}", f"evil.example:{port}")
+            answers = [
+                httpx.get(f"http://127.0.0.1:{port}/{page}", headers={"host": name}, trust_env=False).status_code
+                for name in names
+                for page in ("health", "")
+            ]
+            assert answers == [statuses[0]] * 2 + [statuses[1]] * 2
+
+
+def test_the_workers_of_a_killed_index_builder_end(tmp_path: Path) -> None:
+    from retriever_server.bm25.chunks import CHUNK_BYTES
+
+    lines = (json.dumps({"id": f"p{n}", "contents": f"word{n} " * 400}) + "\n" for n in range(8 * CHUNK_BYTES // 3000))
+    (tmp_path / "c.jsonl").write_text("".join(lines))
+    command = ["-m", "retriever_server.index", "bm25", "--collection", str(tmp_path / "c.jsonl")]
+    command += ["--output", str(tmp_path / "index"), "--processes", "2", "--quiet"]
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    children: list[int] = []
+    while len(children) < 3 and process.poll() is None:  # two workers, and what multiprocessing starts beside them
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        children = [int(pid) for pid in listed.split()]
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    assert len(children) >= 3
+    assert all(gone(pid, 10) for pid in children)
+
+
+def test_a_silent_server_is_announced(capfd: pytest.CaptureFixture[str]) -> None:
+    with (
+        open_retriever("http://127.0.0.1:1", max_wait_s=3) as client,
+        pytest.raises(RetrieverError, match="did not answer /health"),
+    ):
+        client.health()
+    assert "retriever http://127.0.0.1:1: no answer (ConnectError" in capfd.readouterr().err
+
+
 def test_sigterm_drains(folder: Path, tmp_path: Path) -> None:
     # a searcher that answers once a file is there, behind the real serve()
     script = f"""

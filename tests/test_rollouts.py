@@ -80,11 +80,12 @@ def test_log_probs_are_kept_in_float32_and_rewards_whole(tmp_path: Path) -> None
     assert (read.score.reward, read.advantage) == (reward, -reward)
 
 
-def test_a_dump_without_marks_was_trained_on_whole(tmp_path: Path) -> None:
+def test_a_dump_of_other_columns_is_refused(tmp_path: Path) -> None:
     rollouts.dump(tmp_path, 3, [group(1)])
     path = rollouts.path_of(tmp_path, 3)
     pq.write_table(pq.read_table(path).drop_columns(["trained"]), path)
-    assert rollouts.load(tmp_path, 3) == list(group(1).rollouts)
+    with pytest.raises(ValueError, match=f"^{path}: not the columns of rollouts, or damaged"):
+        rollouts.load(tmp_path, 3)
 
 
 def test_a_dump_that_fails_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ class GrpoDataConfig(Section):
         None,
         "samples.jsonl of the warm-up: in each epoch its prompts of middling difficulty come first; null: no order",
     )
+    skip_bad: int = key(0, "rows that may be left out because the index lacks a gold passage of theirs", ge=0)
     seed: int = key(1, "seed of the order of the prompts", ge=0)
     prompt_key: Text = key("prompt", "column that holds the chat messages")
     val_max_samples: CountOrMinusOne = key(-1, "prompts per validation; -1: all")

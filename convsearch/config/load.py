@@ -7,7 +7,6 @@ before a key is ignored.
 """
 
 import difflib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from convsearch.config.base import NO_EFFECT
 from convsearch.config.grpo import GrpoConfig
 from convsearch.config.sft import SftConfig
+from convsearch.files import read_json
 
 Kind = Literal["sft", "grpo"]
 Config = TypeVar("Config", SftConfig, GrpoConfig)
@@ -238,10 +238,5 @@ def _positions(folder: Path) -> int | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    try:
-        positions = json.loads(path.read_text(encoding="utf-8")).get("max_position_embeddings")
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}): the model folder is damaged; export or download it again"
-        ) from None
+    positions = read_json(path, "export or download the model again").get("max_position_embeddings")
     return positions if isinstance(positions, int) else None

@@ -15,13 +15,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from convsearch.files import atomic_write, read_jsonl
+from convsearch.files import atomic_write, read_jsonl, sole_writer
 from convsearch.generation.names import guesses
 from convsearch.generation.output import Record, ResumableLines, read_input
 from convsearch.parsing import parse_rewrite
 from convsearch.prompts import PromptStyle, render
 from convsearch.retriever.client import RetrieverClient
 from convsearch.retriever.embedded import open_retriever
+from convsearch.retriever.golds import rows_without_gold
 from convsearch.types import Completion, Conversation
 
 NOT_FOUND = 1000  # taken as the rank of a gold passage that was not found
@@ -29,6 +30,11 @@ NOT_FOUND = 1000  # taken as the rank of a gold passage that was not found
 
 def distill(args: argparse.Namespace) -> None:
     """Writes samples.jsonl (all), sft.parquet (those that are kept) and yield.json into ``args.output_dir``."""
+    with sole_writer(args.output_dir, inside=True):
+        _distill(args)
+
+
+def _distill(args: argparse.Namespace) -> None:
     records, everything = read_input(args.input_path)
     if args.drop_first_turns:
         records = [record for record in records if record.get("context")]
@@ -36,10 +42,10 @@ def distill(args: argparse.Namespace) -> None:
         random.Random(args.shuffle_seed).shuffle(records)
     records = records[: args.limit]
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     conversations = [Conversation.from_record(record) for record in records]
-    sample(args, conversations, output / "samples.jsonl", [conversation.qid for conversation in everything])
+    sample(args, conversations, output / "samples.jsonl", everything)
     samples = {record["qid"]: record for _, record in read_jsonl(output / "samples.jsonl")}
+    records = [record for record in records if record["qid"] in samples]  # the others are bad
     rows, summary = select(args, records, samples)
     print_yield(summary)
     if not rows:
@@ -51,33 +57,32 @@ def distill(args: argparse.Namespace) -> None:
     print(f"\n{output / 'sft.parquet'}: {len(rows)} rows to learn from")
 
 
-def sample(args: argparse.Namespace, conversations: list[Conversation], path: Path, qids: Iterable[str]) -> None:
+def sample(
+    args: argparse.Namespace, conversations: list[Conversation], path: Path, everything: Sequence[Conversation]
+) -> None:
     """Appends the samples of every conversation that is not in ``path`` yet, with their gold ranks.
 
     They are k of the model and, with ``args.names``, the best rewrite of ``best_names``.
 
     Raises:
-        ValueError: a conversation has no gold passage, or ``path`` is of another input (``qids``) or another k, or
-            lacks the rewrites of ``args.names``.
+        ValueError: a conversation has no gold passage, or ``path`` is of another input than ``everything``, another k
+            or another index, or lacks the rewrites of ``args.names``.
     """
-    output = ResumableLines(path, args, "samples", qids)
     for conversation in conversations:
-        qid = conversation.qid
         if not conversation.gold_docids:
-            raise ValueError(
-                f"{args.input_path}: {qid} has no gold passage (gold_docids): its rewrites cannot be ranked"
-            )
-        k = len(output.done[qid]["samples"]) if qid in output.done else args.k
-        if k != args.k:
-            remedy = "set it back or name another --output_dir"
-            raise ValueError(f"{path} has {k} samples per conversation, not --k {args.k}: {remedy}")
-        if args.names and "named" not in output.done.get(qid, {"named": None}):
-            raise ValueError(f"{path} was written without --names: leave it out, or name another --output_dir")
-    if all(conversation.qid in output.done for conversation in conversations):
+            what = f"{conversation.qid} has no gold passage (gold_docids): its rewrites cannot be ranked"
+            raise ValueError(f"{args.input_path}: {what}")
+    output = ResumableLines(path, args, "samples", everything)
+    check_done(args, conversations, output)
+    if not args.retriever_url and all(conversation.qid in output.done for conversation in conversations):
         output.complete(conversations, args.k, 1, lambda part, groups: (), "distilling")  # reports what is kept
         return
     depth = max(100, args.rank_limit)
     with open_retriever(args.retriever_url, depth=depth, index=args.retriever_index) as retriever:
+        output.depends_on(index=retriever.index_id())
+        golds = [(conversation.qid, conversation.gold_docids) for conversation in conversations]
+        bad = rows_without_gold(retriever, golds, args.input_path, args.skip_bad, "--skip_bad")
+        conversations = [conversation for number, conversation in enumerate(conversations) if number not in bad]
 
         def lines(part: Sequence[Conversation], groups: list[list[Completion]]) -> Iterator[Record]:
             rewrites = [parse_rewrite(c.text, c.finish_reason) for group in groups for c in group]
@@ -92,6 +97,18 @@ def sample(args: argparse.Namespace, conversations: list[Conversation], path: Pa
                 yield {"qid": conversation.qid, **best, "samples": samples}
 
         output.complete(conversations, args.k, max(1, args.batch_size // max(1, args.k)), lines, "distilling")
+
+
+def check_done(args: argparse.Namespace, conversations: Iterable[Conversation], output: ResumableLines) -> None:
+    """Raises ValueError if the lines that are there have another k, or lack the rewrites of ``args.names``."""
+    for conversation in conversations:
+        qid, path = conversation.qid, output.path
+        k = len(output.done[qid]["samples"]) if qid in output.done else args.k
+        if k != args.k:
+            remedy = "set it back or name another --output_dir"
+            raise ValueError(f"{path} has {k} samples per conversation, not --k {args.k}: {remedy}")
+        if args.names and "named" not in output.done.get(qid, {"named": None}):
+            raise ValueError(f"{path} was written without --names: leave it out, or name another --output_dir")
 
 
 def best_names(retriever: RetrieverClient, part: Sequence[Conversation]) -> list[Record]:
@@ -181,7 +198,7 @@ def write_parquet(path: Path, rows: Iterable[Record], style: PromptStyle, max_tu
             }
         )
     with atomic_write(path, "wb") as file:
-        pq.write_table(pa.Table.from_pylist(table), file)
+        pq.write_table(pa.Table.from_pylist(table), file, write_page_checksum=True)
 
 
 def print_yield(summary: Record) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from convsearch.files import read_jsonl
+from convsearch.files import read_jsonl, sole_writer
 from convsearch.generation.options import FORMS
 from convsearch.generation.output import Record, ResumableLines, read_input
 from convsearch.parsing import PARSERS, thinking
@@ -23,9 +23,10 @@ def infer(args: argparse.Namespace) -> None:
         for conversation, group in zip(part, groups, strict=True):
             yield outcome(by_qid[conversation.qid], group, form)
 
-    resumable = ResumableLines(output, args, "rewrite_error", by_qid)
-    prompts_per_slice = max(1, max(args.batch_size, 16) // args.n)
-    resumable.complete(conversations[: args.limit], args.n, prompts_per_slice, lines, "rewriting")
+    with sole_writer(output):
+        resumable = ResumableLines(output, args, "rewrite_error", conversations)
+        prompts_per_slice = max(1, max(args.batch_size, 16) // args.n)
+        resumable.complete(conversations[: args.limit], args.n, prompts_per_slice, lines, "rewriting")
     report(output)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from convsearch.files import atomic_write, named_errors, read_jsonl
+from convsearch import fingerprints
+from convsearch.files import atomic_write, named_errors, read_json, read_jsonl
 from convsearch.generation.rewriter import build_rewriter
-from convsearch.model.loading import pick_device
+from convsearch.model.loading import fingerprint, pick_device
 from convsearch.model.precision import settled_name
+from convsearch.prompts import render, with_worked_example
 from convsearch.types import Completion, Conversation
 
 Record = dict[str, Any]
@@ -48,22 +50,40 @@ def read_input(path: str, task: str = "rewrite") -> tuple[list[Record], list[Con
     return records, conversations
 
 
+REMEDY = "set it back, delete the file, or name another output"
+SETTINGS_REMEDY = "delete it together with its output"
+
+
 class ResumableLines:
     """An output file of JSON lines, one per conversation, under fixed settings.
 
     Args:
         written: a field that every line of this command has.
-        qids: all query ids of the input.
+        conversations: all of the input.
 
     Raises:
-        ValueError: the file has a query that is not in the input, lines of another command, or other settings; names
-            both values.
+        ValueError: the file has a query that is not in the input, lines of another command, or other settings, model,
+            data or prompts; names both values.
     """
 
-    def __init__(self, path: Path, args: argparse.Namespace, written: str, qids: Iterable[str]):
+    def __init__(self, path: Path, args: argparse.Namespace, written: str, conversations: Sequence[Conversation]):
         self.path, self.args = path, args
-        self.done = self._finished(written, set(qids))
+        self.done = self._finished(written, {conversation.qid for conversation in conversations})
         self._check_settings()
+        self.depends_on(**self._made_of(conversations))
+
+    def _made_of(self, conversations: Sequence[Conversation]) -> dict[str, str]:
+        args = self.args
+        prompts = [render(one, args.prompt_style, args.max_history_turns) for one in conversations]
+        if args.model_name == "Get_SFT":
+            prompts = [with_worked_example(prompt, args.prompt_style) for prompt in prompts]
+        of = {
+            "data": fingerprints.of_files([args.input_path]),
+            "prompts": fingerprints.of_texts(message["content"] for prompt in prompts for message in prompt),
+        }
+        if getattr(args, "k", 1):
+            of["model"] = fingerprint(args.model_name_or_path)
+        return of
 
     def _finished(self, written: str, qids: set[str]) -> dict[str, Record]:
         """The lines of an earlier run, by query id; cuts off a half-written last line."""
@@ -89,21 +109,36 @@ class ResumableLines:
             done[record["qid"]] = record
         return done
 
+    @property
+    def _settings(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.settings.json")
+
     def _check_settings(self) -> None:
         """Writes ``<path>.settings.json`` beside a new output; compares it if lines are there."""
-        beside = self.path.with_name(f"{self.path.name}.settings.json")
         now = {name: vars(self.args)[name] for name in SETTINGS.split() if name in vars(self.args)}
         now["dtype"] = settled_name(self.args.dtype, pick_device(self.args.device))
-        if self.path.is_file() and self.path.stat().st_size and beside.is_file():
-            before = {"repetition_penalty": 1.0, "n": 1, **json.loads(beside.read_text(encoding="utf-8"))}
+        if self.done and self._settings.is_file():
+            before = {"repetition_penalty": 1.0, "n": 1, **read_json(self._settings, SETTINGS_REMEDY)}
             for name, value in now.items():
                 if before.get(name) != value:
                     differ = f"was sampled with --{name} {before.get(name)}, now it is {value}"
-                    remedy = "set it back, delete the file, or name another output"
-                    raise ValueError(f"{self.path} {differ}: {remedy}")
+                    raise ValueError(f"{self.path} {differ}: {REMEDY}")
             return
-        with atomic_write(beside) as file:
+        with atomic_write(self._settings) as file:
             json.dump(now, file, indent=1)
+
+    def depends_on(self, **made_of: str) -> None:
+        """Compares the fingerprints with those of the lines that are there, and keeps them beside the output.
+
+        Raises:
+            ValueError: something has another content now; names both.
+        """
+        settings = read_json(self._settings, SETTINGS_REMEDY)
+        before = settings.get("made_of", {})
+        fingerprints.check(self.path, before, made_of, REMEDY)
+        if made_of.keys() - before.keys():
+            with atomic_write(self._settings) as file:
+                json.dump(settings | {"made_of": {**before, **made_of}}, file, indent=1)
 
     def complete(
         self,

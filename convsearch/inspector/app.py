@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from convsearch import pages
 from convsearch.inspector.store import Filter, Run, compare
@@ -29,7 +28,7 @@ def create_app(runs: Sequence[Run]) -> FastAPI:
     it."""
     routes = pages.file_routes(FILES)
     app = FastAPI(title="inspector", routes=routes, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    pages.only_local_names(app)
 
     @app.middleware("http")
     async def headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:

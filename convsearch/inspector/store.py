@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
+from convsearch.parquet import open_parquet
 from convsearch.parsing import thinking
 
 Record = dict[str, Any]
@@ -109,7 +109,10 @@ class Run:
         except FileNotFoundError:
             return {"version": "", "offset": 0, "reset": version != "", "records": []}
         start = 0 if reset else offset
-        records = [json.loads(line, parse_constant=lambda _: None) for line in whole.split(b"\n") if line]
+        try:
+            records = [json.loads(line, parse_constant=lambda _: None) for line in whole.split(b"\n") if line]
+        except ValueError as error:
+            raise ValueError(f"{path}: a line after byte {start} is not JSON ({error})") from error
         return {"version": inode, "offset": start + len(whole) + bool(whole), "reset": reset, "records": records}
 
     def steps(self) -> list[Step]:
@@ -122,7 +125,8 @@ class Run:
         about = path.stat()
         known = self._rows.get(path)
         if known is None or known[:2] != (about.st_mtime_ns, about.st_size):
-            known = self._rows[path] = (about.st_mtime_ns, about.st_size, pq.read_metadata(path).num_rows)
+            with open_parquet(path, "the other steps can be shown") as file:
+                known = self._rows[path] = (about.st_mtime_ns, about.st_size, file.metadata.num_rows)
         return known[2]
 
     def etag(self) -> str:
@@ -136,7 +140,7 @@ class Run:
         path = self.folder / "rollouts" / f"{step:06d}.parquet"
         if not path.is_file():
             raise LookupError(f"{self.name} has no rollouts of step {step}")
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path, "the other steps can be shown") as file:
             return file.read(columns=list(columns), use_threads=False)
 
     def groups(self, step: int, start: int, count: int) -> Record:

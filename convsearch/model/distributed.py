@@ -108,6 +108,12 @@ def reshard(module: Any) -> None:
         module.reshard()
 
 
+def local(tensor: Any) -> Tensor:
+    """This rank's part of a sharded tensor."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
 def whole(tensor: Any) -> Tensor:
     """The whole tensor, gathered if it is sharded (a collective call)."""
     gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

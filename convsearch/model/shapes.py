@@ -1,8 +1,9 @@
 """The size of a Llama or Qwen2 decoder from a dozen integers: parameters, operations per token. Without torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from convsearch.files import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,5 +86,5 @@ def shape_of(model: str) -> Shape | None:
     """The shape of a model folder, or of a published model by its name; None for others."""
     path = Path(model) / "config.json"
     if path.is_file():
-        return Shape.of_config(json.loads(path.read_text(encoding="utf-8")))
+        return Shape.of_config(read_json(path, "export or download the model again"))
     return PUBLISHED.get(model) or PUBLISHED.get(Path(model).name)

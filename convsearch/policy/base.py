@@ -28,7 +28,8 @@ class Policy(Reference, Protocol):
         """Adds the micro-batch's gradient; returns the sums that the loss reports."""
 
     def optim_step(self, lr: float) -> dict[str, float]:
-        """One clipped optimizer step; returns grad_norm, lr, and skipped (1 if the gradient was not finite)."""
+        """One clipped optimizer step; returns grad_norm, lr, skipped (1: the gradient was not finite), broken (1: a
+        weight is not)."""
 
     def weights(self) -> dict[str, Tensor]:
         """Full tensors on the CPU, by Hugging Face name."""

@@ -140,7 +140,10 @@ class LocalPolicy:
         return report
 
     def optim_step(self, lr: float) -> dict[str, float]:
-        """One clipped AdamW step. A gradient that is not finite is not applied: ``skipped`` is 1."""
+        """One clipped AdamW step. A gradient that is not finite is not applied: ``skipped`` is 1.
+
+        ``broken`` is 1 if a weight is not finite after the step.
+        """
         assert self.optimizer is not None, "a frozen model takes no step"
         norm = distributed.whole(torch.nn.utils.clip_grad_norm_(self._trained(), self.grad_clip))
         finite = bool(torch.isfinite(norm))
@@ -153,7 +156,13 @@ class LocalPolicy:
                 self._publish()
             self._move_moments(torch.device("cpu"))
         self.optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": float(norm), "lr": lr, "skipped": float(not finite)}
+        return {"grad_norm": float(norm), "lr": lr, "skipped": float(not finite), "broken": float(not self._is_sound())}
+
+    def _is_sound(self) -> bool:
+        """Whether all weights are finite, in all processes."""
+        largest = torch._foreach_norm([distributed.local(weight.detach()) for weight in self._trained()], torch.inf)
+        broken = sum(float(not torch.isfinite(norm)) for norm in largest)
+        return distributed.sum_over_ranks({"broken": broken})["broken"] == 0
 
     def _publish(self) -> None:
         if self.masters is not None:

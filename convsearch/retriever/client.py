@@ -7,6 +7,7 @@ the item.
 
 import json
 import random
+import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ from convsearch.types import Example
 
 CHARS_PER_REQUEST = 2_000_000
 ITEMS_PER_REQUEST = 512
+DOCIDS_PER_REQUEST = 10_000
 RESULTS_PER_REQUEST = 50_000  # queries x k; a tenth of it with contents
+SILENT_ATTEMPTS = 3  # then the wait is announced
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 START_COMMAND = "`python -m retriever_server --index_path INDEX --port 8000`"
 T = TypeVar("T")
@@ -171,12 +174,35 @@ class RetrieverClient:
                 gains[number] = found[name]
         return gains
 
+    def missing(self, docids: Sequence[str]) -> list[str]:
+        """Those docids that are not in the index.
+
+        Raises:
+            ValueError: the server does not have the index.
+            RetrieverError: no answer within ``max_wait_s``.
+        """
+        absent: list[str] = []
+        for chunk in chunks(docids, DOCIDS_PER_REQUEST, len):
+            answer = self._request("POST", "/missing", {"index": self.index, "docids": chunk}).get("missing")
+            if not isinstance(answer, list) or not set(answer) <= set(chunk):
+                raise self._not_ours("/missing", answer)
+            absent += answer
+        return absent
+
     def health(self) -> dict[str, Any]:
         """The server's status, index_id, retriever, passages and version; waits as every request does."""
         answer = self._request("GET", "/health", None)
-        if answer.get("status") != "ok":
+        if answer.get("status") != "ok" or not isinstance(answer.get("indexes"), dict):
             raise self._not_ours("/health", answer)
         return answer
+
+    def index_id(self) -> str:
+        """The id of the index that this client asks; ValueError if the server does not have it."""
+        indexes = self.health()["indexes"]
+        name = self.index or next(iter(indexes))
+        if name not in indexes:
+            raise ValueError(f"retriever {self.url} has no index {name!r}: it has {', '.join(indexes)}")
+        return str(indexes[name]["index_id"])
 
     def close(self) -> None:
         self._http.close()
@@ -219,6 +245,8 @@ class RetrieverClient:
                     f"the retriever at {self.url} did not answer {path} for {time.monotonic() - start:.0f} s ({tried})"
                     f": start one with {START_COMMAND} and run again"
                 )
+            if attempts == SILENT_ATTEMPTS:
+                print(f"retriever {self.url}: no answer ({problem}); trying for {self.max_wait_s:g} s", file=sys.stderr)
             time.sleep(wait_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent: ``<run>/global_step_<N>/``, with weights and optimizer, without a pickle.
 
-A folder is written under another name, the sizes of its files are recorded in ``trainer.json``, and it is renamed last.
-A killed run therefore leaves the previous checkpoint. All randomness of the trainers derives from (seed, step), so that
+A folder is written under another name, the checksums of its files are recorded, and it is renamed last. A killed run
+therefore leaves the previous checkpoint. All randomness of the trainers derives from (seed, step), so that
 the step number is the only state besides tensors.
 
 Two forms. ``safetensors``: a Hugging Face folder with ``optimizer.safetensors``, written by rank 0. ``dcp``: each rank
@@ -26,8 +26,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from convsearch import checksums
 from convsearch.config.base import TrainerSection
-from convsearch.files import atomic_write, named_errors
+from convsearch.files import atomic_write, named_errors, read_json
 from convsearch.model import distributed
 from convsearch.runs import sharded
 from convsearch.runs.sharded import Checkpointed
@@ -56,7 +57,7 @@ def latest(run_dir: Path) -> tuple[int, Path] | None:
     """The newest complete checkpoint, checked.
 
     Raises:
-        ValueError: one of its files has another size than was written.
+        ValueError: one of its files has other bytes than were written.
     """
     found = checkpoints(run_dir)
     if not found:
@@ -66,18 +67,12 @@ def latest(run_dir: Path) -> tuple[int, Path] | None:
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Reads ``trainer.json`` and compares the size of every file with it. Raises ValueError like ``latest``."""
-    try:
-        state: dict[str, Any] = json.loads((path / "trainer.json").read_text())
-        sizes: dict[str, int] = state["files"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {path} is damaged: trainer.json does not parse; {_REMEDY}") from error
-    for name, size in sizes.items():
-        actual = (path / name).stat().st_size if (path / name).is_file() else 0
-        if actual != size:
-            fault = f"{name} has {actual} bytes where {size} were written"
-            raise ValueError(f"checkpoint {path} is damaged: {fault}; {_REMEDY}")
-    return state
+    """Reads ``trainer.json``; the first process compares all files with their checksums. Raises like ``latest``."""
+    if not (path / checksums.NAME).is_file():
+        raise ValueError(f"checkpoint {path} has no {checksums.NAME}: {_REMEDY}")
+    if distributed.rank() == 0:
+        checksums.check(path, _REMEDY)
+    return read_json(path / "trainer.json", _REMEDY)
 
 
 def is_sharded(path: Path) -> bool:
@@ -115,10 +110,9 @@ def save(
     state: dict[str, Any] = {"step": step} | ({"score": asdict(score)} if score else {})
 
     def finish() -> None:
-        files = [path for path in temporary.rglob("*") if path.is_file()]
-        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
         with atomic_write(temporary / "trainer.json") as file:
-            json.dump({**state, "files": sizes}, file, indent=1)
+            json.dump(state, file, indent=1)
+        checksums.seal(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _retain(run_dir, max(1, keep), target)
@@ -134,7 +128,7 @@ def save(
     weights, optimizer = policy.weights(), policy.optimizer_state()
     if distributed.rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        export(temporary, policy.causal_lm, tokenizer, weights)
+        _write_model(temporary, policy.causal_lm, tokenizer, weights)
         if optimizer:
             save_tensors(optimizer, temporary / "optimizer.safetensors")
         finish()
@@ -170,7 +164,12 @@ def restore(path: Path, policy: Checkpointed) -> None:
 
 
 def export(folder: Path, causal_lm: Any, tokenizer: Any, weights: dict[str, Tensor]) -> None:
-    """A folder that transformers and vLLM load. The weights are written last: a folder with weights is complete."""
+    """A folder that transformers and vLLM load; with its checksums it is complete."""
+    _write_model(folder, causal_lm, tokenizer, weights)
+    checksums.seal(folder)
+
+
+def _write_model(folder: Path, causal_lm: Any, tokenizer: Any, weights: dict[str, Tensor]) -> None:
     _describe(folder, causal_lm, tokenizer)
     save_tensors(weights, folder / "model.safetensors")
 
@@ -189,7 +188,7 @@ def _scores(run_dir: Path) -> list[tuple[Path, CheckpointScore]]:
     found = []
     for _, path in checkpoints(run_dir):
         with suppress(ValueError):  # ``check`` names a damaged one when it is loaded
-            state = json.loads((path / "trainer.json").read_text())
+            state = read_json(path / "trainer.json", _REMEDY)
             found += [(path, CheckpointScore(**state["score"]))] if "score" in state else []
     return [(path, score) for path, score in found if math.isfinite(score.value)]
 

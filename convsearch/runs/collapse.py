@@ -53,6 +53,9 @@ LIMITS = (
 )
 
 
+FIRST_SKIPPED = 3  # steps without a finite gradient from the start: the model or the learning rate is broken
+
+
 class CollapseGuard:
     """Reads the metrics of each step; ``check`` returns what is wrong, or None.
 
@@ -63,17 +66,22 @@ class CollapseGuard:
     """
 
     def __init__(self, cfg: GuardConfig | None, max_skipped: int, history: Iterable[Mapping[str, Any]] = ()):
-        self.cfg, self.max_skipped, self.skipped = cfg, max_skipped, 0
+        self.cfg, self.max_skipped, self.skipped, self.learned = cfg, max_skipped, 0, False
         self.watched = {name: Watched(cfg.window) for name, _, _ in LIMITS} if cfg else {}
         for record in history:
             self._add(record["step"], record)
 
-    def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """Adds the metrics of a step. Returns a sentence with the value and the key of each limit that is crossed."""
+    def check(self, step: int, metrics: Mapping[str, float], last: bool = False) -> str | None:
+        """Adds the metrics of a step. Returns a sentence with the value and the key of each limit that is crossed.
+
+        A run that has never had a finite gradient ends after ``FIRST_SKIPPED`` steps, and one that has none in its last
+        step does not end well.
+        """
         self._add(step, metrics)
-        if self.skipped >= self.max_skipped:
-            fault = f"the gradient was not finite in {self.skipped} steps in a row"
-            remedy = "no weight has changed since; lower the learning rate, or look at the rollouts"
+        most = 1 if last else self.max_skipped if self.learned else min(FIRST_SKIPPED, self.max_skipped)
+        if self.skipped >= most:
+            fault = f"the gradient was not finite in {self.skipped} steps in a row, up to step {step}"
+            remedy = "no weight has changed since; lower the learning rate, or look at the data and the rollouts"
             return f"{fault} (trainer.max_skipped_steps={self.max_skipped}): {remedy}"
         if self.cfg is None:
             return None
@@ -86,6 +94,7 @@ class CollapseGuard:
         if step < 0:  # the validation before the first step
             return
         self.skipped = self.skipped + 1 if metrics.get("skipped", 0.0) >= 1 else 0
+        self.learned |= self.skipped == 0
         for name, watched in self.watched.items():
             value = metrics.get(name)
             if value is not None and math.isfinite(value):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from convsearch import checksums
+from convsearch.files import read_json, sole_writer
 from convsearch.runs import checkpoint, sharded
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,6 +118,11 @@ def export(
     Raises:
         ValueError: there is nothing to export, or ``output`` is not empty.
     """
+    with sole_writer(output):
+        return _export(source, output, dtype, limit, base)
+
+
+def _export(source: Path, output: Path, dtype: str | None, limit: int, base: Path | None) -> list[Path]:
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {output} is not empty: name another folder, or remove it")
     folder = find(source)
@@ -127,12 +134,13 @@ def export(
     temporary.mkdir(parents=True)
     try:
         for path in beside.iterdir():
-            if path.is_file() and path.suffix in BESIDE and path.name not in ("trainer.json", INDEX):
+            if path.is_file() and path.suffix in BESIDE and path.name not in ("trainer.json", checksums.NAME, INDEX):
                 shutil.copy(path, temporary / path.name)
         files, stored = write_weights(folder, temporary, DTYPES[dtype] if dtype else None, limit)
-        config: dict[str, Any] = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(temporary / "config.json", "export it again")
         config.pop("torch_dtype", None)
         _write_json(temporary / "config.json", config | {"dtype": str(stored).removeprefix("torch.")})
+        checksums.seal(temporary)
         if output.exists():
             output.rmdir()
         os.replace(temporary, output)

@@ -13,12 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from convsearch.files import atomic_write
+from convsearch.parquet import open_parquet
 from convsearch.rewards.scoring import Group, Rollout, Score
 from convsearch.rewards.shapes import Feedback
 from convsearch.sampling.base import Finished, Prompt, WeightSource
 from convsearch.types import Completion, Example, Rewrite
 
 _TYPES: dict[Any, pa.DataType] = {int | None: pa.int32(), float | None: pa.float64()}  # of the retriever's signals
+REMEDY = "the steps before it can be replayed"
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()),
@@ -47,7 +49,7 @@ def dump(run_dir: Path, step: int, groups_P: Sequence[Group]) -> None:
     """Writes the rollouts of a step, whole or not at all."""
     rows = [_row(step, rollout) for group in groups_P for rollout in group.rollouts]
     with atomic_write(path_of(run_dir, step), "wb") as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file, compression="zstd", write_page_checksum=True)
 
 
 def load(run_dir: Path, step: int) -> list[Rollout]:
@@ -59,7 +61,10 @@ def load(run_dir: Path, step: int) -> list[Rollout]:
     path = path_of(run_dir, step)
     if not path.is_file():
         raise ValueError(f"{path}: no rollouts of step {step} to replay")
-    return [_rollout(row) for row in pq.read_table(path).to_pylist()]
+    with open_parquet(path, REMEDY) as file:
+        if not file.schema_arrow.equals(SCHEMA):
+            raise ValueError(f"{path}: not the columns of rollouts, or damaged; {REMEDY}")
+        return [_rollout(row) for row in file.read().to_pylist()]
 
 
 def table(groups_P: Sequence[Group], most: int = 4) -> list[dict[str, Any]]:
@@ -110,9 +115,9 @@ def _rollout(row: dict[str, Any]) -> Rollout:
     example = Example(row["qid"], (), "", (), prompt_ids=tuple(row["prompt_ids"]))
     ids, logprobs = tuple(row["token_ids"]), tuple(row["logprobs"])
     completion = Completion(ids, logprobs, row["text"], row["finish_reason"], row["weights_version"])
-    feedback = Feedback(**{signal.name: row.get(signal.name) for signal in fields(Feedback)})  # old dumps lack some
+    feedback = Feedback(**{signal.name: row[signal.name] for signal in fields(Feedback)})
     score = Score(Rewrite(row["rewrite"], row["error"]), feedback, row["reward"])
-    return Rollout(example, completion, score, row["advantage"], row.get("trained", True))
+    return Rollout(example, completion, score, row["advantage"], row["trained"])
 
 
 class Replay:

@@ -108,10 +108,18 @@ class Stopping:
         """Called after the metrics of ``step`` (from 0) are logged.
 
         Raises:
-            Ended: the guard has found a collapse, or SIGTERM was received; a checkpoint of this step is on disk.
+            Ended: the guard has found a collapse, or SIGTERM was received; a checkpoint of this step is on disk. Or a
+                weight is not finite; that is not saved.
         """
         done, last = step + 1, step + 1 == self.total
-        collapse_reason = self.guard.check(step, metrics)
+        if metrics.get("broken"):
+            kept = checkpoint.checkpoints(self.run_dir)
+            rest = f"{kept[-1][1]} is the newest checkpoint" if kept else "there is no checkpoint yet"
+            remedy = "lower the learning rate or the gradient's limit"
+            raise Ended(
+                f"the weights are not finite after step {step}, which is not saved; {rest}: {remedy}", COLLAPSED
+            )
+        collapse_reason = self.guard.check(step, metrics, last)
         terminated = self.terminated.on_any_rank()
         ending = last or collapse_reason is not None or terminated
         score = metrics.get(self.trainer.best_metric) if self.trainer.best_metric else None
@@ -121,15 +129,14 @@ class Stopping:
             self.best = score
         if ending or better or (self.save_every > 0 and done % self.save_every == 0):
             self.save(done, score, ending)
-        if last:
-            return
         if collapse_reason is not None:
             saved = self.run_dir / f"global_step_{done}"
+            here = "to export it all the same" if last else "to go on from here raise the limit, or set it to null, and"
             raise Ended(
-                f"{collapse_reason}. Saved as {saved}. To go on from an earlier checkpoint delete the later ones; to "
-                "go on from here raise the limit, or set it to null, and run the same command again",
+                f"{collapse_reason}. Saved as {saved}. To go on from an earlier checkpoint delete the later ones; "
+                f"{here} run the same command again",
                 COLLAPSED,
             )
-        if terminated:
+        if terminated and not last:
             message = f"SIGTERM after step {done} of {self.total}, which is saved: run the same command again to go on"
             raise Ended(message, TERMINATED)

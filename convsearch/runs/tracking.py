@@ -20,7 +20,7 @@ Table = Sequence[dict[str, Any]]
 
 CONSOLE = (  # metrics that the console shows
     "reward format_rate rank1_rate kl entropy response_tokens loss grad_norm lr step_s tokens_per_s mfu "
-    "val_reward val_mrr val_loss"
+    "val_reward val_mrr val_loss skipped"
 )
 NOT_INSTALLED = "trainer.logger has {0}, which is missing: pip install -e '.[{0}]', or use trainer.logger=['console']"
 
@@ -139,12 +139,19 @@ def markdown(rows: Table) -> str:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``, oldest first, without a half-written last line."""
+    """The lines of a run's ``metrics.jsonl``, oldest first, without a half-written last line.
+
+    Raises:
+        ValueError: another line is damaged; names file and line.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = list(read_jsonl(path, growing=True))
+    for number, metrics in lines:
+        if not isinstance(metrics.get("step"), int):
+            raise ValueError(f"{path}:{number}: not a line of metrics, because it has no step; delete the line")
+    return [metrics for _, metrics in lines]
 
 
 def _forget(path: Path, first_step: int) -> None:

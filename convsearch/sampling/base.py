@@ -1,6 +1,7 @@
 """What a trainer needs of an engine: prompts in, completions out, new weights after each step."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +46,13 @@ class Sampler(Protocol):
 
     def load_weights(self, source: WeightSource, version: int) -> None:
         """Takes over the weights; completions carry ``version`` from now on."""
+
+
+def check_finite(logprobs: Iterable[float]) -> None:
+    """Raises ValueError if a log-prob is not a number: then no sample of this model means anything."""
+    if any(math.isnan(logprob) for logprob in logprobs):
+        remedy = "its weights are damaged, or the training that made them has diverged"
+        raise ValueError(f"the model's logits are not finite: {remedy}; use another model or an earlier checkpoint")
 
 
 def collect(batches: Iterator[Finished], prompts: int) -> list[list[Completion]]:

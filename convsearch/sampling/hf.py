@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from convsearch.model.attention import DecodeContext, TreeContext
-from convsearch.sampling.base import Finished, Prompt, SamplingConfig, WeightSource, collect
+from convsearch.sampling.base import Finished, Prompt, SamplingConfig, WeightSource, check_finite, collect
 from convsearch.sampling.scaffold import Scaffold, Script
 from convsearch.types import Completion, FinishReason
 
@@ -154,6 +154,7 @@ class HfSampler:
             followed = [row.follow(token) for row, token in zip(rows, drawn_N.tolist(), strict=True)]
             drawn_N = torch.tensor(followed, device=drawn_N.device)
         chosen_N = logprobs_NV.gather(1, drawn_N[:, None])[:, 0].tolist()
+        check_finite(chosen_N)
         for row, token, logprob in zip(rows, drawn_N.tolist(), chosen_N, strict=True):
             row.append(token, logprob, self.stop_ids)
         return drawn_N

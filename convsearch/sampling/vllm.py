@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoConfig
 
-from convsearch.sampling.base import Finished, Prompt, SamplingConfig, WeightSource, collect
+from convsearch.sampling.base import Finished, Prompt, SamplingConfig, WeightSource, check_finite, collect
 from convsearch.types import Completion
 
 CPU_CACHE_BYTES = 1 << 31  # limit of the memory for keys and values on a CPU; sequences that do not fit wait
@@ -160,6 +160,7 @@ class VllmSampler:
         logprobs = tuple(
             float(choices[token].logprob) for token, choices in zip(token_ids, output.logprobs, strict=True)
         )
+        check_finite(logprobs)
         assert output.finish_reason in ("stop", "length"), output.finish_reason
         text_ids = token_ids[:-1] if token_ids and token_ids[-1] in self.stop_ids else token_ids
         text = self.tokenizer.decode(list(text_ids), skip_special_tokens=False)

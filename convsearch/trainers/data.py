@@ -7,35 +7,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from convsearch.files import read_jsonl
 from convsearch.model.loading import encode_chat
+from convsearch.parquet import read_rows
 from convsearch.types import Example, Message
 
 T = TypeVar("T")
-
-
-def read_parquet(path: str | Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet file.
-
-    Raises:
-        ValueError: the file is missing or not parquet, or a column is missing; names file and column.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; write it with data_preprocess (GRPO) or convsearch.distill (SFT)")
-    try:
-        table = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from error
-    names = table.schema_arrow.names
-    for column in columns:
-        if column not in names:
-            raise ValueError(f"{path}: column {column!r} is missing; it has {', '.join(names)}")
-    for batch in table.iter_batches(columns=list(columns)):
-        yield from batch.to_pylist()
+REMEDY = "write it with data_preprocess (GRPO) or convsearch.distill (SFT)"
 
 
 def read_examples(paths: Sequence[str], prompt_key: str = "prompt") -> list[Example]:
@@ -43,7 +23,7 @@ def read_examples(paths: Sequence[str], prompt_key: str = "prompt") -> list[Exam
     and ``.question``; for similarity rewards ``extra_info.positives`` (texts), too."""
     examples = []
     for path in paths:
-        for number, row in enumerate(read_parquet(path, [prompt_key, "reward_model", "extra_info"])):
+        for number, row in enumerate(read_rows(path, [prompt_key, "reward_model", "extra_info"], remedy=REMEDY)):
             try:
                 examples.append(_example(row, prompt_key))
             except (KeyError, TypeError) as error:

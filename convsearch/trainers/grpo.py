@@ -20,6 +20,7 @@ from convsearch.model.precision import settled
 from convsearch.policy.policy import LocalPolicy
 from convsearch.retriever.client import RetrieverClient
 from convsearch.retriever.embedded import open_retriever
+from convsearch.retriever.golds import rows_without_gold
 from convsearch.rewards.scoring import Group, score
 from convsearch.runs import checkpoint, folder, rollouts
 from convsearch.runs.export import export as export_checkpoint
@@ -41,41 +42,87 @@ def train(cfg: GrpoConfig) -> None:
     url = "" if replay_from else cfg.retriever.resolved_url()
     cfg = with_dtypes(cfg)
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-    examples, shuffle = read(cfg, tokenizer, cfg.data.train_files), cfg.data.shuffle
-    if cfg.data.samples_file:
-        examples, shuffle = data.middling_first(examples, cfg.data.samples_file, cfg.data.seed), False
+    examples = in_order(cfg, read(cfg, tokenizer, cfg.data.train_files))
     held_out = read(cfg, tokenizer, cfg.data.val_files) if cfg.data.val_files and not replay_from else []
-
-    def draw(step: int) -> Iterator[Example]:
-        return data.stream_of(examples, cfg.data.train_batch_size, step, cfg.data.seed, shuffle)
-
-    draw(0)  # an error now rather than after loading a model
-    steps_per_epoch = len(examples) // cfg.data.train_batch_size
-    total_steps = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * steps_per_epoch
-    folder.claim(run_dir, cfg)
-    if folder.trained(run_dir, total_steps):
-        return
-    with nullcontext() if replay_from else open_client(cfg, url) as client:
-
-        def run_once() -> None:
-            with open_cluster(cfg, run_dir, tokenizer) as parts:
-                replay = rollouts.Replay(Path(replay_from), parts.first_step) if replay_from else None
-                sampler, retriever = replay or parts.sampler, replay or client
-                assert sampler is not None
-                assert retriever is not None
-                trainer = Trainer(cfg, run_dir, total_steps, sampler, retriever, parts.policy, parts.ref)
-                sampler.load_weights(parts.policy, version=parts.first_step)
-                learn(trainer, parts.first_step, tokenizer, draw, held_out)
-                shutil.rmtree(run_dir / "model", ignore_errors=True)  # the rest of a killed export
-                if best := checkpoint.best(run_dir, cfg.trainer.best_metric, cfg.trainer.best_mode):
-                    export_checkpoint(best[0], run_dir / "model", limit=sys.maxsize)  # as one file
-                else:
-                    parts.policy.run(export, run_dir / "model", tokenizer)
-
-        with_restarts(cfg.trainer.max_restarts, run_once)
+    total_steps = steps_of(cfg, examples)
+    prompts = [example.prompt_ids for example in examples]
+    made_of = folder.made_of(model.path, prompts, cfg.data.train_files, cfg.data.val_files if held_out else ())
+    with folder.owned(run_dir):
+        folder.claim(run_dir, cfg, made_of)
+        if folder.trained(run_dir, total_steps):
+            return
+        with nullcontext() if replay_from else open_client(cfg, url) as client:
+            if client:
+                folder.check_made_of(run_dir, {"index": client.index_id()})
+                examples, held_out = with_golds(cfg, client, examples, held_out)
+                total_steps = steps_of(cfg, examples)
+            draw = partial(draw_step, cfg, examples)
+            attempt = partial(train_once, cfg, run_dir, total_steps, tokenizer, client, draw, held_out)
+            with_restarts(cfg.trainer.max_restarts, attempt)
     best = checkpoint.best(run_dir, cfg.trainer.best_metric, cfg.trainer.best_mode)
     which = f"of {best[0].name} ({best[1].metric}={best[1].value:.4g}, the best) " if best else ""
     print(f"trained {total_steps} steps; the model {which}is in {run_dir / 'model'}")
+
+
+def train_once(
+    cfg: GrpoConfig,
+    run_dir: Path,
+    total_steps: int,
+    tokenizer: Any,
+    client: RetrieverClient | None,
+    draw: Draw,
+    held_out: Sequence[Example],
+) -> None:
+    """From the newest checkpoint to the exported model; ``client`` is None if a run is replayed."""
+    replay_from = cfg.actor_rollout_ref.rollout.replay_from
+    with open_cluster(cfg, run_dir, tokenizer) as parts:
+        replay = rollouts.Replay(Path(replay_from), parts.first_step) if replay_from else None
+        sampler, retriever = replay or parts.sampler, replay or client
+        assert sampler is not None
+        assert retriever is not None
+        trainer = Trainer(cfg, run_dir, total_steps, sampler, retriever, parts.policy, parts.ref)
+        sampler.load_weights(parts.policy, version=parts.first_step)
+        learn(trainer, parts.first_step, tokenizer, draw, held_out)
+        shutil.rmtree(run_dir / "model", ignore_errors=True)  # the rest of a killed export
+        if best := checkpoint.best(run_dir, cfg.trainer.best_metric, cfg.trainer.best_mode):
+            export_checkpoint(best[0], run_dir / "model", limit=sys.maxsize)  # as one file
+        else:
+            parts.policy.run(export, run_dir / "model", tokenizer)
+
+
+def in_order(cfg: GrpoConfig, examples: list[Example]) -> list[Example]:
+    """The examples in the order of the file, or those of middling difficulty first."""
+    d = cfg.data
+    return data.middling_first(examples, d.samples_file, d.seed) if d.samples_file else examples
+
+
+def draw_step(cfg: GrpoConfig, examples: Sequence[Example], step: int) -> Iterator[Example]:
+    """The examples of a step, then those that dynamic sampling goes on with."""
+    d = cfg.data
+    return data.stream_of(examples, d.train_batch_size, step, d.seed, d.shuffle and not d.samples_file)
+
+
+def steps_of(cfg: GrpoConfig, examples: Sequence[Example]) -> int:
+    """The number of training steps; ValueError if the examples do not fill one."""
+    draw_step(cfg, examples, 0)
+    steps_per_epoch = len(examples) // cfg.data.train_batch_size
+    return cfg.trainer.total_training_steps or cfg.trainer.total_epochs * steps_per_epoch
+
+
+def with_golds(
+    cfg: GrpoConfig, client: RetrieverClient, examples: list[Example], held_out: list[Example]
+) -> tuple[list[Example], list[Example]]:
+    """Both without the rows whose gold passages the index lacks.
+
+    Raises:
+        ValueError: they are more than ``data.skip_bad``.
+    """
+    kept = []
+    for rows, files in ((examples, cfg.data.train_files), (held_out, cfg.data.val_files)):
+        golds = [(row.qid, row.gold_docids) for row in rows]
+        bad = rows_without_gold(client, golds, ", ".join(files), cfg.data.skip_bad, "data.skip_bad")
+        kept.append([row for number, row in enumerate(rows) if number not in bad])
+    return kept[0], kept[1]
 
 
 def with_dtypes(cfg: GrpoConfig) -> GrpoConfig:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from convsearch import parquet
 from convsearch.config import SftConfig
 from convsearch.config.sft import SftDataConfig
 from convsearch.model import distributed
@@ -28,7 +29,7 @@ from convsearch.runs import checkpoint, folder
 from convsearch.runs.stopping import Stopping
 from convsearch.runs.throughput import throughput_of
 from convsearch.runs.tracking import Tracker
-from convsearch.trainers.data import batch_of, read_parquet
+from convsearch.trainers.data import REMEDY, batch_of
 from convsearch.trainers.schedule import lr_at
 
 
@@ -66,9 +67,9 @@ def read_rows(cfg: SftDataConfig, paths: tuple[str, ...], tokenizer: Any) -> lis
     Raises:
         ValueError: a column or key is missing, a text is empty, or a row is too long under truncation=error.
     """
-    rows = []
+    rows, columns = [], sorted({cfg.prompt_key, cfg.response_key})
     for path in paths:
-        for number, row in enumerate(read_parquet(path, sorted({cfg.prompt_key, cfg.response_key}))):
+        for number, row in enumerate(parquet.read_rows(path, columns, remedy=REMEDY)):
             where = f"{path}: row {number}"
             prompt = _text(row, cfg.prompt_key, cfg.prompt_dict_keys, where)
             answer = _text(row, cfg.response_key, cfg.response_dict_keys, where)
@@ -135,14 +136,17 @@ def train(cfg: SftConfig) -> None:
     held_out = read_rows(cfg.data, cfg.data.val_files, tokenizer) if cfg.data.val_files else []
     batch_of(rows, size, 0, cfg.data.seed)  # an error now rather than after loading a model
     total = cfg.trainer.total_training_steps or cfg.trainer.total_epochs * (len(rows) // size)
-    folder.claim(run_dir, cfg)
-    if not folder.trained(run_dir, total):
-        first_step, policy = sft_policy(cfg, run_dir, device)
-        learn(cfg, run_dir, policy, tokenizer, rows, held_out, range(first_step, total))
-        weights = policy.weights()
-        if distributed.rank() == 0:
-            checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, weights)
-            print(f"trained {total} steps on {len(rows)} rows; the model is in {run_dir / 'model'}")
+    prompts = [row.prompt_ids for row in rows]
+    made_of = folder.made_of(cfg.model.partial_pretrain, prompts, cfg.data.train_files, cfg.data.val_files)
+    with folder.owned(run_dir):
+        folder.claim(run_dir, cfg, made_of)
+        if not folder.trained(run_dir, total):
+            first_step, policy = sft_policy(cfg, run_dir, device)
+            learn(cfg, run_dir, policy, tokenizer, rows, held_out, range(first_step, total))
+            weights = policy.weights()
+            if distributed.rank() == 0:
+                checkpoint.export(run_dir / "model", policy.causal_lm, tokenizer, weights)
+                print(f"trained {total} steps on {len(rows)} rows; the model is in {run_dir / 'model'}")
 
 
 def learn(

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from convsearch.files import line_blocks, read_jsonl
+from convsearch import checksums
+from convsearch.files import line_blocks, read_jsonl, sole_writer
 from retriever_server import storage
 from retriever_server.bm25 import formula
 from retriever_server.bm25.chunks import CHUNK_BYTES, Chunk, invert
 from retriever_server.bm25.index import Bm25Index
 from retriever_server.bm25.manifest import FORMAT, FORMAT_VERSION, Manifest
+from retriever_server.parent import exit_with_parent
 from retriever_server.storage import Array, NpyAppender, StringTableWriter
 from retriever_server.text import analyzer
 
@@ -56,8 +58,23 @@ def build(
         raise ValueError(f"--processes is {processes}: it must be at least 1")
     paths = storage.collection_paths(collections)
     sha256 = storage.hash_files(paths, progress)
-    if storage.already_built(folder, lambda: _differences(folder, k1, b, sha256), overwrite):
-        return False
+    with sole_writer(folder):
+        if storage.already_built(folder, lambda: _differences(folder, k1, b, sha256), overwrite):
+            return False
+        _write(paths, folder, k1, b, sha256, overwrite, progress, processes)
+    return True
+
+
+def _write(
+    paths: Sequence[Path],
+    folder: Path,
+    k1: float,
+    b: float,
+    sha256: str,
+    overwrite: bool,
+    progress: bool,
+    processes: int | None,
+) -> None:
     with storage.whole_folder(folder, replace=overwrite) as temporary:
         writer = _Writer(temporary)
         with storage.bar(progress, desc="read passages", unit=" passages") as bar:
@@ -71,12 +88,12 @@ def build(
         counts = writer.num_passages, writer.num_nonempty, writer.num_tokens, len(writer.vocabulary)
         manifest = Manifest(FORMAT, FORMAT_VERSION, analyzer.NAME, k1, b, *counts, num_postings, num_codes, sha256)
         storage.write_manifest(temporary, asdict(manifest))
-    return True
 
 
 def _differences(folder: Path, k1: float, b: float, sha256: str) -> list[str]:
     """What differs in the index of a folder; ValueError if it is damaged, so that the server does not find it out."""
     found = Manifest.read(folder)
+    checksums.check(folder, storage.AGAIN)
     Bm25Index.load(folder)
     pairs = {
         "k1": (found.k1, k1),
@@ -93,7 +110,8 @@ def _chunks(paths: Sequence[Path], processes: int) -> Iterator[Chunk]:
         yield from (invert(*block) for block in blocks)
         return
     # spawned, not forked: the caller may have threads
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    spawn, parent = get_context("spawn"), os.getpid()
+    with ProcessPoolExecutor(processes, spawn, initializer=exit_with_parent, initargs=(parent,)) as pool:
         waiting: deque[Future[Chunk]] = deque()
         try:
             for block in blocks:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from convsearch.files import atomic_write
+from convsearch.files import atomic_write, read_json, sole_writer
 from retriever_server import storage
 from retriever_server.dense import folder as folders
 from retriever_server.dense.manifest import FORMAT, FORMAT_VERSION, Manifest
@@ -72,7 +72,8 @@ def build(
         _encode(building, encoder, settings, process, world_size)
         _wait_for_all(world_size)
         return True
-    with folders.locked(building):
+    with sole_writer(output):
+        building.mkdir(exist_ok=True)
         about = encoder.kind, encoder.dim, settings.dtype, 0, True, storage.hash_files(paths, settings.progress)
         manifest = Manifest(FORMAT, FORMAT_VERSION, *about, encoder.name, encoder.sha256, settings.max_length)
         if folders.already_built(output, manifest, settings.overwrite):
@@ -105,7 +106,7 @@ def _start(building: Path, paths: Sequence[Path], manifest: Manifest, settings: 
     """Writes the texts and makes room for the vectors, unless a killed build did; returns the number of passages."""
     plan_path, wanted = building / "plan.json", {**asdict(manifest), "block": settings.block, "encoder": ""}
     if plan_path.is_file():
-        plan = json.loads(plan_path.read_bytes())
+        plan = read_json(plan_path, f"remove {building}")
         count = int(plan.pop("count"))
         if plan == wanted:
             return count
@@ -113,8 +114,7 @@ def _start(building: Path, paths: Sequence[Path], manifest: Manifest, settings: 
             what = f"{building} holds an unfinished build of another collection, encoder or settings"
             raise ValueError(f"{what}: remove it, or add --overwrite")
     for path in building.iterdir():
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     count = folders.write_texts(building, paths, settings.progress)
     path, kind = building / "vectors.npy", np.dtype(manifest.dtype)
     np.lib.format.open_memmap(path, "w+", kind, (count * manifest.dim,)).flush()  # type: ignore[no-untyped-call]
@@ -126,7 +126,7 @@ def _start(building: Path, paths: Sequence[Path], manifest: Manifest, settings: 
 
 def _encode(building: Path, encoder: Encoder, settings: Settings, process: int, world_size: int) -> None:
     """Encodes the blocks of this process that are not done."""
-    count, size = json.loads((building / "plan.json").read_bytes())["count"], settings.batch_size
+    count, size = read_json(building / "plan.json", f"remove {building}")["count"], settings.batch_size
     texts = storage.load_strings(building, "contents", count)
     room = np.load(building / "vectors.npy", mmap_mode="r+")
     vectors = room.reshape(count, encoder.dim)

@@ -1,14 +1,13 @@
 """The folder of a dense index while it is written, whether its vectors are encoded or imported."""
 
-import fcntl
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from convsearch import checksums
 from convsearch.files import read_jsonl
 from retriever_server import storage
 from retriever_server.dense import codes
@@ -18,28 +17,12 @@ from retriever_server.storage import Array, StringTableWriter
 DTYPES = ("float32", "float16")
 
 
-@contextmanager
-def locked(building: Path) -> Iterator[None]:
-    """Makes ``building`` if it is missing, and holds it for this process.
-
-    Raises:
-        ValueError: another process builds there.
-    """
-    building.mkdir(parents=True, exist_ok=True)
-    with open(building / "lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            remedy = "wait for it, or choose another --output"
-            raise ValueError(f"another process is building in {building}: {remedy}") from error
-        yield
-
-
 def already_built(folder: Path, wanted: Manifest, overwrite: bool) -> bool:
     """As storage.already_built, by the index id."""
 
     def differences() -> list[str]:
         found = Manifest.read(folder).index_id
+        checksums.check(folder, storage.AGAIN)
         return [] if found == wanted.index_id else [f"the id {found} (asked: {wanted.index_id})"]
 
     return storage.already_built(folder, differences, overwrite)
@@ -106,4 +89,3 @@ def finish(building: Path, folder: Path, manifest: Manifest, progress: bool) -> 
     shutil.rmtree(building / "done", ignore_errors=True)
     (building / "plan.json").unlink(missing_ok=True)
     storage.publish(building, folder, replace=True)
-    (folder / "lock").unlink()

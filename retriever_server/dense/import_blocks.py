@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from convsearch.files import read_jsonl
+from convsearch.files import read_jsonl, sole_writer
 from retriever_server.dense import folder as folders
 from retriever_server.dense.manifest import FORMAT, FORMAT_VERSION, Manifest
 from retriever_server.storage import NpyAppender, StringTableWriter, load_dictionary, load_strings
@@ -221,7 +221,8 @@ def convert(
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists already: choose another --output or add --overwrite")
     building = output.with_name(f"{output.name}.building")
-    with folders.locked(building):
+    with sole_writer(output):
+        building.mkdir(exist_ok=True)
         dim, count, digest = _write_vectors(blocks, building, dtype)
         folders.write_docid_dictionary(building, count)
         if collection:

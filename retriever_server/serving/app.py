@@ -1,4 +1,4 @@
-"""The HTTP interface (docs/retrievers.md): /rank, /search, /similarity, /retrieve, /health and /metrics."""
+"""The HTTP interface (docs/retrievers.md): /rank, /search, /missing, /similarity, /retrieve, /health and /metrics."""
 
 import asyncio
 from collections import Counter
@@ -186,6 +186,11 @@ def endpoints(service: Service) -> APIRouter:
         service.check(body.queries, body.k * (10 if body.contents else 1))
         work = partial(service.search, body, client_of(request))
         return await run_while_connected(service, request, len(body.queries), work)
+
+    @router.post("/missing", response_model=schemas.MissingResponse, responses=NAMED)
+    async def missing(body: schemas.MissingRequest, request: Request) -> Response:
+        service.check(body.docids)
+        return await run_while_connected(service, request, 1, partial(service.missing, body))
 
     @router.post("/similarity", response_model=schemas.SimilarityResponse, responses=NAMED)
     async def gains(body: schemas.SimilarityRequest, request: Request) -> Response:

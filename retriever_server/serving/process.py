@@ -20,20 +20,6 @@ log = logging.getLogger("retriever_server")
 DRAIN_S = 30  # after SIGTERM the process ends within this time, whatever hangs
 
 
-def exit_with_parent(pid: int) -> None:
-    """Ends this process within half a second after process ``pid`` stops being its parent.
-
-    The kernel's parent-death signal cannot do this: it comes when the parent's THREAD that started the child ends.
-    """
-
-    def watch() -> None:
-        while os.getppid() == pid:
-            time.sleep(0.5)
-        os._exit(0)
-
-    threading.Thread(target=watch, name="exit-with-parent", daemon=True).start()
-
-
 class _Server(uvicorn.Server):
     """Prints ``ready`` when it accepts requests; the first signal starts the draining."""
 

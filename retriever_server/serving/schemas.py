@@ -51,6 +51,10 @@ class SearchRequest(IndexChoice):
     contents: bool = False
 
 
+class MissingRequest(IndexChoice):
+    docids: list[str]
+
+
 class SimilarityItem(Strict):
     id: str
     output: str
@@ -78,6 +82,11 @@ class RankResponse(BaseModel):
     index_id: str
     ranks: dict[str, int | None] = Field(description="item id -> 1-based rank of its best gold; null: not within depth")
     errors: dict[str, str] = Field(description="item id -> why it has no answer")
+
+
+class MissingResponse(BaseModel):
+    index_id: str
+    missing: list[str] = Field(description="those docids that are not in the index, in the order of the request")
 
 
 class SimilarityResponse(BaseModel):

@@ -162,6 +162,10 @@ class Service:
         self.telemetry.cache(len(known), len(keys) - len(known))
         return keys, known
 
+    async def missing(self, request: schemas.MissingRequest) -> Answer:
+        searcher = self.searcher(request)
+        return {"index_id": searcher.index_id, "missing": await self._aside(searcher.missing, request.docids)}
+
     async def search(self, request: schemas.SearchRequest, client: str) -> Answer:
         searcher = self.searcher(request)
         lists, errors = await self._search(searcher, request.queries, request.k, client)
