@@ -98,9 +98,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def trained(run_dir: Path, total_steps: int) -> bool:
     """Whether the run has taken its last step and exported its model; prints it."""
     model, last = run_dir / "model", run_dir / f"global_step_{total_steps}"
-    done = (last / "trainer.json").is_file() and all(
-        (model / name).is_file() for name in ("model.safetensors", checksums.NAME)
-    )
+    written = last / "trainer.json", model / "model.safetensors", model / checksums.NAME
+    done = all(path.is_file() for path in written)
     if done and distributed.rank() == 0:
         print(f"{run_dir}: all {total_steps} steps are done already; the model is in {model}")
     return done
