@@ -1,6 +1,7 @@
 """Checksums of the files of a folder, in ``checksums.json`` beside them: they find damage that keeps the size."""
 
 import json
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import xxhash
 
-from convsearch.files import atomic_write
+from convsearch.files import atomic_write, read_json
 
 NAME = "checksums.json"
 _THREADS = 8  # xxh3 reads faster than one thread is fed by a disk
@@ -68,10 +69,35 @@ def _read(folder: Path, remedy: str) -> Mapping[str, dict[str, Any]]:
     raise ValueError(f"{path} is damaged ({reason}); {remedy}")
 
 
-def xxh3(path: Path) -> str:
-    """The XXH3 checksum of a file, 64 bits in hexadecimal."""
+def xxh3(path: Path, size: int = sys.maxsize) -> str:
+    """The XXH3 checksum of a file (of its first ``size`` bytes), 64 bits in hexadecimal."""
     digest = xxhash.xxh3_64()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
             digest.update(block)
+            size -= len(block)
     return digest.hexdigest()
+
+
+def settings_of(lines: Path) -> Path:
+    """The settings file beside an output of JSON lines."""
+    return lines.with_name(f"{lines.name}.settings.json")
+
+
+def written(lines: Path) -> dict[str, Any]:
+    """What ``settings_of(lines)`` records of a whole output; lines may follow it later."""
+    size = lines.stat().st_size
+    return {"bytes": size, "xxh3": xxh3(lines, size)}
+
+
+def check_lines(lines: Path) -> None:
+    """Compares an output of JSON lines with what its settings file records; without a record it is not checked.
+
+    Raises:
+        ValueError: it has other bytes than were written.
+    """
+    beside = settings_of(lines)
+    record = read_json(beside, "delete it together with its output").get("written") if beside.is_file() else None
+    if record and (lines.stat().st_size < record["bytes"] or xxh3(lines, record["bytes"]) != record["xxh3"]):
+        fault = f"its first {record['bytes']} bytes are not those that were written"
+        raise ValueError(f"{lines} is damaged: {fault}; make it again, or delete {beside} if you have changed it")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from convsearch.checksums import check_lines
 from convsearch.files import read_jsonl
 
 Record = dict[str, Any]
@@ -27,8 +28,10 @@ def read_queries(path: str | Path, query_type: str, fused: bool = False) -> tupl
     A query has one text; ``fused``: those of the field ``rewrites``.
 
     Raises:
-        ValueError: a line has no qid or no texts, or a qid occurs twice; names file and line.
+        ValueError: a line has no qid or no texts, or a qid occurs twice; names file and line. Or the file is not as
+            convsearch.infer wrote it.
     """
+    check_lines(Path(path))
     queries: dict[str, list[str]] = {}
     fallbacks = 0
     for number, record in read_jsonl(path):

@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/install.sh
 # Each list has its own folder, because it needs other versions than this project: verl and TRL for the losses, Lucene
-# for BM25, Ray and vLLM for the cluster, playwright for the pages.
-for name in oracles lucene vllm browser; do
+# for BM25, Ray and vLLM for the cluster, playwright for the pages, schemathesis for the server.
+for name in oracles lucene vllm browser fuzz; do
   stamp=.venv/$name-$(sha256sum < tests/requirements-$name.txt | cut -c1-16)
   [ -f "$stamp" ] && continue
   # .[gpu] installs its own vLLM.
@@ -22,5 +22,5 @@ unset RETRIEVER_URL
 ruff check .
 ruff format --check .
 mypy
-pytest -m "not slow" -n 2 --dist loadfile
-[ "${1:-}" = fast ] || pytest -m slow
+pytest -rs -m "not slow" -n 2 --dist loadfile # -rs: every skip with its reason at the end
+[ "${1:-}" = fast ] || pytest -rs -m slow

@@ -18,6 +18,7 @@ from typing import Any
 import helpers_trainers as helpers
 import pytest
 
+from convsearch import checksums
 from convsearch import infer as command_line
 from convsearch.generation import infer
 from convsearch.generation.rewriter import build_rewriter
@@ -113,6 +114,9 @@ def test_finished_lines_are_kept_and_a_half_written_one_is_made_again(
     assert broken.read_bytes() == content
     marked = content.replace(b'"output": "', b'"output": "kept ', 1)
     broken.write_bytes(marked)
+    error = failed(form_llama, conversations, broken, *flags)
+    assert f"{broken} is damaged: its first {len(content)} bytes are not those that were written" in error
+    checksums.settings_of(broken).unlink()  # changed on purpose
     _, printed = rewritten(form_llama, conversations, broken, *flags)
     assert "18 of 18 lines are there already" in printed
     assert broken.read_bytes() == marked

@@ -82,9 +82,9 @@ def test_ranks_in_order_none_unasked_and_pairs_asked_once() -> None:
                 "depth": 50,
                 "index": "wiki",
                 "items": [
-                    {"id": "0", "query": "xy", "gold_docids": ["a"]},
-                    {"id": "2", "query": "none", "gold_docids": ["a"]},
-                    {"id": "3", "query": "xy", "gold_docids": ["b", "c"]},
+                    {"id": "0-0", "query": "xy", "gold_docids": ["a"]},
+                    {"id": "0-2", "query": "none", "gold_docids": ["a"]},
+                    {"id": "0-3", "query": "xy", "gold_docids": ["b", "c"]},
                 ],
             },
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from convsearch import fingerprints
+from convsearch import checksums, fingerprints
 from convsearch.files import atomic_write, named_errors, read_json, read_jsonl
 from convsearch.generation.rewriter import build_rewriter
 from convsearch.model.loading import fingerprint, pick_device
@@ -67,7 +67,7 @@ class ResumableLines:
     """
 
     def __init__(self, path: Path, args: argparse.Namespace, written: str, conversations: Sequence[Conversation]):
-        self.path, self.args = path, args
+        self.path, self.args, self._settings = path, args, checksums.settings_of(path)
         self.done = self._finished(written, {conversation.qid for conversation in conversations})
         self._check_settings()
         self.depends_on(**self._made_of(conversations))
@@ -90,6 +90,7 @@ class ResumableLines:
         path, done = self.path, dict[str, Record]()
         if not path.is_file():
             return done
+        checksums.check_lines(path)
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
@@ -109,12 +110,8 @@ class ResumableLines:
             done[record["qid"]] = record
         return done
 
-    @property
-    def _settings(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.settings.json")
-
     def _check_settings(self) -> None:
-        """Writes ``<path>.settings.json`` beside a new output; compares it if lines are there."""
+        """Writes the settings beside a new output; compares them if lines are there."""
         now = {name: vars(self.args)[name] for name in SETTINGS.split() if name in vars(self.args)}
         now["dtype"] = settled_name(self.args.dtype, pick_device(self.args.device))
         if self.done and self._settings.is_file():
@@ -176,3 +173,6 @@ class ResumableLines:
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(len(part))
+        settings = read_json(self._settings, SETTINGS_REMEDY)
+        with atomic_write(self._settings) as file:
+            json.dump(settings | {"written": checksums.written(self.path)}, file, indent=1)

@@ -5,12 +5,13 @@ raises RetrieverError. What the server refuses (an unknown docid, a query that i
 the item.
 """
 
+import itertools
 import json
 import random
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import urlsplit
@@ -73,6 +74,8 @@ class RetrieverClient:
         self.timeout_s, self.max_wait_s = timeout_s, max_wait_s
         loopback = parts.hostname in ("127.0.0.1", "localhost", "::1")
         self._http = httpx.Client(trust_env=not loopback)  # a proxy cannot reach this machine's own ports
+        self._requests = itertools.count()
+        self._ranked_by: object = None  # the id of the index that has given ranks
         self._id = uuid.uuid4().hex  # the server's queue has one place per client, for all its connections
         self._random = random.Random()  # jitter must not advance the global generator, which experiments seed
 
@@ -112,19 +115,33 @@ class RetrieverClient:
         return [None if pair is None else ranks[first[pair]] for pair in pairs]
 
     def _rank_chunk(self, chunk: Sequence[tuple[int, str, tuple[str, ...]]]) -> dict[int, int | None]:
-        items = [{"id": str(number), "query": query, "gold_docids": docids} for number, query, docids in chunk]
+        ids = self._ids(number for number, _, _ in chunk)
+        items = [{"id": ids[number], "query": query, "gold_docids": docids} for number, query, docids in chunk]
         answer = self._request("POST", "/rank", {"depth": self.depth, "index": self.index, "items": items})
         ranks, errors = answer.get("ranks"), answer.get("errors")
         if not isinstance(ranks, dict) or not isinstance(errors, dict):
             raise self._not_ours("/rank", answer)
+        self._check_index(answer.get("index_id"))
         for number, query, _ in chunk:
-            if str(number) in errors:
-                raise ValueError(f"retriever {self.url}: item {number} ({short(query)}): {errors[str(number)]}")
-            rank = ranks.get(str(number), "no answer")
+            if ids[number] in errors:
+                raise ValueError(f"retriever {self.url}: item {number} ({short(query)}): {errors[ids[number]]}")
+            rank = ranks.get(ids[number], "no answer")
             if rank is not None and (type(rank) is not int or not 1 <= rank <= self.depth):
                 expected = f"a rank from 1 to {self.depth} or null"
                 raise RetrieverError(f"retriever {self.url} answered {rank!r} for item {number}: expected {expected}")
-        return {number: ranks[str(number)] for number, _, _ in chunk}
+        return {number: ranks[ids[number]] for number, _, _ in chunk}
+
+    def _ids(self, numbers: Iterable[int]) -> dict[int, str]:
+        """An id for each item of a request that no other request has: a reply that is sent twice fits no other."""
+        request = next(self._requests)
+        return {number: f"{request}-{number}" for number in numbers}
+
+    def _check_index(self, index_id: object) -> None:
+        """Ranks of two indexes would not compare: raises RetrieverError if the index behind the url has changed."""
+        self._ranked_by = self._ranked_by or index_id
+        if index_id != self._ranked_by:
+            changed = f"was the index {self._ranked_by} and is {index_id} now"
+            raise RetrieverError(f"what answers at {self.url} {changed}: start the first one again")
 
     def search(self, queries: Sequence[str], k: int, contents: bool = False) -> list[list[Hit]]:
         """Each query's best ``k`` passages with a score above 0, best first.
@@ -160,15 +177,17 @@ class RetrieverClient:
                 texts = [clean(text) for text in example.positives]
                 near = {"positives": texts} if texts else {"gold_docids": list(example.gold_docids)}
                 both = {"output": clean(output), "question": clean(example.question)}
-                items.append((number, {"id": str(number), **both, **near}))
+                items.append((number, {**both, **near}))
         gains: list[float | None] = [None] * len(outputs)
         for chunk in chunks(items, ITEMS_PER_REQUEST, lambda item: len(json.dumps(item[1]))):
-            answer = self._request("POST", "/similarity", {"index": self.index, "items": [item for _, item in chunk]})
+            ids = self._ids(number for number, _ in chunk)
+            named = [{"id": ids[number], **item} for number, item in chunk]
+            answer = self._request("POST", "/similarity", {"index": self.index, "items": named})
             errors, found = answer.get("errors", {}), answer.get("gains")
             for number, item in chunk:
-                name = item["id"]
+                name = ids[number]
                 if name in errors:
-                    raise ValueError(f"retriever {self.url}: item {name} ({short(item['output'])}): {errors[name]}")
+                    raise ValueError(f"retriever {self.url}: item {number} ({short(item['output'])}): {errors[name]}")
                 if not isinstance(found, dict) or not isinstance(found.get(name), float):
                     raise self._not_ours("/similarity", answer)
                 gains[number] = found[name]

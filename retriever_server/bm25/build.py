@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from convsearch import checksums
+from convsearch.cli import Unavailable
 from convsearch.files import line_blocks, read_jsonl, sole_writer
 from retriever_server import storage
 from retriever_server.bm25 import formula
@@ -120,6 +122,9 @@ def _chunks(paths: Sequence[Path], processes: int) -> Iterator[Chunk]:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            remedy = "run the same command again; if memory was short, with fewer --processes"
+            raise Unavailable(f"a worker process was killed: {remedy}") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
