@@ -22,5 +22,5 @@ unset RETRIEVER_URL
 ruff check .
 ruff format --check .
 mypy
-pytest -rs -m "not slow" -n 2 --dist loadfile # -rs: every skip with its reason at the end
-[ "${1:-}" = fast ] || pytest -rs -m slow
+pytest -rfEs -m "not slow" -n 2 --dist loadfile # -rfEs: every failure and skip with its reason at the end
+[ "${1:-}" = fast ] || pytest -rfEs -m slow

@@ -16,8 +16,8 @@ import helpers_trainers as helpers
 import pyarrow.parquet as pq
 import pytest
 
+from convsearch import checksums, sft
 from convsearch import distill as command_line
-from convsearch import sft
 from convsearch.generation import distill
 from convsearch.generation.rewriter import build_rewriter
 from convsearch.parsing import parse_rewrite
@@ -247,6 +247,9 @@ def test_names_alone_need_no_model(toy_server: str, toy_index: Path, tmp_path: P
     whole = (output / "samples.jsonl").read_bytes()
     cut = whole.splitlines(keepends=True)
     (output / "samples.jsonl").write_bytes(b"".join(cut[:5]) + cut[5][:40])
+    error = failed(no_model, source, output, toy_server, "--k", 0, "--names")
+    assert f"samples.jsonl is damaged: its first {len(whole)} bytes are not those that were written" in error
+    checksums.settings_of(output / "samples.jsonl").unlink()  # cut on purpose
     printed = distilled(no_model, source, output, f"embedded:{toy_index}", "--k", 0, "--names", "--batch_size", 4)
     assert "5 of 18 lines are there already and are kept" in printed
     assert (output / "samples.jsonl").read_bytes() == whole
@@ -255,6 +258,7 @@ def test_names_alone_need_no_model(toy_server: str, toy_index: Path, tmp_path: P
     assert (status, "--k is 0; it must be at least 1" in printed) == (2, True)
     bare = [{key: value for key, value in line.items() if key != "named"} for line in lines]
     helpers.write_jsonl(output / "samples.jsonl", bare)
+    checksums.settings_of(output / "samples.jsonl").unlink()
     error = failed(no_model, source, output, toy_server, "--k", 0, "--names")
     assert "samples.jsonl was written without --names: leave it out, or name another --output_dir" in error
 

@@ -98,27 +98,33 @@ def proxied(index: Path) -> Iterator[tuple[Proxy, RetrieverClient]]:
     with started("-m", "retriever_server", "--index_path", str(index), "--port", "0") as (_, ready):
         proxy = Proxy(ready.split()[1])
         threading.Thread(target=proxy.serve, daemon=True).start()
-        with proxy.listener, RetrieverClient(proxy.url, depth=20, timeout_s=0.5, max_wait_s=1) as client:
+        with proxy.listener, asking(proxy) as client:
             yield proxy, client
+
+
+def asking(proxy: Proxy) -> RetrieverClient:
+    return RetrieverClient(proxy.url, depth=20, timeout_s=0.5, max_wait_s=1)
 
 
 def test_no_fault_of_the_network_invents_a_rank(folder: Path) -> None:
     expected = Bm25Index.load(folder / "index").gold_ranks(QUERIES, GOLDS, 20)
     random.seed(3)
     outcomes: dict[str, set[str]] = {}
-    with proxied(folder / "index") as (proxy, client):
+    with proxied(folder / "index") as (proxy, _):
         for name, fault in FAULTS.items():
-            for _ in range(4 if name == "a flipped digit" else 2):
-                proxy.fault = fault
-                try:
-                    assert client.gold_ranks(GOLDS, QUERIES) == expected, name
-                    outcomes.setdefault(name, set()).add("right")
-                except RetrieverError:
-                    outcomes.setdefault(name, set()).add("error")
-                proxy.fault = None
+            with asking(proxy) as client:
+                for _ in range(3):
+                    proxy.fault = fault
+                    try:
+                        assert client.gold_ranks(GOLDS, QUERIES) == expected, name
+                        outcomes.setdefault(name, set()).add("right")
+                    except RetrieverError:
+                        outcomes.setdefault(name, set()).add("error")
+            proxy.fault = None
+            with asking(proxy) as client:
                 assert client.gold_ranks(GOLDS, QUERIES) == expected, name
     assert outcomes.pop("in small pieces") == {"right"}
-    assert outcomes.pop("twice") <= {"right", "error"}
+    assert outcomes.pop("twice") == {"right", "error"}  # the second reply fits no other request
     assert all(found == {"error"} for found in outcomes.values()), outcomes
 
 

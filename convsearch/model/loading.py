@@ -1,5 +1,7 @@
 """Loads a causal language model and its tokenizer; errors say what is wrong with the folder."""
 
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,8 @@ def encode_chat(tokenizer: Any, messages: tuple[Message, ...]) -> tuple[int, ...
 
     Only the template makes control tokens: where the text of a message spells one (``<|im_end|>``), it stays text.
     """
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    spelled = [number for number, message in enumerate(messages) if any(t in message["content"] for t in control)]
+    control = _control_tokens(tokenizer)
+    spelled = [number for number, message in enumerate(messages) if control.search(message["content"])]
     marks = {number: f"\ue000{number}\ue001" for number in spelled}  # private characters, which the template keeps
     shown = [{**message, "content": marks.get(number, message["content"])} for number, message in enumerate(messages)]
     text = tokenizer.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
@@ -82,6 +84,12 @@ def encode_chat(tokenizer: Any, messages: tuple[Message, ...]) -> tuple[int, ...
         ids += tokenizer.encode(before, add_special_tokens=False)
         ids += tokenizer.encode(messages[number]["content"], add_special_tokens=False, split_special_tokens=True)
     return (*ids, *tokenizer.encode(text, add_special_tokens=False))
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    names = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(names) or r"(?!)")  # (?!) matches nothing
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

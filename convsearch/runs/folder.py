@@ -81,9 +81,11 @@ def check_made_of(run_dir: Path, made_of: fingerprints.Fingerprints) -> None:
         ValueError: something has another content now; names both.
     """
     path = run_dir / MADE_OF
+    if distributed.rank() > 0:  # the first process may be writing the file
+        return
     before = read_json(path, _ELSEWHERE) if path.is_file() else {}
     fingerprints.check(run_dir, before, made_of, _ELSEWHERE)
-    if distributed.rank() == 0 and made_of.keys() - before.keys():
+    if made_of.keys() - before.keys():
         with atomic_write(path) as file:
             json.dump({**before, **made_of}, file, indent=1)
 
