@@ -23,4 +23,6 @@ ruff check .
 ruff format --check .
 mypy
 pytest -rfEs -m "not slow" -n 2 --dist loadfile # -rfEs: every failure and skip with its reason at the end
-[ "${1:-}" = fast ] || pytest -rfEs -m slow
+[ "${1:-}" != fast ] || exit 0
+pytest -rfEs -m "slow and not alone" -n 2 --dist loadfile
+pytest -rfEs -m "slow and alone"

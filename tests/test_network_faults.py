@@ -106,6 +106,7 @@ def asking(proxy: Proxy) -> RetrieverClient:
     return RetrieverClient(proxy.url, depth=20, timeout_s=0.5, max_wait_s=1)
 
 
+@pytest.mark.slow
 def test_no_fault_of_the_network_invents_a_rank(folder: Path) -> None:
     expected = Bm25Index.load(folder / "index").gold_ranks(QUERIES, GOLDS, 20)
     random.seed(3)
