@@ -17,15 +17,16 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 # Slow tests that measure times or memory, or start several processes at once: they run when nothing else does.
 ALONE = (
-    "benchmark_grpo_step cluster_ray eval_scale grpo_faults help inspector network_faults pipeline playground report "
-    "retriever_load retriever_process stopping vllm"
-).split()
+    *("test_benchmark_grpo_step", "test_cluster_ray", "test_eval_scale", "test_grpo_faults", "test_help"),
+    *("test_inspector", "test_network_faults", "test_pipeline", "test_playground", "test_report"),
+    *("test_retriever_load", "test_retriever_process", "test_stopping", "test_vllm"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Java and vLLM take seconds to start: whatever needs them belongs to the slow tier."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in ALONE:
+        if item.path.stem in ALONE:
             item.add_marker(pytest.mark.alone)
         if item.get_closest_marker("lucene") or item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.slow)
