@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import helpers_trainers as helpers
+import pytest
+from helpers_retriever import Lengths, running
 
 from convsearch import distill, grpo
+from convsearch.retriever.client import RetrieverClient
 from convsearch.runs import checkpoint, rollouts
+from retriever_server.serving.app import create_app
 
 GOLDS = list(helpers.GOLDS)
 
@@ -51,3 +55,21 @@ def test_distillation_checks_them_too(form_llama: Path, toy_server: str, tmp_pat
     assert "--skip_bad=1" in error
     assert helpers.call(distill.main, [*command, "--skip_bad=1"])[0] == 0
     assert len(helpers.read_jsonl(tmp_path / "out" / "samples.jsonl")) == 17
+
+
+def test_the_client_names_its_index_and_what_that_lacks() -> None:
+    app = create_app({"one": Lengths("one", "ab"), "two": Lengths("two", "bc")})
+    with running(app) as http:
+        for index, index_id, missing in (
+            (None, "one-1", ["c", "d"]),
+            ("two", "two-1", ["a", "d"]),
+            ("one+two", "one-1+two-1", ["d"]),
+        ):
+            with RetrieverClient(str(http.base_url), index=index) as client:
+                assert client.index_id() == index_id
+                assert client.missing(["a", "b", "c", "d"]) == missing
+        with (
+            RetrieverClient(str(http.base_url), index="one+three") as client,
+            pytest.raises(ValueError, match="no index 'three'"),
+        ):
+            client.index_id()

@@ -80,6 +80,8 @@ def encode_chat(tokenizer: Any, messages: tuple[Message, ...]) -> tuple[int, ...
     text = tokenizer.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
     ids: list[int] = []
     for number in spelled:
+        if marks[number] not in text:
+            raise ValueError(f"the chat template leaves out a message that spells a control token: {messages[number]}")
         before, _, text = text.partition(marks[number])
         ids += tokenizer.encode(before, add_special_tokens=False)
         ids += tokenizer.encode(messages[number]["content"], add_special_tokens=False, split_special_tokens=True)

@@ -24,7 +24,6 @@ from convsearch.types import Example
 
 CHARS_PER_REQUEST = 2_000_000
 ITEMS_PER_REQUEST = 512
-DOCIDS_PER_REQUEST = 10_000
 RESULTS_PER_REQUEST = 50_000  # queries x k; a tenth of it with contents
 SILENT_ATTEMPTS = 3  # then the wait is announced
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
@@ -201,7 +200,7 @@ class RetrieverClient:
             RetrieverError: no answer within ``max_wait_s``.
         """
         absent: list[str] = []
-        for chunk in chunks(docids, DOCIDS_PER_REQUEST, len):
+        for chunk in chunks(docids, ITEMS_PER_REQUEST, len):
             answer = self._request("POST", "/missing", {"index": self.index, "docids": chunk}).get("missing")
             if not isinstance(answer, list) or not set(answer) <= set(chunk):
                 raise self._not_ours("/missing", answer)
@@ -216,12 +215,13 @@ class RetrieverClient:
         return answer
 
     def index_id(self) -> str:
-        """The id of the index that this client asks; ValueError if the server does not have it."""
+        """The id of the index that this client asks (of a fusion, all ids); ValueError if the server lacks it."""
         indexes = self.health()["indexes"]
         name = self.index or next(iter(indexes))
-        if name not in indexes:
-            raise ValueError(f"retriever {self.url} has no index {name!r}: it has {', '.join(indexes)}")
-        return str(indexes[name]["index_id"])
+        names = [name] if name in indexes else name.split("+")
+        if absent := [one for one in names if one not in indexes]:
+            raise ValueError(f"retriever {self.url} has no index {absent[0]!r}: it has {', '.join(indexes)}")
+        return "+".join(indexes[one]["index_id"] for one in names)
 
     def close(self) -> None:
         self._http.close()
