@@ -71,7 +71,14 @@ def stages(inputs: Path, out: Path) -> list[Stage]:
     infer: list[object] = ["--input_path", inputs / "train.json", "--output_path", out / "rewrites.jsonl", "--n", 4]
     infer += ["--max_tokens", 40, "--batch_size", 8]
     sft = helpers.sft_overrides(
-        model, out / "distill" / "sft.parquet", out / "sft", total_training_steps=40, trainer__save_freq=5
+        model,
+        out / "distill" / "sft.parquet",
+        out / "sft",
+        total_training_steps=40,
+        trainer__save_freq=5,
+        max_length=1024,
+        train_batch_size=4,
+        micro_batch_size_per_gpu=4,
     )
     validated = {
         "data__val_files": inputs / "train.parquet",
@@ -85,7 +92,6 @@ def stages(inputs: Path, out: Path) -> list[Stage]:
         f"embedded:{index}",
         total_training_steps=30,
         trainer__save_freq=5,
-        trainer__best_metric="val_mrr",
         **validated,
     )
     search: list[object] = ["--index_dir_path", index, "--test_file_path", out / "rewrites.jsonl", "--fuse", "rrf"]
@@ -128,13 +134,17 @@ def run(stage: Stage, log: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, cwd=ROOT, env=helpers.environment(), stdout=file, stderr=file)
 
 
+def last_line(log: Path) -> str:
+    return log.read_text(errors="replace").strip().splitlines()[-1]
+
+
 def undisturbed(work: list[Stage], log: Path) -> dict[str, float]:
     """Runs the stages; returns their seconds."""
     seconds = {}
     for stage in work:
         start = time.monotonic()
         if run(stage, log).wait():
-            raise SystemExit(f"{stage.name} failed without any fault, see {log}")
+            raise SystemExit(f"{stage.name} failed without any fault: {last_line(log)}")
         seconds[stage.name] = time.monotonic() - start
     return seconds
 
@@ -160,7 +170,7 @@ def disturbed(work: list[Stage], seconds: dict[str, float], kills: int, seed: in
                 if process.poll() is not None:
                     process = run(stage, log)
             if process.wait() and run(stage, log).wait():  # the last kill may have hit it
-                raise SystemExit(f"{stage.name} fails, see {log}")
+                raise SystemExit(f"{stage.name} fails: {last_line(log)}")
     return victims
 
 
